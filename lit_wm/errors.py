@@ -1,0 +1,38 @@
+"""Errors that a user can cause and fix; the command line prints them without a traceback.
+
+A message says what is wrong and where, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class LitWMError(Exception):
+    """Any error that the user can fix."""
+
+
+class EnvError(LitWMError, ValueError):
+    """An environment that is unknown, cannot be built or has a space this project does not take."""
+
+
+class DataError(LitWMError, ValueError):
+    """A dataset or a replay that is broken, does not fit or disagrees with the model."""
+
+
+class ConfigError(LitWMError, ValueError):
+    """A configuration with an unknown or impossible value."""
+
+
+class CheckpointError(LitWMError, ValueError):
+    """A checkpoint that is broken or belongs to something else."""
+
+
+class NotSupported(LitWMError, NotImplementedError):
+    """A verb that this object does not have, e.g. the snapshot of an unknown simulator."""
+
+
+def nearest(name: str, known: list[str], count: int = 3) -> str:
+    """The part of a message that names the ``known`` words closest to ``name``: ``"; did you mean 'a' or 'b'?"``."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
