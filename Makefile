@@ -1,0 +1,57 @@
+# `make` alone prints the targets. Every target makes .venv if it is absent and installs only what it needs.
+#   make test PYTHON=python3.12                                   another interpreter (>= 3.11)
+#   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   another build of torch
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) -e
+# Small networks run fastest on one thread each.
+ENV = OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
+FAST_TESTS = tests/contracts tests/test_errors.py tests/test_returns.py tests/test_distributions.py tests/test_optim.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-hour test test-all check bench clean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lit-wm needs Python >= 3.11, '$(PYTHON)' is older. Use: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[$(subst +,$(comma),$*)]"
+	@touch $@
+comma := ,
+
+setup: $(VENV)/.installed-atari+dev  ## .venv with everything for development
+
+demo: $(VENV)/.installed-atari  ## train DreamerV3 on ALE/Pong from pixels, <= 10 minutes on 2 CPU cores
+	$(ENV) $(BIN)/python -m lit_wm fit --config configs/dreamer_atari.yaml --config configs/overlay/demo.yaml
+
+demo-hour: $(VENV)/.installed-atari  ## the same for an hour: the dream shows the game
+	$(ENV) $(BIN)/python -m lit_wm fit --config configs/dreamer_atari.yaml --config configs/overlay/demo.yaml \
+		--config configs/overlay/demo_hour.yaml
+
+test: $(VENV)/.installed-atari+test  ## the tests, <= 12 minutes on 2 cores
+	$(ENV) $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-atari+test  ## the tests and the longer proofs
+	$(ENV) $(BIN)/python -m pytest
+
+check: $(VENV)/.installed-atari+dev  ## format, lint, types, import rules, fast tests: < 2 minutes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(ENV) $(BIN)/python -m pytest -q $(FAST_TESTS)
+
+bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM peak
+	$(ENV) $(BIN)/python benchmarks/step.py
+
+clean:  ## remove caches and build products; keeps .venv and runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
