@@ -1,7 +1,7 @@
 """What a world model dreams: filter a few recorded frames, then imagine on with the recorded actions.
 
-Plain functions on the verbs of a world model (``encode``, ``imagine``, ``decode``), used by evaluation, the dream
-video and the demo's report. Nothing here needs Lightning.
+Plain functions on the verbs of a world model (``encode``, ``imagine``, ``decode``), used by evaluation, the
+dream video and the demo's report. Nothing here needs Lightning.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def stack(states: Sequence[State]) -> State:
 
 
 def dream(model: Any, start: State, actions: Tensors, noise: Any = None) -> State:
-    """Imagine from ``start`` (B, ...) with given ``actions`` (B, H, ...): the H states after it, (B, H, ...)."""
+    """Imagine from ``start`` (B, ...) with ``actions`` (B, H, ...): the H states after it, (B, H, ...)."""
     horizon = next(iter(actions.values())).shape[1]
     extra = {} if noise is None else {"noise": noise}
     states = model.imagine(State(start.deter, start.stoch), actions, horizon, **extra).states.stacked
@@ -121,7 +121,7 @@ def reconstruct(
     carry: State | None = None,
     noise: Any = None,
 ) -> Tensors:
-    """Decode the filtered states of all T frames, by key (B, T, ...): what the model keeps of what it sees."""
+    """Decode the filtered states of all T frames, by key (B, T, ...): what the model keeps of them."""
     return model.decode(posterior(model, obs, prev_action, is_first, carry, noise))
 
 
@@ -136,8 +136,8 @@ def open_loop_errors(
 ) -> dict[str, float]:
     """Errors of reconstruction and dream beside those of two plain baselines.
 
-    Errors are mean squared errors: of images in [0, 1] pixel units, of vectors in symlog units. Of class indices
-    it is the share that is wrong. Horizon h is the h-th dreamed frame, index ``context - 1 + h``.
+    Errors are mean squared errors: of images in [0, 1] pixel units, of vectors in symlog units. Of class
+    indices it is the share that is wrong. Horizon h is the h-th dreamed frame, index ``context - 1 + h``.
 
     Args:
         obs: observations as recorded, by key.                                    (B, T, ...)
@@ -150,8 +150,8 @@ def open_loop_errors(
 
     Returns:
         ``reconstruction/KEY``, ``open_loop_H/KEY``, ``repeat_last_H/KEY``; with a mean frame also
-        ``mean_frame/KEY``, ``mean_frame_H/KEY`` and, for images with moving pixels (further than 0.1 from the mean
-        frame in any channel), ``moving/reconstruction/KEY``, ``moving/mean_frame/KEY``,
+        ``mean_frame/KEY``, ``mean_frame_H/KEY`` and, for images with moving pixels (further than 0.1 from
+        the mean frame in any channel), ``moving/reconstruction/KEY``, ``moving/mean_frame/KEY``,
         ``moving/open_loop_H/KEY``, ``moving/mean_frame_H/KEY``.
         An error without a single frame to average over is left out.
     """
@@ -235,8 +235,8 @@ def _wrong(true: Tensor, guess: Tensor) -> Tensor:
 def video_grid(truth: Tensor, pred: Tensor, context: int) -> Tensor:
     """The dream as a video: each row's truth above its prediction above their difference, rows side by side.
 
-    The border of :data:`BORDER` pixels is green while the model sees the frames and red while it dreams; up to ten
-    black frames mark the end before the video starts again.
+    The border of :data:`BORDER` pixels is green while the model sees the frames and red while it dreams; up
+    to ten black frames mark the end before the video starts again.
 
     Args:
         truth: recorded frames.                                                   (B, T, H, W, C) uint8
