@@ -1,0 +1,256 @@
+"""From an environment id and options to a wrapped environment."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.envs.registration import load_env_creator
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import iterate
+
+from lit_wm.envs.atari import Atari, import_ale
+from lit_wm.envs.wrappers import StandardEnv, spaces_from_gym
+from lit_wm.errors import EnvError, NotSupported, nearest
+from lit_wm.types import Spaces
+
+_OFFICIAL = {"noops": 30, "repeat": 4, "length": 108_000, "pool": 2}
+_ATARI = {
+    "atari": {"size": 96, "gray": True, "sticky": 0.25, "actions": "all", **_OFFICIAL},
+    "atari100k": {"size": 64, "gray": False, "sticky": 0.0, "actions": "needed", **_OFFICIAL},
+}
+_STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False}
+
+if "lit_wm/Dummy-v0" not in gym.registry:
+    gym.register("lit_wm/Dummy-v0", entry_point="lit_wm.envs.dummy:Dummy")
+
+
+def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEnv:
+    """Build one environment with flat Dict spaces and snapshots.
+
+    Args:
+        env_id: ``CartPole-v1`` or any other Gymnasium id, also ``gym:ID`` and ``module:ID``; ``atari:GAME`` (96 x 96 gray,
+            sticky actions 0.25, all 18 actions) or ``atari100k:GAME`` (64 x 64 colour, no sticky actions, minimal
+            actions), the game in snake_case.
+        seed: determines everything from the first reset on, unless that reset has its own.
+        options: for Atari and ``ALE/`` ids ``size, gray, sticky, actions, noops, repeat, length, pool`` (see
+            :class:`~lit_wm.envs.atari.Atari`); for others ``repeat`` (environment steps per step), ``time_limit``
+            (environment steps per episode instead of the registered limit), ``size`` and ``gray`` for images, and every
+            argument of the environment itself.
+
+    Raises:
+        EnvError: for an unknown id or option (naming the nearest), a missing package, or an unsupported space.
+    """
+    suite, name = _split(env_id)
+    if suite in _ATARI:
+        env = Atari(name, **_merge(env_id, _ATARI[suite], options))
+        return StandardEnv(env, env_id, seed)
+    spec = _find(name)
+    if "ale_py" in str(spec.entry_point):
+        env = Atari(spec.kwargs["game"], **_merge(env_id, _ale_defaults(spec), options), final_frame=True)
+        return StandardEnv(env, env_id, seed)
+    standard = {key: options.pop(key, value) for key, value in _STANDARD.items()}
+    time_limit = standard.pop("time_limit")
+    if time_limit is not None and (
+        isinstance(time_limit, bool) or not isinstance(time_limit, int) or time_limit < 1
+    ):
+        raise EnvError(f"{env_id}: time_limit={time_limit!r}; expected a whole number of environment steps")
+    return StandardEnv(_make_gym(env_id, spec, time_limit, options), env_id, seed, **standard)
+
+
+def make_vector_env(
+    env_id: str,
+    num_envs: int,
+    seeds: Sequence[int],
+    vectorization: str = "sync",
+    autoreset: str = "disabled",
+    **options: Any,
+) -> VectorEnv:
+    """``num_envs`` environments of :func:`make_env` side by side.
+
+    Args:
+        env_id: as in :func:`make_env`, like ``options``.
+        num_envs: how many.
+        seeds: one per environment, used by the first reset.
+        vectorization: ``"sync"`` in this process, ``"async"`` in one process each.
+        autoreset: ``"disabled"`` (the caller resets with ``options={"reset_mask": ...}``), ``"next_step"``, ``"same_step"``.
+
+    Raises:
+        EnvError: as :func:`make_env`, and for another ``vectorization`` or ``autoreset``.
+    """
+    modes = {mode.name.lower(): mode for mode in AutoresetMode}
+    for option, value, known in (
+        ("vectorization", vectorization, ["sync", "async"]),
+        ("autoreset", autoreset, list(modes)),
+    ):
+        if value not in known:
+            raise EnvError(f"{option}={value!r}; expected one of {', '.join(known)}")
+    if num_envs < 1 or len(seeds) != num_envs:
+        raise EnvError(
+            f"{env_id}: {len(seeds)} seeds for num_envs={num_envs}; expected one each and at least one"
+        )
+    makers = [partial(make_env, env_id, seed=seed, **options) for seed in seeds]
+    if vectorization == "sync":
+        return SyncVectorEnv(makers, autoreset_mode=modes[autoreset])
+    # Not fork: the parent has threads (torch, loggers) whose locks a forked child would inherit, held for ever.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["lit_wm.envs.make"])
+    return AsyncVectorEnv(makers, context="forkserver", autoreset_mode=modes[autoreset])
+
+
+def snapshot_vector_env(env: VectorEnv) -> dict[str, Any]:
+    """The exact state of a vector environment of :func:`make_vector_env`, ``weights_only``-safe.
+
+    Raises:
+        NotSupported: if its environments have no snapshot, or their reset is pending inside another process
+            (``"async"`` with ``"next_step"``). The environments go on unharmed.
+    """
+    if not all(env.get_attr("can_snapshot")):
+        name = env.get_attr("name")[0]
+        raise NotSupported(f"{name} has no exact snapshot: its simulator's state is unknown")
+    sync = isinstance(env, SyncVectorEnv)
+    if not sync and env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+        raise NotSupported(
+            "asynchronous environments with autoreset='next_step' hide pending resets; use 'disabled'"
+        )
+    obs = env._observations if sync else env.observations
+    return {
+        "envs": [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in env.get_attr("packed")],
+        "obs": {key: torch.from_numpy(np.array(value)) for key, value in obs.items()},
+        "ended": env._autoreset_envs.tolist() if sync else None,
+    }
+
+
+def restore_vector_env(env: VectorEnv, state: dict[str, Any]) -> None:
+    """Go on bitwise from :func:`snapshot_vector_env`, in this or a new vector environment of the same arguments.
+
+    Raises:
+        CheckpointError: if the snapshot is of another kind of environment.
+    """
+    env.set_attr("packed", [packed.numpy().tobytes() for packed in state["envs"]])
+    # The last observations too: a masked reset returns those of the environments that it leaves alone.
+    sync = isinstance(env, SyncVectorEnv)
+    obs = env._observations if sync else env.observations
+    for key, value in state["obs"].items():
+        obs[key][...] = value.numpy()
+    if sync:
+        env._env_obs = [{k: np.array(v) for k, v in o.items()} for o in iterate(env.observation_space, obs)]
+        env._autoreset_envs = np.array(state["ended"], np.bool_)
+
+
+def read_spaces(env_id: str, **options: Any) -> Spaces:
+    """Observation and action entries of an environment, built once and closed again.
+
+    Raises:
+        EnvError: as :func:`make_env`.
+    """
+    env = make_env(env_id, **options)
+    try:
+        return spaces_from_gym(env.observation_space, env.action_space, env_id)
+    finally:
+        env.close()
+
+
+def suite_defaults(env_id: str, **options: Any) -> dict[str, Any]:
+    """What the official code does in this suite.
+
+    Returns:
+        ``time_limit_is_terminal``: whether Dreamer sees the end by time limit as a terminal (Atari only), and ``repeat``:
+        environment frames or steps per step with these ``options``.
+    """
+    suite, name = _split(env_id)
+    repeat = 4 if suite in _ATARI or name.startswith("ALE/") else 1
+    return {"time_limit_is_terminal": suite in _ATARI, "repeat": options.get("repeat", repeat)}
+
+
+def _split(env_id: str) -> tuple[str, str]:
+    suite, colon, name = env_id.partition(":")
+    return (suite, name) if colon and suite in ("gym", *_ATARI) else ("gym", env_id)
+
+
+def _merge(env_id: str, defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    if unknown := [key for key in options if key not in defaults]:
+        raise _bad_option(env_id, unknown[0], list(defaults))
+    return {**defaults, **options}
+
+
+def _bad_option(env_id: str, key: str, known: list[str]) -> EnvError:
+    return EnvError(f"{env_id} has no option {key!r}{nearest(key, known)}\n  Its options: {', '.join(known)}")
+
+
+def _ale_defaults(spec: Any) -> dict[str, Any]:
+    """Gymnasium's own settings of an Atari id, carried out by our wrapper so that its snapshot is exact."""
+    kwargs = spec.kwargs
+    if not isinstance(kwargs["frameskip"], int) or kwargs.get("obs_type", "rgb") != "rgb":
+        raise EnvError(
+            f"{spec.id} skips a random number of frames or shows no pixels, which has no exact snapshot.\n"
+            "  Use ALE/...-v5 or atari:GAME with the options you need."
+        )
+    return {
+        "size": None,
+        "gray": False,
+        "sticky": kwargs["repeat_action_probability"],
+        "actions": "all" if kwargs["full_action_space"] else "needed",
+        "noops": 0,
+        "repeat": kwargs["frameskip"],
+        "length": kwargs["max_num_frames_per_episode"],
+        "pool": 1,
+    }
+
+
+def _find(env_id: str) -> Any:
+    """The registered spec, importing what registers it."""
+    if env_id.startswith("ALE/"):
+        import_ale()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*already in registry.*")  # a module imported twice
+            if ":" in env_id:
+                module, _, rest = env_id.partition(":")
+                __import__(module)
+                env_id = rest
+            return gym.spec(env_id)
+    except ImportError as error:
+        raise EnvError(
+            f"cannot import {error.name or module!r} for the environment {env_id!r}{nearest(module, list(_ATARI))}\n"
+            "  Expected a Gymnasium id, module:ID, atari:GAME or atari100k:GAME"
+        ) from error
+    except gym.error.Error as error:
+        known = list(gym.registry)
+        close = nearest(env_id, known) or f"; try CartPole-v1 or one of the other {len(known)} registered ids"
+        raise EnvError(
+            f"no environment is registered as {env_id!r}{close}\n"
+            "  Expected a Gymnasium id, module:ID to import a package first, atari:GAME or atari100k:GAME"
+        ) from error
+
+
+def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
+    try:
+        creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
+        parameters = inspect.signature(creator).parameters
+        own = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not open_ended and (unknown := [key for key in kwargs if key not in own]):
+            raise _bad_option(env_id, unknown[0], [*_STANDARD, *own])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
+            return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **kwargs)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        extra = next((e for e in ("mujoco", "dm_control", "ale_py") if e in str(error).lower()), None)
+        fix = {"mujoco": '"lit-wm[mujoco]"', "dm_control": '"lit-wm[dmc]"', "ale_py": '"lit-wm[atari]"'}.get(
+            extra or ""
+        )
+        advice = f"\n  Fix: pip install {fix}" if fix else ""
+        raise EnvError(f"{env_id} needs a package that is not installed: {error}{advice}") from error
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise EnvError(
+            f"{env_id}: {error}\n  Options here: {', '.join(_STANDARD)} and the environment's own"
+        ) from error

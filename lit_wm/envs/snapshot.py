@@ -1,0 +1,146 @@
+"""The exact state of an environment as tensors and plain values, without pickle.
+
+A snapshot has one part per layer of the environment, the outermost first. A layer takes part by having its own
+``snapshot()`` and ``restore(state)``; Gymnasium's time limit, order check and classic control are known here. Anything
+else raises :class:`~lit_wm.errors.NotSupported`: a simulator with hidden state would only look restored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.envs import classic_control
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from torch import Tensor
+
+from lit_wm.errors import CheckpointError, NotSupported
+
+# Everything that step() and reset() of these classes read and write.
+_FIELDS: dict[type, tuple[str, ...]] = {
+    TimeLimit: ("_elapsed_steps",),
+    OrderEnforcing: ("_has_reset",),
+    PassiveEnvChecker: (),
+    classic_control.CartPoleEnv: ("state", "steps_beyond_terminated"),
+    classic_control.PendulumEnv: ("state", "last_u"),
+    classic_control.AcrobotEnv: ("state",),
+    classic_control.MountainCarEnv: ("state",),
+    classic_control.Continuous_MountainCarEnv: ("state",),
+}
+
+
+def to_plain(value: Any) -> Any:
+    """Turn arrays into tensors, keeping types so exactly that :func:`from_plain` gives the same arithmetic.
+
+    A NumPy scalar is not a Python float: mixed with float32 the two promote differently.
+    """
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return {"scalar": torch.from_numpy(np.array(value))}
+    if isinstance(value, dict):
+        return {k: to_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(to_plain, value))
+    if value is None or isinstance(value, bool | int | float | str | Tensor):
+        return value
+    raise NotSupported(f"a snapshot cannot hold a {type(value).__name__}")
+
+
+def from_plain(value: Any) -> Any:
+    """Inverse of :func:`to_plain`; never shares memory with ``value``."""
+    if isinstance(value, Tensor):
+        return value.numpy().copy()
+    if isinstance(value, dict):
+        if value.keys() == {"scalar"}:
+            return value["scalar"].numpy()[()]
+        return {k: from_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(from_plain, value))
+    return value
+
+
+def generator_state(generator: np.random.Generator | None) -> dict[str, Any] | None:
+    """State of a NumPy generator; None if it was never made."""
+    return None if generator is None else to_plain(dict(generator.bit_generator.state))
+
+
+def load_generator(state: dict[str, Any] | None) -> np.random.Generator | None:
+    """A generator that goes on from :func:`generator_state`."""
+    if state is None:
+        return None
+    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+    generator.bit_generator.state = from_plain(state)
+    return generator
+
+
+def _layers(env: gym.Env) -> list[gym.Env]:
+    layers = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def _has_own(layer: gym.Env) -> bool:
+    # A wrapper would answer for its inner environment: look at the class only.
+    return callable(getattr(type(layer), "snapshot", None)) and callable(
+        getattr(type(layer), "restore", None)
+    )
+
+
+def unsupported_layer(env: gym.Env) -> str | None:
+    """Name of the first layer whose state cannot be read, None if the whole environment can be stored."""
+    for layer in _layers(env):
+        if not _has_own(layer) and type(layer) not in _FIELDS:
+            return f"{type(layer).__module__}.{type(layer).__name__}"
+    return None
+
+
+def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
+    """State of ``env`` and everything inside it.
+
+    Raises:
+        NotSupported: if a layer is an unknown simulator or wrapper.
+    """
+    if name := unsupported_layer(env):
+        raise NotSupported(
+            f"no exact snapshot of {name}: its simulator state is unknown.\n"
+            "  Known are classic control, ALE, lit_wm/Dummy-v0 and any class with snapshot() and restore(state)."
+        )
+    parts = []
+    for layer in _layers(env):
+        if _has_own(layer):
+            state = layer.snapshot()  # type: ignore[attr-defined]
+        else:
+            state = {name: to_plain(getattr(layer, name)) for name in _FIELDS[type(layer)]}
+            if not isinstance(layer, gym.Wrapper):  # a wrapper's generator is that of its inner environment
+                state |= {"rng": generator_state(layer._np_random), "seed": layer._np_random_seed}
+        parts.append({"layer": type(layer).__name__, "state": state})
+    return parts
+
+
+def restore_layers(env: gym.Env, parts: list[dict[str, Any]]) -> None:
+    """Put :func:`snapshot_layers` into an environment that was built the same way.
+
+    Raises:
+        CheckpointError: if the environment is built from other layers.
+    """
+    layers = _layers(env)
+    here, there = [type(layer).__name__ for layer in layers], [part["layer"] for part in parts]
+    if here != there:
+        raise CheckpointError(
+            f"the snapshot is of {' > '.join(there)}, but this environment is {' > '.join(here)}.\n"
+            "  Build the environment with the id and options that the checkpoint was saved with."
+        )
+    for layer, part in zip(layers, parts, strict=True):
+        state = part["state"]
+        if _has_own(layer):
+            layer.restore(state)  # type: ignore[attr-defined]
+            continue
+        for name in _FIELDS[type(layer)]:
+            setattr(layer, name, from_plain(state[name]))
+        if not isinstance(layer, gym.Wrapper):
+            layer._np_random = load_generator(state["rng"])
+            layer._np_random_seed = state["seed"]

@@ -1,0 +1,365 @@
+"""From any Gymnasium space to flat dicts of images, float32 vectors and class indices, and back for actions."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from lit_wm.envs.images import check_size, resize, to_gray
+from lit_wm.envs.snapshot import (
+    generator_state,
+    load_generator,
+    restore_layers,
+    snapshot_layers,
+    unsupported_layer,
+)
+from lit_wm.errors import EnvError
+from lit_wm.types import Spaces, Spec
+
+# An integer array with more values than this is a quantity, not a class index. The official code draws the line at
+# bytes too.
+_MAX_CLASSES = 256
+_MIN_IMAGE = 32
+
+Arrays = dict[str, np.ndarray]
+
+
+class Image:
+    """A uint8 image; (H, W) becomes (H, W, 1), channels-first stays so."""
+
+    def __init__(self, name: str, space: spaces.Box, where: str, size: tuple[int, int] | None, gray: bool):
+        shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
+        self.name = name
+        self._flat = len(space.shape) == 2
+        self._first = Spec("uint8", shape).channels_first
+        height, width, channels = Spec("uint8", shape).hwc
+        self._size, self._gray = size, gray and channels != 1
+        if self._gray and channels != 3:
+            raise EnvError(f"{where} has {channels} channels; the option gray=True needs red, green and blue")
+        height, width = size or (height, width)
+        channels = 1 if self._gray else channels
+        self.shape = (channels, height, width) if self._first else (height, width, channels)
+        self._same = not (size or self._gray or self._flat)
+        self.spaces = {name: spaces.Box(0, 255, self.shape, np.uint8)}
+
+    def write(self, value: np.ndarray, out: Arrays) -> None:
+        """Put the image into ``out``."""
+        if not self._same:
+            value = value[..., None] if self._flat else np.moveaxis(value, 0, -1) if self._first else value
+            value = resize(np.ascontiguousarray(value), self._size) if self._size else value
+            value = to_gray(value) if self._gray else value
+            value = np.ascontiguousarray(np.moveaxis(value, -1, 0)) if self._first else value
+        out[self.name] = value
+
+
+class Vector:
+    """Floats of rank 0 to 2, also unbounded integers, as float32; as an action within [-1, 1]."""
+
+    def __init__(self, name: str, space: spaces.Box, where: str, is_action: bool):
+        if len(space.shape) > 2:
+            hint = (
+                "images must be uint8" if len(space.shape) == 3 else "flatten it with a wrapper of your own"
+            )
+            raise EnvError(
+                f"{where} is a {space.dtype} array of shape {space.shape}; at most 2 axes are taken ({hint})"
+            )
+        self.name, self._dtype = name, space.dtype
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        if is_action:
+            finite = np.isfinite(low) & np.isfinite(high)
+            # Elements without finite bounds pass clipped to [-1, 1] but unscaled, as in the official code.
+            self._low, self._high = (
+                np.where(finite, low, np.float32(-1)),
+                np.where(finite, high, np.float32(1)),
+            )
+            self._scaled = not (np.all(self._low == -1) and np.all(self._high == 1))
+            low, high = np.full_like(low, -1), np.full_like(high, 1)
+        self.spaces = {name: spaces.Box(low, high, space.shape, np.float32)}
+
+    def write(self, value: Any, out: Arrays) -> None:
+        """Put the float32 array into ``out``."""
+        out[self.name] = np.asarray(value, np.float32)
+
+    def read(self, actions: Arrays) -> np.ndarray:
+        """The environment's action from the agent's, clipped first."""
+        action = np.clip(np.asarray(actions[self.name], np.float32), -1, 1)
+        if self._scaled:
+            action = (action + 1) / 2 * (self._high - self._low) + self._low
+            action = np.clip(action, self._low, self._high)  # the line above may round past a bound
+        return action.astype(self._dtype, copy=False)
+
+
+class Classes:
+    """Class indices from 0 as int32; unequal counts become one key per element, since a key has one count."""
+
+    def __init__(self, name: str, space: spaces.Space, start: np.ndarray, counts: np.ndarray):
+        self.name, self._start, self._shape = name, start.astype(np.int64), counts.shape
+        self._dtype = space.dtype
+        self._discrete = isinstance(space, spaces.Discrete)
+        self._split = bool(np.any(counts != counts.reshape(-1)[0]))
+        if self._split:
+            self.spaces = {
+                f"{name}/{i}": spaces.Discrete(int(n), dtype=np.int32)
+                for i, n in enumerate(counts.reshape(-1))
+            }
+        elif counts.shape == ():
+            self.spaces = {name: spaces.Discrete(int(counts), dtype=np.int32)}
+        else:
+            self.spaces = {name: spaces.MultiDiscrete(counts, dtype=np.int32)}
+
+    def write(self, value: Any, out: Arrays) -> None:
+        """Put the indices into ``out``."""
+        index = (np.asarray(value, np.int64) - self._start).astype(np.int32)
+        if self._split:
+            for key, element in zip(self.spaces, index.reshape(-1), strict=True):
+                out[key] = element
+        else:
+            out[self.name] = index
+
+    def read(self, actions: Arrays) -> Any:
+        """The environment's action from the agent's."""
+        if self._discrete:
+            return self._dtype.type(int(actions[self.name]) + int(self._start))
+        index = [actions[key] for key in self.spaces] if self._split else actions[self.name]
+        return (np.asarray(index, np.int64).reshape(self._shape) + self._start).astype(self._dtype)
+
+
+def _leaves(space: spaces.Space, root: str, path: tuple = ()) -> list[tuple[tuple, str, spaces.Space]]:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        return [leaf for key, sub in items for leaf in _leaves(sub, root, (*path, key))]
+    return [(path, "/".join(map(str, path)) or root, space)]
+
+
+def _integers(space: spaces.Space) -> tuple[np.ndarray, np.ndarray] | None:
+    """Smallest value and number of values of each element, None if the space is no integer space with bounds."""
+    if isinstance(space, spaces.Discrete):
+        return np.array(space.start), np.array(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.asarray(space.start), np.asarray(space.nvec)
+    if isinstance(space, spaces.MultiBinary):
+        return np.zeros(space.shape, np.int64), np.full(space.shape, 2)
+    if isinstance(space, spaces.Box) and space.dtype == np.bool_:
+        return np.zeros(space.shape, np.int64), np.full(space.shape, 2)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
+        # Python integers, since the width of an int64 or uint64 range overflows.
+        low = np.array([int(x) for x in space.low.reshape(-1)], object).reshape(space.shape)
+        counts = np.array([int(x) for x in space.high.reshape(-1)], object).reshape(space.shape) - low + 1
+        if np.all(counts <= _MAX_CLASSES):
+            return low.astype(np.int64), counts.astype(np.int64)
+    return None
+
+
+class _Entries:
+    """The entries of an observation or action space, flat."""
+
+    def __init__(self, space: spaces.Space, root: str, where: str, size: Any = None, gray: bool = False):
+        self._space, self._bare = space, not isinstance(space, spaces.Dict | spaces.Tuple)
+        self._leaves: list[tuple[tuple, Any]] = []
+        is_action = root == "action"
+        named: OrderedDict[str, spaces.Space] = OrderedDict()
+        for path, name, leaf in _leaves(space, root):
+            at = f"{where}: {'action' if is_action else 'observation'} {name!r}"
+            entry = self._entry(name, leaf, at, is_action, size, gray)
+            if entry is None:
+                continue
+            if twice := named.keys() & entry.spaces.keys():
+                raise EnvError(
+                    f"{at}: two entries are called {min(twice)!r} once nested names are joined by '/'"
+                )
+            named.update(entry.spaces)
+            self._leaves.append((path, entry))
+        if not named:
+            raise EnvError(f"{where}: the {'action' if is_action else 'observation'} space has no entries")
+        if (size or gray) and not any(isinstance(entry, Image) for _, entry in self._leaves):
+            raise EnvError(
+                f"{where}: the options size and gray need an image; observations are {', '.join(named)}"
+            )
+        self.space = spaces.Dict(named)
+
+    @staticmethod
+    def _entry(name: str, space: spaces.Space, at: str, is_action: bool, size: Any, gray: bool) -> Any:
+        if 0 in (space.shape or ()):
+            if is_action:
+                raise EnvError(f"{at} is empty, shape {space.shape}")
+            return None  # e.g. dm_control's empty observations: nothing to see
+        is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8 and not is_action
+        rank = len(space.shape or ())
+        if is_bytes and (rank == 3 or (rank == 2 and min(space.shape) >= _MIN_IMAGE)):
+            return Image(name, space, at, size, gray)
+        if integers := _integers(space):
+            start, counts = integers
+            uneven_box = isinstance(space, spaces.Box) and np.any(counts != counts.reshape(-1)[0])
+            if is_action or not uneven_box:
+                return Classes(name, space, start, counts)
+        if isinstance(space, spaces.Box):
+            if is_action and np.issubdtype(space.dtype, np.integer):
+                raise EnvError(
+                    f"{at} is a {space.dtype} Box with more than {_MAX_CLASSES} values; expected a float Box or "
+                    "classes (Discrete, MultiDiscrete)"
+                )
+            return Vector(name, space, at, is_action)
+        raise EnvError(
+            f"{at} is a {type(space).__name__} space, which no model here can take.\n"
+            "  Expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these. Convert it in a wrapper."
+        )
+
+    def write(self, value: Any) -> Arrays:
+        """Flat observations from the environment's."""
+        out: Arrays = {}
+        for path, entry in self._leaves:
+            leaf = value
+            for key in path:
+                leaf = leaf[key]
+            entry.write(leaf, out)
+        return out
+
+    def read(self, actions: Arrays) -> Any:
+        """The environment's action from flat ones."""
+        if self._bare:
+            return self._leaves[0][1].read(actions)
+        values = {path: entry.read(actions) for path, entry in self._leaves}
+        return self._build(self._space, values, ())
+
+    def _build(self, space: spaces.Space, values: dict[tuple, Any], path: tuple) -> Any:
+        if isinstance(space, spaces.Dict):
+            return {key: self._build(sub, values, (*path, key)) for key, sub in space.spaces.items()}
+        if isinstance(space, spaces.Tuple):
+            return tuple(self._build(sub, values, (*path, i)) for i, sub in enumerate(space.spaces))
+        return values[path]
+
+
+def _specs(space: spaces.Dict) -> dict[str, Spec]:
+    specs = {}
+    for key, leaf in space.spaces.items():
+        if isinstance(leaf, spaces.Discrete):
+            specs[key] = Spec("int32", (), int(leaf.n))
+        elif isinstance(leaf, spaces.MultiDiscrete):
+            specs[key] = Spec("int32", leaf.shape, int(leaf.nvec.reshape(-1)[0]))
+        else:
+            specs[key] = Spec(leaf.dtype.name, leaf.shape)
+    return specs
+
+
+def spaces_from_gym(
+    obs_space: spaces.Space, action_space: spaces.Space, where: str = "the environment"
+) -> Spaces:
+    """Named entries of any pair of Gymnasium spaces, as :class:`StandardEnv` shows them.
+
+    Nested names are joined by ``/``. uint8 arrays with three axes (or two of at least 32) are images; floats are
+    float32; Discrete, MultiDiscrete, MultiBinary, booleans and integers of one range of at most 256 values are int32
+    classes from 0; other integers are float32. Unequal class counts become ``name/0``, ``name/1`` ...
+
+    Raises:
+        EnvError: for Text, Graph, Sequence and other spaces, naming the entry.
+    """
+    return Spaces(
+        _specs(_Entries(obs_space, "obs", where).space), _specs(_Entries(action_space, "action", where).space)
+    )
+
+
+class StandardEnv(gym.Wrapper):
+    """Any environment with flat Dict spaces, an action repeat and, where possible, an exact snapshot.
+
+    Observations are dicts of arrays as :func:`spaces_from_gym` names them; actions are dicts likewise, continuous ones
+    within [-1, 1] (clipped, then scaled to the environment's finite bounds).
+
+    Args:
+        env: the environment.
+        name: its id, for messages.
+        seed: used by the first reset that gets none.
+        repeat: environment steps per step; rewards are summed, the end of an episode stops them.
+        size: (height, width) for every image, Pillow bilinear; None leaves it.
+        gray: luma instead of red, green and blue.
+
+    Raises:
+        EnvError: for a space that is not supported or an impossible option.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        name: str,
+        seed: int | None = None,
+        repeat: int = 1,
+        size: int | Sequence[int] | None = None,
+        gray: bool = False,
+    ):
+        super().__init__(env)
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise EnvError(f"{name}: repeat={repeat!r}; expected a whole number >= 1")
+        size = None if size is None else check_size(size, name)
+        self.name, self._seed, self._repeat = name, seed, repeat
+        self._obs = _Entries(env.observation_space, "obs", name, size, gray)
+        self._action = _Entries(env.action_space, "action", name)
+        self.observation_space, self.action_space = self._obs.space, self._action.space
+        if seed is not None:
+            self.action_space.seed(seed)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict]:
+        """Start an episode; ``seed`` determines the environment and its ``action_space`` from here on."""
+        if seed is None:
+            seed, self._seed = self._seed, None
+        if seed is not None:
+            self._seed = None
+            self.action_space.seed(seed)
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._obs.write(obs), info
+
+    def step(self, action: Arrays) -> tuple[Arrays, float, bool, bool, dict]:
+        """Execute ``action`` ``repeat`` times."""
+        inner = self._action.read(action)
+        total = 0.0
+        for _ in range(self._repeat):
+            obs, reward, terminated, truncated, info = self.env.step(inner)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self._obs.write(obs), total, bool(terminated), bool(truncated), info
+
+    @property
+    def can_snapshot(self) -> bool:
+        """Whether :meth:`snapshot` works for this environment."""
+        return unsupported_layer(self.env) is None
+
+    def snapshot(self) -> dict[str, Any]:
+        """The exact state: tensors and plain values that load with ``weights_only=True``.
+
+        Raises:
+            NotSupported: if a layer is a simulator or wrapper whose state is unknown.
+        """
+        rngs = [
+            generator_state(space._np_random)
+            for space in (self.action_space, *self.action_space.spaces.values())
+        ]
+        return {"layers": snapshot_layers(self.env), "seed": self._seed, "action_rngs": rngs}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on bitwise from :meth:`snapshot`, in this or another environment of the same id and options.
+
+        Raises:
+            CheckpointError: if the snapshot is of another kind of environment.
+        """
+        restore_layers(self.env, state["layers"])
+        self._seed = state["seed"]
+        action_spaces = (self.action_space, *self.action_space.spaces.values())
+        for space, rng in zip(action_spaces, state["action_rngs"], strict=True):
+            space._np_random = load_generator(rng)
+
+    @property
+    def packed(self) -> bytes:
+        """:meth:`snapshot` as bytes; assigning restores. Vector environments reach it by ``call`` and ``set_attr``."""
+        buffer = io.BytesIO()
+        torch.save(self.snapshot(), buffer)
+        return buffer.getvalue()
+
+    @packed.setter
+    def packed(self, data: bytes) -> None:
+        self.restore(torch.load(io.BytesIO(data), weights_only=True))
