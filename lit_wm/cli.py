@@ -1,0 +1,107 @@
+"""The ``lit-wm`` command: a thin dispatcher.
+
+``--help``, ``--version`` and ``presets`` answer before torch or Lightning is imported (Lightning alone costs seconds);
+``fit``, ``validate``, ``test`` and ``predict`` go to :mod:`lit_wm.training_cli`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lit_wm import __version__
+from lit_wm.errors import ConfigError, LitWMError, nearest
+
+TRAINING_VERBS = ("fit", "validate", "test", "predict")
+
+HELP = """\
+usage: lit-wm VERB [options]
+
+  fit        train: collect, learn, evaluate, save
+  validate   evaluation episodes and the open-loop error of a checkpoint
+  test       the final protocol of a checkpoint: return with its confidence interval
+  predict    write the actions of a checkpoint's episodes to a file
+  presets    the model sizes and their parameter counts
+
+  --help, --version
+
+examples:
+  lit-wm fit --config configs/dreamer_atari.yaml
+  lit-wm fit --config configs/dreamer_cartpole.yaml --config configs/overlay/debug.yaml --model.preset size1m
+  lit-wm fit --ckpt_path last                      go on with the newest run
+  lit-wm test --ckpt_path runs/CartPole-v1/NAME    its best checkpoint
+  lit-wm fit --config FILE --print_config          every option with its value
+  lit-wm fit --help                                every option with its meaning
+
+Several --config are merged in order, the later wins; flags win over files. LITWM_DEBUG=1 shows tracebacks.
+"""
+
+
+def format_error(error: BaseException, limit: int = 5) -> str:
+    """At most ``limit`` lines: what is wrong, where, what was expected, what to do."""
+    lines = [line.rstrip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        lines = [type(error).__name__]
+    if len(lines) > limit:
+        lines = [*lines[: limit - 1], "... (LITWM_DEBUG=1 shows everything)"]
+    return "error: " + "\n".join(lines)
+
+
+def presets_table() -> str:
+    """The preset rows with the official parameter counts."""
+    from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE, DREAMERV3_PARAMETERS_VECTOR
+
+    columns = ["deter", "hidden", "stoch", "classes", "depth", "units", "blocks"]
+    head = f"{'preset':<10}" + "".join(f"{c:>8}" for c in columns) + f"{'image':>14}{'vector':>14}"
+    lines = ["DreamerV3: --model.preset NAME; any column can be overridden, e.g. --model.units 128", "", head]
+    for name, row in DREAMERV3.items():
+        image, vector = DREAMERV3_PARAMETERS_IMAGE.get(name), DREAMERV3_PARAMETERS_VECTOR.get(name)
+        counts = "".join(f"{'-' if n is None else format(n, ','):>14}" for n in (image, vector))
+        lines.append(f"{name:<10}" + "".join(f"{row[c]:>8}" for c in columns) + counts)
+    lines += [
+        "",
+        "image:  trainable parameters with a 64x64x3 image and 18 discrete actions",
+        "vector: trainable parameters with 39 numbers and 6 continuous actions",
+    ]
+    return "\n".join(lines)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and let errors through."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    if verb == "--version":
+        print(f"lit-wm {__version__}")
+        return 0
+    if verb == "presets":
+        if rest and rest[0] not in ("-h", "--help"):
+            raise ConfigError(f"'presets' takes no options, got {rest[0]!r}")
+        print(presets_table())
+        return 0
+    if verb in TRAINING_VERBS:
+        from lit_wm import training_cli
+
+        return training_cli.main(argv)
+    known = [*TRAINING_VERBS, "presets", "--help", "--version"]
+    raise ConfigError(f"unknown verb {verb!r}{nearest(verb, known)}\nVerbs: {', '.join(known)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("LITWM_DEBUG", "") not in ("", "0")
+    try:
+        return run(argv)
+    except LitWMError as error:
+        if debug:
+            raise
+        print(format_error(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `lit-wm presets | head`
+        sys.stderr.close()
+        return 1
