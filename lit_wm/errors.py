@@ -31,7 +31,7 @@ class NotSupported(LitWMError, NotImplementedError):
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:
-    """The part of a message that names the ``known`` words closest to ``name``: ``"; did you mean 'a' or 'b'?"``."""
+    """The part of a message that names the closest ``known`` words: ``"; did you mean 'a' or 'b'?"``."""
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=count, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Environments: one door for Gymnasium ids, Atari by the official recipe and a dummy, all with flat dict spaces.
+"""Environments: Gymnasium ids, Atari by the official recipe and a dummy, all with flat Dict spaces.
 
 Importing this package imports neither Gymnasium nor ale_py; the first call does.
 """

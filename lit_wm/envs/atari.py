@@ -18,11 +18,13 @@ _NOOP = 0
 
 
 class Atari(gym.Env):
-    """One game; an observation is the maximum of the last ``pool`` rendered frames, resized, then turned gray.
+    """One game; an observation is the maximum of the last ``pool`` rendered frames, resized, then turned
+    gray.
 
-    The emulator itself runs frame by frame without sticky actions, because its own sticky action is not part of its
-    snapshot. We draw instead, immediately before every emulated frame (no-ops included) as the emulator would: with
-    probability ``sticky`` the frame repeats the action of the frame before; a reset makes that action NOOP.
+    The emulator itself runs frame by frame without sticky actions, because its own sticky action is not part
+    of its snapshot. We draw instead, immediately before every emulated frame (no-ops included) as the
+    emulator would: with probability ``sticky`` the frame repeats the action of the frame before; a reset
+    makes that action NOOP.
 
     Args:
         game: name of the ROM in snake_case, e.g. ``space_invaders``.
@@ -34,8 +36,8 @@ class Atari(gym.Env):
         repeat: frames per step; rewards are summed and the game's end stops them.
         length: frames after which the episode is truncated (the no-ops do not count).
         pool: frames in the maximum.
-        final_frame: render the frame at which the game ended even if the pool does not reach it (Gymnasium does, the
-            official code shows the older frames).
+        final_frame: render the frame at which the game ended even if the pool does not reach it (Gymnasium
+            does, the official code shows the older frames).
 
     Raises:
         EnvError: for an unknown game, a bad value, or when ale_py is missing.
@@ -63,7 +65,8 @@ class Atari(gym.Env):
         game = {"james_bond": "jamesbond"}.get(game, game)  # the benchmark's spelling
         if game not in (known := ale_py.roms.get_all_rom_ids()):
             raise EnvError(
-                f"unknown Atari game {game!r}{nearest(game, known)}\n  Games are written in snake_case: atari:space_invaders"
+                f"unknown Atari game {game!r}{nearest(game, known)}\n"
+                "  Games are written in snake_case: atari:space_invaders"
             )
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # before the first instance: no banner
         self._ale = ale_py.ALEInterface()

@@ -1,4 +1,4 @@
-"""A small environment with every kind of observation and action, for tests and for trying out a configuration."""
+"""A small environment with every kind of observation and action, for tests and for trying things out."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ ACTIONS = ("continuous", "discrete", "multi")
 class Dummy(gym.Env):
     """Random walk that shows in every observation, and rewards that tell which action was executed.
 
-    ``vector`` is (episode, step, checksum of the executed action, steps ever, walk); the reward is that checksum, so a
-    test can see from the rows alone whether an action stands beside its own outcome.
+    ``vector`` is (episode, step, checksum of the executed action, steps ever, walk); the reward is that
+    checksum, so a test can see from the rows alone whether an action stands beside its own outcome.
 
     Args:
-        obs: observation keys, some of image (S,S,3) uint8, vector (5,), scalar (), matrix (3,4) float64, discrete (5
-            classes from 2), multi (3 x 4 classes); a single string makes the space a bare one, not a Dict.
-        actions: action keys, some of continuous (2,) within [-2,0]..[2,1], discrete (4), multi (2 x 3 classes); a single
-            string likewise.
+        obs: observation keys, some of image (S,S,3) uint8, vector (5,), scalar (), matrix (3,4) float64,
+            discrete (5 classes from 2), multi (3 x 4 classes); a single string makes the space a bare one,
+            not a Dict.
+        actions: action keys, some of continuous (2,) within [-2,0]..[2,1], discrete (4), multi (2 x 3
+            classes); a single string likewise.
         image_size: S, height and width of the image in pixels.
         limit: steps after which an episode is truncated.
         death: probability of a terminal after each step.

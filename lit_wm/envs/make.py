@@ -6,7 +6,9 @@ import inspect
 import multiprocessing
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +28,7 @@ _ATARI = {
     "atari": {"size": 96, "gray": True, "sticky": 0.25, "actions": "all", **_OFFICIAL},
     "atari100k": {"size": 64, "gray": False, "sticky": 0.0, "actions": "needed", **_OFFICIAL},
 }
+_IDS = "Expected a Gymnasium id, module:ID to import a module first, atari:GAME or atari100k:GAME"
 _STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False}
 
 if "lit_wm/Dummy-v0" not in gym.registry:
@@ -36,17 +39,18 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     """Build one environment with flat Dict spaces and snapshots.
 
     Args:
-        env_id: ``CartPole-v1`` or any other Gymnasium id, also ``gym:ID`` and ``module:ID``; ``atari:GAME`` (96 x 96 gray,
-            sticky actions 0.25, all 18 actions) or ``atari100k:GAME`` (64 x 64 colour, no sticky actions, minimal
-            actions), the game in snake_case.
+        env_id: ``CartPole-v1`` or any other Gymnasium id, also ``gym:ID`` and ``module:ID``; ``atari:GAME``
+            (96 x 96 gray, sticky actions 0.25, all 18 actions) or ``atari100k:GAME`` (64 x 64 colour, no
+            sticky actions, minimal actions), the game in snake_case.
         seed: determines everything from the first reset on, unless that reset has its own.
         options: for Atari and ``ALE/`` ids ``size, gray, sticky, actions, noops, repeat, length, pool`` (see
-            :class:`~lit_wm.envs.atari.Atari`); for others ``repeat`` (environment steps per step), ``time_limit``
-            (environment steps per episode instead of the registered limit), ``size`` and ``gray`` for images, and every
-            argument of the environment itself.
+            :class:`~lit_wm.envs.atari.Atari`); for others ``repeat`` (environment steps per step),
+            ``time_limit`` (environment steps per episode instead of the registered limit), ``size`` and
+            ``gray`` for images, and every argument of the environment itself.
 
     Raises:
-        EnvError: for an unknown id or option (naming the nearest), a missing package, or an unsupported space.
+        EnvError: for an unknown id or option (naming the nearest), a missing package, or an unsupported
+            space.
     """
     suite, name = _split(env_id)
     if suite in _ATARI:
@@ -80,7 +84,8 @@ def make_vector_env(
         num_envs: how many.
         seeds: one per environment, used by the first reset.
         vectorization: ``"sync"`` in this process, ``"async"`` in one process each.
-        autoreset: ``"disabled"`` (the caller resets with ``options={"reset_mask": ...}``), ``"next_step"``, ``"same_step"``.
+        autoreset: ``"disabled"`` (the caller resets with ``options={"reset_mask": ...}``), ``"next_step"``,
+            ``"same_step"``.
 
     Raises:
         EnvError: as :func:`make_env`, and for another ``vectorization`` or ``autoreset``.
@@ -99,7 +104,8 @@ def make_vector_env(
     makers = [partial(make_env, env_id, seed=seed, **options) for seed in seeds]
     if vectorization == "sync":
         return SyncVectorEnv(makers, autoreset_mode=modes[autoreset])
-    # Not fork: the parent has threads (torch, loggers) whose locks a forked child would inherit, held for ever.
+    # Not fork: the parent has threads (torch, loggers) whose locks a forked child would inherit, held for
+    # ever.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["lit_wm.envs.make"])
     return AsyncVectorEnv(makers, context="forkserver", autoreset_mode=modes[autoreset])
 
@@ -128,7 +134,8 @@ def snapshot_vector_env(env: VectorEnv) -> dict[str, Any]:
 
 
 def restore_vector_env(env: VectorEnv, state: dict[str, Any]) -> None:
-    """Go on bitwise from :func:`snapshot_vector_env`, in this or a new vector environment of the same arguments.
+    """Go on bitwise from :func:`snapshot_vector_env`, in this or a new vector environment of the same
+    arguments.
 
     Raises:
         CheckpointError: if the snapshot is of another kind of environment.
@@ -161,8 +168,8 @@ def suite_defaults(env_id: str, **options: Any) -> dict[str, Any]:
     """What the official code does in this suite.
 
     Returns:
-        ``time_limit_is_terminal``: whether Dreamer sees the end by time limit as a terminal (Atari only), and ``repeat``:
-        environment frames or steps per step with these ``options``.
+        ``time_limit_is_terminal``: whether Dreamer sees the end by time limit as a terminal (Atari only), and
+        ``repeat``: environment frames or steps per step with these ``options``.
     """
     suite, name = _split(env_id)
     repeat = 4 if suite in _ATARI or name.startswith("ALE/") else 1
@@ -206,51 +213,46 @@ def _ale_defaults(spec: Any) -> dict[str, Any]:
 
 def _find(env_id: str) -> Any:
     """The registered spec, importing what registers it."""
-    if env_id.startswith("ALE/"):
+    module, colon, name = env_id.rpartition(":")
+    if name.startswith("ALE/"):
         import_ale()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*already in registry.*")  # a module imported twice
-            if ":" in env_id:
-                module, _, rest = env_id.partition(":")
-                __import__(module)
-                env_id = rest
-            return gym.spec(env_id)
+            if colon:
+                import_module(module)
+            return gym.spec(name)
     except ImportError as error:
         raise EnvError(
-            f"cannot import {error.name or module!r} for the environment {env_id!r}{nearest(module, list(_ATARI))}\n"
-            "  Expected a Gymnasium id, module:ID, atari:GAME or atari100k:GAME"
+            f"cannot import {error.name or module!r} for {env_id!r}{nearest(module, list(_ATARI))}\n  {_IDS}"
         ) from error
     except gym.error.Error as error:
-        known = list(gym.registry)
-        close = nearest(env_id, known) or f"; try CartPole-v1 or one of the other {len(known)} registered ids"
-        raise EnvError(
-            f"no environment is registered as {env_id!r}{close}\n"
-            "  Expected a Gymnasium id, module:ID to import a package first, atari:GAME or atari100k:GAME"
-        ) from error
+        with suppress(EnvError):
+            import_ale()  # registers the old names without ALE/, and more to suggest
+        if name in gym.registry:
+            return gym.spec(name)
+        known = [*gym.registry, *(spec_id.removeprefix("ALE/") for spec_id in gym.registry)]
+        close = nearest(name, known) or f"; {len(gym.registry)} are, for example CartPole-v1"
+        raise EnvError(f"no environment is registered as {name!r}{close}\n  {_IDS}") from error
 
 
 def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
     try:
         creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
-        parameters = inspect.signature(creator).parameters
-        own = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if not open_ended and (unknown := [key for key in kwargs if key not in own]):
+        parameters = inspect.signature(creator).parameters.values()
+        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        unknown = [key for key in kwargs if key not in (*own, "render_mode")]
+        if unknown and len(own) == len(parameters):  # it takes no **kwargs, which could hold anything
             raise _bad_option(env_id, unknown[0], [*_STANDARD, *own])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
             return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
-        extra = next((e for e in ("mujoco", "dm_control", "ale_py") if e in str(error).lower()), None)
-        fix = {"mujoco": '"lit-wm[mujoco]"', "dm_control": '"lit-wm[dmc]"', "ale_py": '"lit-wm[atari]"'}.get(
-            extra or ""
-        )
-        advice = f"\n  Fix: pip install {fix}" if fix else ""
-        raise EnvError(f"{env_id} needs a package that is not installed: {error}{advice}") from error
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise EnvError(
-            f"{env_id}: {error}\n  Options here: {', '.join(_STANDARD)} and the environment's own"
-        ) from error
+        extras = {"mujoco": "mujoco", "dm_control": "dmc"}
+        extra = next((extras[package] for package in extras if package in str(error).lower()), None)
+        fix = f'\n  Fix: pip install "lit-wm[{extra}]"' if extra else ""
+        raise EnvError(f"{env_id} needs a package that is not installed: {error}{fix}") from error
+    except EnvError:
+        raise
+    except Exception as error:  # whatever the environment's constructor says about its arguments
+        raise EnvError(f"{env_id} cannot be built with {kwargs}: {type(error).__name__}: {error}") from error

@@ -1,8 +1,9 @@
 """The exact state of an environment as tensors and plain values, without pickle.
 
-A snapshot has one part per layer of the environment, the outermost first. A layer takes part by having its own
-``snapshot()`` and ``restore(state)``; Gymnasium's time limit, order check and classic control are known here. Anything
-else raises :class:`~lit_wm.errors.NotSupported`: a simulator with hidden state would only look restored.
+A snapshot has one part per layer of the environment, the outermost first. A layer takes part by having its
+own ``snapshot()`` and ``restore(state)``; Gymnasium's time limit, order check and classic control are known
+here. Anything else raises :class:`~lit_wm.errors.NotSupported`: a simulator with hidden state would only look
+restored.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
     if name := unsupported_layer(env):
         raise NotSupported(
             f"no exact snapshot of {name}: its simulator state is unknown.\n"
-            "  Known are classic control, ALE, lit_wm/Dummy-v0 and any class with snapshot() and restore(state)."
+            "  Known are classic control, ALE, lit_wm/Dummy-v0 and classes with snapshot() and restore(state)."
         )
     parts = []
     for layer in _layers(env):

@@ -1,4 +1,4 @@
-"""From any Gymnasium space to flat dicts of images, float32 vectors and class indices, and back for actions."""
+"""From any Gymnasium space to flat dicts of images, float32 vectors and class indices, and back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lit_wm.envs.snapshot import (
     snapshot_layers,
     unsupported_layer,
 )
-from lit_wm.errors import EnvError
+from lit_wm.errors import CheckpointError, EnvError
 from lit_wm.types import Spaces, Spec
 
-# An integer array with more values than this is a quantity, not a class index. The official code draws the line at
-# bytes too.
+# An integer array with more values than this is a quantity, not a class index. The official code draws the
+# line at bytes too.
 _MAX_CLASSES = 256
 _MIN_IMAGE = 32
 
@@ -139,7 +139,7 @@ def _leaves(space: spaces.Space, root: str, path: tuple = ()) -> list[tuple[tupl
 
 
 def _integers(space: spaces.Space) -> tuple[np.ndarray, np.ndarray] | None:
-    """Smallest value and number of values of each element, None if the space is no integer space with bounds."""
+    """Smallest value and number of values of each element; None if it is no integer space with bounds."""
     if isinstance(space, spaces.Discrete):
         return np.array(space.start), np.array(space.n)
     if isinstance(space, spaces.MultiDiscrete):
@@ -202,13 +202,13 @@ class _Entries:
         if isinstance(space, spaces.Box):
             if is_action and np.issubdtype(space.dtype, np.integer):
                 raise EnvError(
-                    f"{at} is a {space.dtype} Box with more than {_MAX_CLASSES} values; expected a float Box or "
-                    "classes (Discrete, MultiDiscrete)"
+                    f"{at} is a {space.dtype} Box with more than {_MAX_CLASSES} values; "
+                    "expected a float Box or classes (Discrete, MultiDiscrete)"
                 )
             return Vector(name, space, at, is_action)
         raise EnvError(
             f"{at} is a {type(space).__name__} space, which no model here can take.\n"
-            "  Expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of these. Convert it in a wrapper."
+            "  Expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these."
         )
 
     def write(self, value: Any) -> Arrays:
@@ -253,9 +253,10 @@ def spaces_from_gym(
 ) -> Spaces:
     """Named entries of any pair of Gymnasium spaces, as :class:`StandardEnv` shows them.
 
-    Nested names are joined by ``/``. uint8 arrays with three axes (or two of at least 32) are images; floats are
-    float32; Discrete, MultiDiscrete, MultiBinary, booleans and integers of one range of at most 256 values are int32
-    classes from 0; other integers are float32. Unequal class counts become ``name/0``, ``name/1`` ...
+    Nested names are joined by ``/``. uint8 arrays with three axes (or two of at least 32) are images; floats
+    are float32; Discrete, MultiDiscrete, MultiBinary, booleans and integers of one range of at most 256
+    values are int32 classes from 0; other integers are float32. Unequal class counts become ``name/0``,
+    ``name/1`` ...
 
     Raises:
         EnvError: for Text, Graph, Sequence and other spaces, naming the entry.
@@ -268,8 +269,8 @@ def spaces_from_gym(
 class StandardEnv(gym.Wrapper):
     """Any environment with flat Dict spaces, an action repeat and, where possible, an exact snapshot.
 
-    Observations are dicts of arrays as :func:`spaces_from_gym` names them; actions are dicts likewise, continuous ones
-    within [-1, 1] (clipped, then scaled to the environment's finite bounds).
+    Observations are dicts of arrays as :func:`spaces_from_gym` names them; actions are dicts likewise,
+    continuous ones within [-1, 1] (clipped, then scaled to the environment's finite bounds).
 
     Args:
         env: the environment.
@@ -300,6 +301,7 @@ class StandardEnv(gym.Wrapper):
         self._obs = _Entries(env.observation_space, "obs", name, size, gray)
         self._action = _Entries(env.action_space, "action", name)
         self.observation_space, self.action_space = self._obs.space, self._action.space
+        self._kind = f"{name}: {self.observation_space}, {self.action_space}, repeat {repeat}"
         if seed is not None:
             self.action_space.seed(seed)
 
@@ -339,7 +341,12 @@ class StandardEnv(gym.Wrapper):
             generator_state(space._np_random)
             for space in (self.action_space, *self.action_space.spaces.values())
         ]
-        return {"layers": snapshot_layers(self.env), "seed": self._seed, "action_rngs": rngs}
+        return {
+            "kind": self._kind,
+            "layers": snapshot_layers(self.env),
+            "seed": self._seed,
+            "action_rngs": rngs,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on bitwise from :meth:`snapshot`, in this or another environment of the same id and options.
@@ -347,6 +354,11 @@ class StandardEnv(gym.Wrapper):
         Raises:
             CheckpointError: if the snapshot is of another kind of environment.
         """
+        if state["kind"] != self._kind:
+            raise CheckpointError(
+                f"the snapshot is of the environment {state['kind']}\n  but this is {self._kind}\n"
+                "  Use the id and options that the checkpoint was saved with, or start without the snapshot."
+            )
         restore_layers(self.env, state["layers"])
         self._seed = state["seed"]
         action_spaces = (self.action_space, *self.action_space.spaces.values())
@@ -355,7 +367,7 @@ class StandardEnv(gym.Wrapper):
 
     @property
     def packed(self) -> bytes:
-        """:meth:`snapshot` as bytes; assigning restores. Vector environments reach it by ``call`` and ``set_attr``."""
+        """:meth:`snapshot` as bytes, assigning restores: for ``get_attr`` and ``set_attr`` across processes."""
         buffer = io.BytesIO()
         torch.save(self.snapshot(), buffer)
         return buffer.getvalue()
