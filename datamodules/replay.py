@@ -1,0 +1,738 @@
+"""Rows of experience in a ring on disk, sampled as windows.
+
+An episode of T transitions is T+1 rows, one for each observation; ``action`` and ``next.*`` of a row belong to the
+transition that starts there. Each environment is a *stream* with a ring of its own, so parallel environments never
+interleave, the oldest row of a stream is the one that goes, and every operation costs the same at any size.
+
+A row is known by its position in its stream, counted from the first row ever written::
+
+    row = stream * ring + position % ring            position in [tail, head) is alive, below is evicted
+
+The position is also the *generation* of a sampled row: whoever writes back to it later is ignored if it has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import uuid
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from tensordict import MemoryMappedTensor, TensorDict
+from torch import Tensor
+
+from lit_wm.errors import CheckpointError, ConfigError, DataError
+from lit_wm.noise import stream_seed
+from lit_wm.types import Spaces, Spec
+
+_start_method = multiprocessing.get_start_method(allow_none=True)
+with warnings.catch_warnings():
+    # TorchRL warns about its compiled extension, which nothing here needs, and changes how processes start.
+    warnings.simplefilter("ignore")
+    from torchrl.data.replay_buffers import ReplayBuffer
+    from torchrl.data.replay_buffers.samplers import Sampler
+    from torchrl.data.replay_buffers.storages import Storage
+    from torchrl.data.replay_buffers.writers import Writer
+multiprocessing.set_start_method(_start_method, force=True)
+
+Key = tuple[str, ...]
+Array = np.ndarray | Tensor
+
+NO_LATENT = 255  # class index of a row that has no latent; its one-hot vector is zero
+LAYOUT = 1  # version of the snapshot files
+_BLOCK = 1 << 24  # bytes copied or checked at a time
+
+
+def counter_rng(seed: int, rank: int, name: str, count: int) -> np.random.Generator:
+    """The generator of draw number ``count``: it depends on these four and on nothing that happened before."""
+    return np.random.Generator(np.random.Philox(key=stream_seed(seed, rank, name), counter=count << 64))
+
+
+def row_key(group: str, name: str, alone: str) -> Key:
+    """Column of an entry: ``observation`` for the entry ``obs`` (``alone``), else ``("observation", name)``."""
+    return (group,) if name == alone else (group, name)
+
+
+def row_specs(spaces: Spaces, latents: Mapping[str, Spec] | None = None) -> dict[Key, Spec]:
+    """All columns of a row and what they hold."""
+    flag = Spec("bool", (1,))
+    return {
+        **{row_key("observation", k, "obs"): s for k, s in spaces.obs.items()},
+        **{row_key("action", k, "action"): s for k, s in spaces.action.items()},
+        ("next", "reward"): Spec("float32", (1,)),
+        ("next", "terminated"): flag,
+        ("next", "truncated"): flag,
+        ("next", "done"): flag,
+        ("is_init",): flag,
+        ("valid",): flag,  # the row starts a transition; False at the end of an episode
+        ("episode",): Spec("int64", ()),
+        ("step",): Spec("int32", ()),
+        ("source",): Spec("int16", ()),
+        ("task",): Spec("int16", ()),
+        **{("latent", k): s for k, s in (latents or {}).items()},
+    }
+
+
+def row_bytes(specs: Mapping[Key, Spec]) -> int:
+    """Size of one row on disk."""
+    return sum(_column_bytes(spec) for spec in specs.values())
+
+
+def _column_bytes(spec: Spec) -> int:
+    return prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+
+
+def _raw(x: Tensor) -> np.ndarray:
+    """NumPy view of a tensor; bfloat16, which NumPy lacks, as its 16 bits."""
+    x = x.detach()
+    return (x.view(torch.int16) if x.dtype is torch.bfloat16 else x).numpy()
+
+
+class RowStorage(Storage):
+    """Memory-mapped columns, ``streams`` rings of ``capacity // streams`` rows each.
+
+    Args:
+        specs: the columns, see :func:`row_specs`.
+        capacity: rows in all, a multiple of ``streams`` (what is over is not used).
+        streams: number of environments.
+        directory: where the column files lie; column files of an earlier run in it are replaced.
+        lead: rows of a window that stand before the ones to train on; they come without observations.
+        pin: put gathered observations into page-locked memory, for copies to a GPU that do not block.
+    """
+
+    def __init__(
+        self, specs: dict[Key, Spec], capacity: int, streams: int, directory: Path, lead: int = 1, pin: bool = False
+    ):
+        self.ring = capacity // streams
+        super().__init__(self.ring * streams, compilable=True)  # plain counters instead of shared semaphores
+        self.specs, self.streams, self.lead, self.pin = specs, streams, lead, pin
+        self.head = np.zeros(streams, np.int64)  # rows ever written
+        self.floor = np.zeros(streams, np.int64)  # first row that was ever here: not 0 after a restore
+        directory.mkdir(parents=True, exist_ok=True)
+        self.files = {k: directory / f"{quote('.'.join(k), safe='')}.rows" for k in specs}
+        self.data = TensorDict({}, [self.max_size])
+        self.columns: dict[Key, Tensor] = {}
+        self.arrays: dict[Key, np.ndarray] = {}
+        for key, spec in specs.items():
+            self.files[key].unlink(missing_ok=True)
+            shape = (self.max_size, *spec.shape)
+            column = MemoryMappedTensor.empty(
+                shape, dtype=getattr(torch, spec.dtype), filename=str(self.files[key])
+            )
+            self.data[key] = column
+            # The subclass costs several microseconds per call; writing goes through NumPy, which is faster still.
+            self.columns[key] = column.as_subclass(Tensor)
+            array = _raw(self.columns[key])
+            self.arrays[key] = array.reshape(-1) if spec.shape == (1,) else array
+        self._buffers: dict[Any, list[Tensor]] = {}
+
+    @property
+    def tail(self) -> np.ndarray:
+        """Position of the oldest row alive, per stream."""
+        return np.maximum(self.floor, self.head - self.ring)
+
+    def rows(self, stream: Any, position: Any) -> Any:
+        """Row numbers of positions in streams."""
+        return stream * self.ring + position % self.ring
+
+    def newest(self, streams: np.ndarray) -> np.ndarray:
+        """Row numbers of the newest rows."""
+        return self.rows(streams, self.head[streams] - 1)
+
+    def set(self, cursor: Any, data: Mapping[Key, Any], *, set_cursor: bool = True) -> None:
+        """Write the columns in ``data`` at row numbers ``cursor`` (n,)."""
+        for key, value in data.items():
+            self.arrays[key][cursor] = _raw(value) if isinstance(value, Tensor) else value
+
+    def get(self, index: Any) -> TensorDict:
+        """Rows by number.
+
+        Args:
+            index: (B, lead + T) row numbers of windows, or any index of single rows.
+
+        Returns:
+            For windows a TensorDict of batch size B: observations (B, T, ...) of the rows after the lead, latents
+            (B, ...) of the last lead row, where training starts, and all other columns (B, lead + T, ...).
+            For single rows a TensorDict with every column.
+        """
+        if not isinstance(index, Tensor) or index.ndim != 2:
+            return self.data[index]
+        size, rows = index.shape[0], index.reshape(-1)
+        out: dict[str, Any] = {}
+        for key in self.specs:
+            if key[0] == "observation":
+                value = self._gather(key, index[:, self.lead :])
+            elif key[0] == "latent":
+                value = self.columns[key].index_select(0, index[:, self.lead - 1])
+            else:
+                value = self.columns[key].index_select(0, rows).unflatten(0, index.shape)
+            group = out if len(key) == 1 else out.setdefault(key[0], {})
+            group[key[-1]] = value
+        return TensorDict(out, [size])
+
+    def _gather(self, key: Key, index: Tensor) -> Tensor:
+        column, shape = self.columns[key], (index.numel(), *self.specs[key].shape)
+        out = self._buffer(key, shape, column.dtype)
+        torch.index_select(column, 0, index.reshape(-1), out=out)
+        return out.unflatten(0, index.shape)
+
+    def _buffer(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for one gathered column that nobody else uses.
+
+        Fresh memory costs a page fault for every 4 KB, a third of the time of the copy, so a buffer is used again once
+        no tensor but ours shares its storage: a batch that somebody keeps is never overwritten. Page-locked memory has
+        such a cache inside PyTorch, which also waits for copies to the GPU that are still under way.
+        """
+        if self.pin:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        pool = self._buffers.setdefault((key, shape), [])
+        for buffer in pool:
+            storage = buffer.untyped_storage()
+            if torch._C._storage_Use_Count(storage._cdata) == 2:  # the pool's tensor and the line above
+                return buffer.view(shape)
+        buffer = torch.empty(shape, dtype=dtype)
+        if len(pool) < 3:
+            pool.append(buffer)
+        return buffer.view(shape)
+
+    def __len__(self) -> int:
+        return int((self.head - self.tail).sum())
+
+    def contains(self, item: int) -> bool:
+        """Whether row number ``item`` holds a row."""
+        return 0 <= item < self.max_size and item % self.ring < (self.head - self.floor)[item // self.ring]
+
+    def _empty(self) -> None:
+        self.head[:] = self.floor[:] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows are alive; the rows themselves are in :meth:`dumps`."""
+        return {"head": self.head.tolist(), "tail": self.tail.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.head[:], self.floor[:] = state_dict["head"], state_dict["tail"]
+
+    # Files: one per column; the rows that are alive, stream after stream, oldest first.
+
+    def _runs(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Positions [start, stop) of a stream as pieces (first row, rows) that lie in one run on disk."""
+        while start < stop:
+            slot = start % self.ring
+            count = min(stop - start, self.ring - slot)
+            yield stream * self.ring + slot, count
+            start += count
+
+    def dumps(self, path: Any) -> None:
+        """Write the rows that are alive: one file per column and ``manifest.json``, all synced to disk."""
+        runs = [run for s, h in enumerate(self.head) for run in self._runs(s, int(self.tail[s]), int(h))]
+        columns = []
+        for key, spec in self.specs.items():
+            size, crc = _column_bytes(spec), 0
+            flat = self.columns[key].view(-1).view(torch.uint8).numpy()
+            with open(self.files[key], "rb") as source, open(Path(path) / self.files[key].name, "wb") as target:
+                for row, count in runs:
+                    _copy_range(source.fileno(), target.fileno(), row * size, count * size)
+                    crc = _crc32(flat[row * size : (row + count) * size], crc)
+                os.fsync(target.fileno())
+            columns.append({"key": list(key), **spec.to_plain(), "bytes": len(self) * size, "crc32": crc})
+        manifest = {"layout": LAYOUT, "rows": len(self), **self.state_dict(), "columns": columns}
+        _write_json(Path(path) / "manifest.json", manifest)
+
+    def loads(self, path: Any) -> None:
+        """Read what :meth:`dumps` wrote with the same columns and streams; a smaller ring keeps the newest rows.
+
+        Raises:
+            CheckpointError: if a file is missing, damaged or of another layout; the rows here are then untouched.
+        """
+        path = Path(path)
+        manifest = _read_json(path / "manifest.json")
+        if manifest.get("layout") != LAYOUT:
+            raise CheckpointError(
+                f"replay snapshot {path} has layout {manifest.get('layout')}, this version reads layout {LAYOUT}."
+            )
+        if len(manifest["head"]) != self.streams:
+            raise CheckpointError(
+                f"replay snapshot {path} has {len(manifest['head'])} environments per process, this run has "
+                f"{self.streams}.\n  Resume with the same num_envs and number of processes."
+            )
+        stored = {tuple(c["key"]): Spec.from_plain(c) for c in manifest["columns"]}
+        if stored != self.specs:
+            differ = sorted(".".join(k) for k in stored.keys() | self.specs.keys() if stored.get(k) != self.specs.get(k))
+            raise CheckpointError(
+                f"replay snapshot {path} differs from this run in the columns {', '.join(differ)}.\n"
+                "  Resume with the same environment, model size and precision."
+            )
+        heads, tails = manifest["head"], manifest["tail"]
+        sources = {}
+        for entry in manifest["columns"]:
+            key = tuple(entry["key"])
+            sources[key] = _checked(path / self.files[key].name, entry["bytes"], entry["crc32"])
+        for key, spec in self.specs.items():
+            size, offset = _column_bytes(spec), 0
+            flat = self.columns[key].view(-1).view(torch.uint8).numpy()
+            for stream, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+                offset += (head - tail) * size
+                start = max(tail, head - self.ring)
+                at = offset - (head - start) * size
+                for row, count in self._runs(stream, start, head):
+                    for a in range(0, count * size, _BLOCK):
+                        b = min(a + _BLOCK, count * size)
+                        flat[row * size + a : row * size + b] = sources[key][at + a : at + b]
+                    at += count * size
+        self.load_state_dict(manifest)
+
+
+def _copy_range(source: int, target: int, start: int, count: int) -> None:
+    """Append bytes of one file to another; inside the kernel, and shared instead of copied, where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while count:
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, 1 << 30), offset_src=start)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                    raise
+                in_kernel = False
+                continue
+        else:
+            done = os.write(target, os.pread(source, min(count, _BLOCK), start))
+        if done == 0:
+            raise DataError("a replay file is shorter than the replay: something else has cut it.")
+        start, count = start + done, count - done
+
+
+def _crc32(data: np.ndarray, crc: int = 0) -> int:
+    for start in range(0, len(data), _BLOCK):
+        crc = zlib.crc32(data[start : start + _BLOCK], crc)
+    return crc
+
+
+def _checked(path: Path, size: int, crc: int) -> np.ndarray:
+    """The bytes of a snapshot file as a memory map, after a check of size and checksum."""
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != size:
+        found = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+        raise CheckpointError(f"replay snapshot is damaged: {path} {found}.\n  Use an older checkpoint.")
+    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    if _crc32(data) != crc:
+        raise CheckpointError(
+            f"replay snapshot is damaged: the content of {path} does not match its checksum.\n  Use an older checkpoint."
+        )
+    return data
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a replay snapshot: {path.name} is missing.\n"
+            "  A snapshot is a folder with manifest.json; use a checkpoint that was saved with its replay."
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"replay snapshot is damaged: {path} is no JSON ({error}).\n  Use an older checkpoint.") from None
+
+
+class RingWriter(Writer):
+    """Appends rows to their streams and numbers the episodes."""
+
+    def __init__(self, streams: int):
+        super().__init__()
+        self.episode = np.full(streams, -1, np.int64)
+        self.step = np.zeros(streams, np.int64)
+        self.episodes = 0  # begun so far
+
+    def extend(self, data: Mapping[Any, Any]) -> Tensor:
+        """Append one row to each stream in ``data["stream"]`` (n,), all different; columns left out become zero."""
+        storage, streams = self._storage, data["stream"]
+        index = storage.rows(streams, storage.head[streams])
+        first = np.flatnonzero(data["is_init",])
+        self.step[streams] += 1
+        if len(first):
+            self.step[streams[first]] = 0
+            self.episode[streams[first]] = self.episodes + np.arange(len(first))
+            self.episodes += len(first)
+        rows = {key: data.get(key, NO_LATENT if key == ("latent", "stoch") else 0) for key in storage.specs}
+        storage.set(index, rows | {("episode",): self.episode[streams], ("step",): self.step[streams]})
+        storage.head[streams] += 1
+        return torch.from_numpy(index)
+
+    def add(self, data: Mapping[Any, Any]) -> int:
+        """Append one row to the stream ``data["stream"]``."""
+        return int(self.extend({k: np.asarray(v)[None] for k, v in data.items()})[0])
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self.episode[:], self.step[:], self.episodes = -1, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Episode and step of every stream."""
+        return {"episode": self.episode.tolist(), "step": self.step.tolist(), "episodes": self.episodes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.episode[:], self.step[:] = state_dict["episode"], state_dict["step"]
+        self.episodes = state_dict["episodes"]
+
+    def dumps(self, path: Any) -> None:
+        """Write the state to ``writer.json``."""
+        _write_json(Path(path) / "writer.json", self.state_dict())
+
+    def loads(self, path: Any) -> None:
+        """Read :meth:`dumps`."""
+        self.load_state_dict(_read_json(Path(path) / "writer.json"))
+
+
+class WindowSampler(Sampler):
+    """Draws windows of consecutive rows of one stream, every complete window being equally likely.
+
+    Windows run across the ends of episodes. In train mode every ``window``-th window of a stream, which together hold
+    each row once, waits in a queue and is handed out once before anything is drawn. Draw number k depends on seed,
+    rank and k alone, so the state is a count.
+
+    Args:
+        storage: where the rows are.
+        window: rows of a training window, context included.
+        context: rows before those to train on. With none, the row before the window gives previous action and reward,
+            so the oldest row of a stream can start a window only if it starts an episode.
+        online: whether to keep the queue.
+    """
+
+    def __init__(self, storage: RowStorage, window: int, context: int, seed: int, rank: int, online: bool):
+        self.storage, self.window, self.context = storage, window, context
+        self.seed, self.rank, self.online = seed, rank, online
+        self.length, self.mode = window, "train"  # of the next draw
+        self.draws = {"train": 0, "report": 0}
+        self.queue: deque[tuple[int, int]] = deque()
+
+    def starts(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """First possible start and number of windows of ``length`` rows, per stream."""
+        storage = self.storage
+        low = storage.tail
+        if self.context == 0:
+            oldest = storage.rows(np.arange(storage.streams), low)
+            low = low + ~storage.arrays["is_init",][oldest]
+        return low, np.maximum(storage.head - low - length + 1, 0)
+
+    def extend(self, index: Any) -> None:
+        """Queue the windows that the new rows complete: starts 1, 1 + window, 1 + 2 window ... of each stream."""
+        if self.online:
+            streams = np.asarray(index) // self.storage.ring
+            head = self.storage.head[streams]
+            for i in np.flatnonzero((head - 1) % self.window == 0):
+                if head[i] > 1:
+                    self.queue.append((int(streams[i]), int(head[i]) - self.window))
+
+    def add(self, index: int) -> None:
+        """See :meth:`extend`."""
+        self.extend(np.array([index]))
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        """Row numbers of ``batch_size`` windows of ``length`` rows (plus the row before, without context).
+
+        Raises:
+            DataError: if there is no complete window yet.
+        """
+        low, count = self.starts(self.length)
+        ends = np.cumsum(count)
+        if ends[-1] == 0:
+            raise DataError(f"the replay has no complete window of {self.length} rows yet: collect more steps first.")
+        chosen: list[tuple[int, int]] = []
+        if self.mode == "train" and self.length == self.window:
+            while self.queue and len(chosen) < batch_size:
+                stream, start = self.queue.popleft()
+                if start >= low[stream]:  # else evicted unseen
+                    chosen.append((stream, start))
+        rng = counter_rng(self.seed, self.rank, f"replay/{self.mode}", self.draws[self.mode])
+        self.draws[self.mode] += 1
+        draw = rng.integers(ends[-1], size=batch_size - len(chosen))
+        stream = np.searchsorted(ends, draw, side="right")
+        start = low[stream] + draw - (ends - count)[stream]
+        if chosen:
+            queued = np.array(chosen)
+            stream, start = np.append(queued[:, 0], stream), np.append(queued[:, 1], start)
+        lead = 1 if self.context == 0 else 0
+        position = start[:, None] + np.arange(-lead, self.length)
+        if lead:
+            position = np.maximum(position, self.storage.tail[stream][:, None])
+        index = self.storage.rows(stream[:, None], position)
+        return torch.from_numpy(index), {"generation": torch.from_numpy(position)}
+
+    def _empty(self) -> None:
+        self.draws = dict.fromkeys(self.draws, 0)
+        self.queue.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of draws and the queue."""
+        return {"draws": dict(self.draws), "queue": [list(x) for x in self.queue]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.draws = dict(state_dict["draws"])
+        self.queue = deque((s, p) for s, p in state_dict["queue"])
+
+    def dumps(self, path: Any) -> None:
+        """Write the state to ``sampler.json``."""
+        _write_json(Path(path) / "sampler.json", self.state_dict())
+
+    def loads(self, path: Any) -> None:
+        """Read :meth:`dumps`."""
+        self.load_state_dict(_read_json(Path(path) / "sampler.json"))
+
+
+class RowReplay:
+    """Replay of rows behind TorchRL's ``ReplayBuffer`` (``self.buffer``).
+
+    Args:
+        spaces: observation and action entries.
+        capacity: rows kept, over all streams.
+        streams: number of environments; each owns ``capacity // streams`` rows.
+        directory: where the column files lie.
+        latents: latent entries that are stored with every row, None for none.
+        window: rows of a training window, context included.
+        context: rows before those to train on; 0 or more.
+        seed, rank: choose the draws.
+        online: whether every row is handed out once, soon after it was collected, before uniform draws.
+        reachable: rows that the run can reach at most, if it is known; only those count for the disk space.
+        sharers: processes that put a replay of this size on the same disk.
+        pin: gather into page-locked memory, for a GPU.
+
+    Raises:
+        ConfigError: if the replay cannot hold one window per stream or would not fit on the disk; nothing has been
+            written then.
+    """
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        capacity: int,
+        streams: int,
+        directory: Path | str,
+        latents: Mapping[str, Spec] | None = None,
+        window: int = 65,
+        context: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        online: bool = True,
+        reachable: int | None = None,
+        sharers: int = 1,
+        pin: bool = False,
+    ):
+        lead = max(context, 1)
+        if capacity // streams < window - context + lead:
+            raise ConfigError(
+                f"capacity {capacity:,} leaves {capacity // streams:,} rows for each of {streams} environments, but one "
+                f"window has {window - context + lead}.\n  Raise capacity to {streams * (window - context + lead):,} or more."
+            )
+        self.spaces, self.latents, self.window, self.context = spaces, dict(latents or {}), window, context
+        specs, directory = row_specs(spaces, latents), Path(directory)
+        rows = capacity if reachable is None else min(capacity, reachable)
+        require_disk(directory, rows * sharers, row_bytes(specs))
+        self.storage = RowStorage(specs, capacity, streams, directory, lead, pin)
+        self.sampler = WindowSampler(self.storage, window, context, seed, rank, online)
+        self.writer = RingWriter(streams)
+        self.buffer = ReplayBuffer(
+            storage=self.storage, sampler=self.sampler, writer=self.writer, collate_fn=_identity
+        )
+        self.stale_rows = 0  # write-backs that came too late
+
+    def __len__(self) -> int:
+        return len(self.storage)
+
+    @property
+    def num_windows(self) -> int:
+        """Complete training windows that can be drawn."""
+        return int(self.sampler.starts(self.window)[1].sum())
+
+    def append(
+        self,
+        streams: np.ndarray,
+        obs: Mapping[str, Array],
+        is_init: np.ndarray,
+        valid: np.ndarray,
+        action: Mapping[str, Array] | None = None,
+        latent: Mapping[str, Array] | None = None,
+    ) -> None:
+        """Append one row to each stream.
+
+        Args:
+            streams: stream numbers, all different.                                     (n,)
+            obs: observations by key.                                                   (n, ...)
+            is_init: the observation is the first of an episode.                        (n,) bool
+            valid: an action follows; False at the last observation of an episode.      (n,) bool
+            action: actions by key, None writes zeros.                                  (n, ...)
+            latent: latents by key as stored, None writes "no latent".                  (n, ...)
+        """
+        rows: dict[Any, Any] = {"stream": streams, ("is_init",): is_init, ("valid",): valid}
+        rows |= {row_key("observation", k, "obs"): obs[k] for k in self.spaces.obs}
+        if action is not None:
+            rows |= {row_key("action", k, "action"): action[k] for k in self.spaces.action}
+        if latent is not None:
+            rows |= {("latent", k): latent[k] for k in self.latents}
+        self.buffer.extend(rows)
+
+    def set_outcome(
+        self, streams: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+    ) -> None:
+        """Complete the newest row of each stream with what its action led to; rows without an action are left alone."""
+        arrays, rows = self.storage.arrays, self.storage.newest(streams)
+        open_ = arrays["valid",][rows] & (self.storage.head[streams] > self.storage.floor[streams])
+        if not open_.all():
+            rows, reward, terminated, truncated = rows[open_], reward[open_], terminated[open_], truncated[open_]
+        arrays["next", "reward"][rows] = reward
+        arrays["next", "terminated"][rows] = terminated
+        arrays["next", "truncated"][rows] = truncated
+        arrays["next", "done"][rows] = terminated | truncated
+
+    def cut(self, streams: np.ndarray) -> None:
+        """End the open episodes of streams whose environment is lost: the newest row becomes the truncated end."""
+        storage, arrays = self.storage, self.storage.arrays
+        for stream in streams:
+            if storage.head[stream] == storage.floor[stream]:
+                continue
+            newest = storage.newest(stream)
+            if not arrays["valid",][newest]:
+                continue
+            arrays["valid",][newest] = False
+            for key in storage.specs:
+                if key[0] == "action":
+                    arrays[key][newest] = 0
+            if not arrays["is_init",][newest] and storage.head[stream] - 1 > storage.tail[stream]:
+                before = storage.rows(stream, storage.head[stream] - 2)
+                arrays["next", "truncated"][before] = arrays["next", "done"][before] = True
+
+    def sample(self, batch_size: int, length: int | None = None, mode: str = "train") -> TensorDict:
+        """Draw windows uniformly over all complete windows of all streams.
+
+        Args:
+            batch_size: number of windows B.
+            length: rows of a window, context included; None is the training window.
+            mode: ``"train"`` empties the online queue first; ``"report"`` draws from random numbers of its own and
+                leaves the training draws as they are.
+
+        Returns:
+            As :meth:`RowStorage.get`, and per row ``index`` (row number) and ``generation`` (position in its stream),
+            both (B, rows) int64.
+
+        Raises:
+            DataError: if there is no complete window yet.
+        """
+        self.sampler.length, self.sampler.mode = length or self.window, mode
+        data, info = self.buffer.sample(batch_size, return_info=True)
+        data["index"], data["generation"] = info["index"], info["generation"]
+        return data
+
+    def write_back(self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor]) -> None:
+        """Replace the latents of sampled rows. Rows evicted since are left alone and counted in ``stale_rows``.
+
+        Where windows of a batch overlap, the later window of the batch wins.
+
+        Args:
+            index, generation: as sampled, each row of them consecutive rows of one stream.  (B, L)
+            latents: new values by key, in the type they are stored in.                      (B, L, ...)
+        """
+        storage, length = self.storage, index.shape[1]
+        streams, starts = index[:, 0].numpy() // storage.ring, generation[:, 0].numpy()
+        stale = np.clip(storage.tail[streams] - starts, 0, length)
+        self.stale_rows += int(stale.sum())
+        for key, value in latents.items():
+            array, values = storage.arrays["latent", key], _raw(value)
+            for b, (stream, start, skip) in enumerate(zip(streams, starts, stale, strict=True)):
+                at = int(skip)
+                for row, count in storage._runs(int(stream), int(start) + at, int(start) + length):
+                    array[row : row + count] = values[b, at : at + count]
+                    at += count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, queue and draws as plain values; the rows are in :meth:`snapshot`."""
+        return {
+            "storage": self.storage.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "writer": self.writer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, for the same rows."""
+        self.storage.load_state_dict(state["storage"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.writer.load_state_dict(state["writer"])
+
+    def snapshot(self, directory: Path | str) -> None:
+        """Write all rows and the state to a new folder, complete or not at all; one that is there is replaced."""
+        final = Path(directory)
+        work = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+        work.mkdir(parents=True)
+        try:
+            for part in (self.storage, self.sampler, self.writer):
+                part.dumps(work)
+            _sync_directory(work)
+            old = None
+            if final.exists():
+                old = final.with_name(f"{work.name}.old")
+                os.rename(final, old)
+            os.rename(work, final)
+            _sync_directory(final.parent)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if old is not None:
+            shutil.rmtree(old)
+
+    def restore(self, directory: Path | str) -> None:
+        """Go on from :meth:`snapshot`, with the same draws; a smaller capacity keeps the newest rows.
+
+        Raises:
+            CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of streams.
+        """
+        for part in (self.storage, self.sampler, self.writer):
+            part.loads(Path(directory))
+
+
+def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
+    """Refuse a replay that cannot fit.
+
+    Raises:
+        ConfigError: with all figures.
+    """
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    replaced = sum(f.stat().st_blocks * 512 for f in directory.glob("*.rows")) if directory.is_dir() else 0
+    free, need = shutil.disk_usage(parent).free + replaced, rows * bytes_per_row
+    if need > free:
+        raise ConfigError(
+            f"the replay would need {need / 1e9:,.1f} GB ({rows:,} rows of {bytes_per_row:,} bytes), "
+            f"but {directory} has {free / 1e9:,.1f} GB free.\n"
+            f"  Lower data.capacity to {int(free * 0.9) // bytes_per_row:,} or less, or put data.replay_dir on a larger disk."
+        )
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _identity(x: Any) -> Any:
+    return x
