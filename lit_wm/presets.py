@@ -55,3 +55,23 @@ DREAMERV3_PARAMETERS_VECTOR: Mapping[str, int] = MappingProxyType(
         "size400m": 345_519_154,
     }
 )
+
+
+def dreamerv3_sizes(preset: str, **overrides: int | None) -> dict[str, int]:
+    """Sizes of a preset; an override that is not None replaces its entry.
+
+    Raises:
+        ConfigError: for an unknown preset or a size below 1.
+    """
+    from lit_wm.errors import ConfigError, nearest
+
+    name = preset.removeprefix("dreamerv3:")
+    if name not in DREAMERV3:
+        raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(DREAMERV3)}{nearest(name, list(DREAMERV3))}")
+    sizes = dict(DREAMERV3[name]) | {k: v for k, v in overrides.items() if v is not None}
+    bad = {k: v for k, v in sizes.items() if v < 1}
+    if bad:
+        raise ConfigError(f"model sizes must be at least 1, got {bad}")
+    if sizes["deter"] % sizes["blocks"]:
+        raise ConfigError(f"model.deter={sizes['deter']} must be divisible by model.blocks={sizes['blocks']}")
+    return sizes

@@ -1,0 +1,616 @@
+"""DreamerV3 (Hafner et al. 2025, "Mastering diverse control tasks through world models").
+
+Read top to bottom: :meth:`DreamerV3Module.training_step` is one gradient step, :meth:`DreamerV3.loss` shows its three
+parts in the paper's order, and the loss functions follow in call order. Equal to the official code (danijar/dreamerv3)
+up to float32 rounding; ``docs/parity.md`` lists what is compared and every knowing deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_wm.distributions import (
+    bernoulli_loss,
+    categorical_entropy,
+    categorical_kl,
+    symexp_bins,
+    two_hot_loss,
+    two_hot_mean,
+    unimix,
+)
+from lit_wm.functional import symexp
+from lit_wm.module import WorldModelModule
+from lit_wm.nets.coders import Decoder, Encoder, greedy
+from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
+from lit_wm.nets.layers import stacked_linear
+from lit_wm.nets.rssm import RSSM
+from lit_wm.noise import Noise
+from lit_wm.optim import LaProp
+from lit_wm.presets import dreamerv3_sizes
+from lit_wm.returns import PercentileNorm, lambda_return
+from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
+from lit_wm.world_model import WorldModel
+
+LOSS_SCALES = {
+    "rec": 1.0,  # every reconstruction key
+    "rew": 1.0,
+    "con": 1.0,
+    "dyn": 1.0,
+    "rep": 0.1,
+    "policy": 1.0,
+    "value": 1.0,
+    "repval": 0.3,
+}
+
+
+class DreamerV3Module(WorldModelModule):
+    """DreamerV3 under a Lightning Trainer. Every default is the reference's value.
+
+    Args:
+        spaces: observation and action entries as a plain dict; linked from the data.
+        preset: sizes of all networks, size1m ... size400m or debug (see ``lit-wm presets``).
+        deter: width D of the deterministic state; None = from the preset, here and below.
+        hidden: width of the recurrent model's inner layers.
+        stoch: number S of categorical latents.
+        classes: classes C of each.
+        depth: image channels, in units of (2, 3, 4, 4).
+        units: width of all MLPs.
+        blocks: blocks of the GRU.
+        imag_length: imagined steps H per start state.
+        imag_last: imagine from the last n steps of each row only; 0 = from all.
+        horizon: discount horizon in steps, gamma = 1 - 1/horizon.
+        contdisc: fold the discount into the continue head's target.
+        lam: lambda of the returns.
+        actent: weight of the policy's entropy.
+        slowreg: weight of the critic's pull towards its slow copy.
+        slowtar: bootstrap from the slow critic instead of the critic.
+        slow_rate: share of the new weights in each update of the slow critic.
+        free_nats: KL below which dyn and rep give no gradient.
+        mix: share of the uniform distribution in the latents.
+        loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation key.
+        lr: learning rate.
+        warmup: updates over which it rises from 0.
+        agc: adaptive gradient clipping, largest gradient norm as a share of the parameter norm.
+        betas: decay of momentum and second moment.
+        eps: added to the second moment's root.
+        weight_decay: decoupled decay of the kernels.
+        train_world_model: False freezes encoder, dynamics, decoder, reward and continue heads.
+        train_actor: False freezes the policy.
+        train_critic: False freezes the critic.
+        log_every: updates between two lines of metrics.
+        seed: seed of the noise streams.
+    """
+
+    def __init__(
+        self,
+        spaces: dict[str, Any],
+        preset: str = "size200m",
+        deter: int | None = None,
+        hidden: int | None = None,
+        stoch: int | None = None,
+        classes: int | None = None,
+        depth: int | None = None,
+        units: int | None = None,
+        blocks: int | None = None,
+        imag_length: int = 15,
+        imag_last: int = 0,
+        horizon: float = 333,
+        contdisc: bool = True,
+        lam: float = 0.95,
+        actent: float = 3e-4,
+        slowreg: float = 1.0,
+        slowtar: bool = False,
+        slow_rate: float = 0.02,
+        free_nats: float = 1.0,
+        mix: float = 0.01,
+        loss_scales: dict[str, float] | None = None,
+        lr: float = 4e-5,
+        warmup: int = 1000,
+        agc: float = 0.3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+        weight_decay: float = 0.0,
+        train_world_model: bool = True,
+        train_actor: bool = True,
+        train_critic: bool = True,
+        log_every: int = 100,
+        seed: int = 0,
+    ):
+        super().__init__(log_every=log_every, seed=seed)
+        self.save_hyperparameters()
+        overrides = {
+            "deter": deter,
+            "hidden": hidden,
+            "stoch": stoch,
+            "classes": classes,
+            "depth": depth,
+            "units": units,
+            "blocks": blocks,
+        }
+        sizes = dreamerv3_sizes(preset, **overrides)
+        self.model = DreamerV3(
+            Spaces.from_plain(spaces),
+            **sizes,
+            imag_length=imag_length,
+            imag_last=imag_last,
+            horizon=horizon,
+            contdisc=contdisc,
+            lam=lam,
+            actent=actent,
+            slowreg=slowreg,
+            slowtar=slowtar,
+            slow_rate=slow_rate,
+            free_nats=free_nats,
+            mix=mix,
+            loss_scales=loss_scales,
+        )
+        self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
+        self.last_carry: State | None = None
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """World model, actor, critic: together exactly the reference's one joint optimiser."""
+        names = ("lr", "warmup", "agc", "betas", "eps", "weight_decay")
+        options = {k: self.hparams[k] for k in names}
+        return [LaProp(self.model.group(name), **options) for name in self.trained]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One gradient step. All losses see the same old weights; then the three optimizers step; then the slow critic.
+
+        Args:
+            batch: a :class:`Batch`, or a ticket that draws one (collecting from the environment as needed).
+        """
+        batch = self.draw(batch)
+        carry = self.model.start_carry(batch, self.last_carry)
+
+        out = self.model.loss(batch, carry, self.noise, self.trained)
+        self.optimise(out.total)  # backward, gradients of all processes, AGC, LaProp
+        if self.trained["critic"]:
+            self.model.update_slow_critic()
+
+        self.last_carry = out.post.at(-1).detach()
+        if batch.write_back is not None:
+            batch.write_back(out.post.detach())
+        self.finish_update(out.metrics)
+
+
+@dataclass
+class Dream:
+    """Imagined roll-outs. Time is axis 0 so that each step is contiguous; N = start states."""
+
+    feats: Tensor  # (H+1, N, F)
+    actions: list[Tensors]  # H x (N, ...)
+    reward: Tensor  # (H+1, N)
+    cont: Tensor  # (H+1, N), a probability times the discount
+    value: Tensor  # (H+1, N)
+    slow: Tensor  # (H+1, N)
+    value_logits: Tensor  # (H, N, bins), with autograd
+    value_log_probs: Tensor  # (H, N, bins)
+    policy: dict[str, ActionDist]  # of the first H steps, with autograd
+    weight: Tensor  # (H+1, N)
+    returns: Tensor  # (H, N)
+    advantage: Tensor | None = None  # (H, N)
+
+
+@dataclass
+class LossOutput:
+    """What :meth:`DreamerV3.loss` returns: the total to differentiate and everything it was made of."""
+
+    total: Tensor
+    losses: Tensors  # (B, T) each; policy and value (B, K), repval (B, K-1)
+    metrics: Tensors  # scalars on the device
+    post: State  # (B, T, ...)
+    post_logit: Tensor  # (B, T, S, C)
+    prior_logit: Tensor  # (B, T, S, C)
+    feat: Tensor  # (B, T, F)
+    dream: Dream | None = None
+    replay_returns: Tensor | None = None  # (B, K-1)
+
+
+class DreamerV3(WorldModel):
+    """The networks, the losses and the verbs, free of Lightning. See :class:`DreamerV3Module` for the arguments."""
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        deter: int,
+        hidden: int,
+        stoch: int,
+        classes: int,
+        depth: int,
+        units: int,
+        blocks: int = 8,
+        imag_length: int = 15,
+        imag_last: int = 0,
+        horizon: float = 333,
+        contdisc: bool = True,
+        lam: float = 0.95,
+        actent: float = 3e-4,
+        slowreg: float = 1.0,
+        slowtar: bool = False,
+        slow_rate: float = 0.02,
+        free_nats: float = 1.0,
+        mix: float = 0.01,
+        loss_scales: dict[str, float] | None = None,
+    ):
+        super().__init__(spaces)
+        self.imag_length, self.imag_last, self.horizon, self.contdisc = imag_length, imag_last, horizon, contdisc
+        self.lam, self.actent, self.slowreg, self.slowtar = lam, actent, slowreg, slowtar
+        self.slow_rate, self.free_nats, self.mix = slow_rate, free_nats, mix
+        unknown = (loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
+        if unknown:
+            raise ValueError(f"unknown loss_scales {sorted(unknown)}; known: {sorted(LOSS_SCALES.keys() | spaces.obs.keys())}")
+        scales = LOSS_SCALES | (loss_scales or {})
+        self.loss_scales = {k: scales.get(k, scales["rec"]) for k in spaces.obs} | scales
+        self.loss_scales.pop("rec")
+
+        feat = deter + stoch * classes
+        self.enc = Encoder(spaces.obs, depth, units)
+        action = sum(s.size for s in spaces.action.values())
+        self.dyn = RSSM(self.enc.token_size, action, deter, hidden, stoch, classes, blocks, mix)
+        self.dec = Decoder(spaces.obs, deter, stoch * classes, depth, units)
+        self.rew = Head(feat, units, 1, 255, "logits", outscale=0.0)
+        self.con = Head(feat, units, 1, 1, "logit", outscale=1.0)
+        self.pol = PolicyHead(feat, units, 3, spaces.action)
+        self.val = Head(feat, units, 3, 255, "logits", outscale=0.0)
+        self.slowval = Head(feat, units, 3, 255, "logits", outscale=0.0)
+        self.slowval.load_state_dict(self.val.state_dict())
+        self.slowval.requires_grad_(False)
+        self.retnorm = PercentileNorm()
+        self.register_buffer("bins", symexp_bins(255), persistent=False)
+
+    bins: Tensor
+
+    def group(self, name: str) -> list[torch.nn.Parameter]:
+        """Parameters of ``world_model``, ``actor`` or ``critic``."""
+        modules = {
+            "world_model": (self.enc, self.dyn, self.dec, self.rew, self.con),
+            "actor": (self.pol,),
+            "critic": (self.val,),
+        }[name]
+        return [p for m in modules for p in m.parameters()]
+
+    # --- The loss, in the paper's order -------------------------------------------------------------
+
+    def loss(self, batch: Batch, carry: State, noise: Noise, trained: dict[str, bool] | None = None) -> LossOutput:
+        """All losses of one batch at the current weights.
+
+        Args:
+            batch: (B, T) steps. carry: latent state before the first step, (B, ...).
+            noise: streams ``posterior``, ``prior`` and ``policy/<key>``.
+            trained: groups to compute losses for; None = all.
+        """
+        trained = trained or {"world_model": True, "actor": True, "critic": True}
+        dtype = self.compute_dtype
+        losses: Tensors = {}
+
+        # 1. World model: what happened? --------------------------------------------------------------
+        with torch.set_grad_enabled(trained["world_model"] and torch.is_grad_enabled()):
+            tokens = self.enc(batch.obs, dtype)  # (B, T, E)
+            post, post_logit = self.dyn.observe(tokens, self.previous_action(batch), batch.is_first, carry, noise)
+            prior_logit = self.dyn.prior(post.deter)  # (B, T, S, C)
+            feat = self.feat(post)  # (B, T, F)
+            kl, metrics = self.kl_losses(post_logit, prior_logit)
+            losses |= kl | self.dec.losses(post.deter, post.stoch.flatten(-2), batch.obs)  # type: ignore[union-attr]
+            rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
+            losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward)
+            losses["con"] = bernoulli_loss(con_logit.squeeze(-1), self.continue_target(batch))
+        out = LossOutput(torch.zeros(()), losses, metrics, post, post_logit, prior_logit, feat)
+
+        if trained["actor"] or trained["critic"]:
+            # 2. Imagination: what could happen? No gradient goes through the roll-out ------------------
+            out.dream = dream = self.dream(post.detach(), noise)
+            if self.training:
+                self.retnorm.update(dream.returns)
+            offset, scale = self.retnorm.offset_scale()
+            target = dream.slow if self.slowtar else dream.value
+            dream.advantage = (dream.returns - target[:-1]) / scale
+            starts = (batch.reward.shape[0], -1)
+            losses["policy"] = self.policy_loss(dream).mean(0).view(starts)  # (B, K)
+            losses["value"] = self.value_loss(dream).mean(0).view(starts)  # (B, K)
+
+            # 3. Replay value: keep the critic honest on real data -------------------------------------
+            losses["repval"], out.replay_returns = self.replay_value_loss(batch, feat, dream.returns[0].view(starts))
+            metrics |= self.dream_metrics(dream, offset, scale)
+
+        if not trained["world_model"]:
+            losses = {k: v for k, v in losses.items() if k in ("policy", "value", "repval")}
+        if not trained["actor"]:
+            losses.pop("policy", None)
+        if not trained["critic"]:
+            losses.pop("value", None), losses.pop("repval", None)
+        out.losses = losses
+        means = {k: v.mean() for k, v in losses.items()}
+        out.total = torch.stack([self.loss_scales[k] * v for k, v in means.items()]).sum()
+        metrics |= {f"loss/{k}": v.detach() for k, v in means.items()} | {"opt/loss": out.total.detach()}
+        return out
+
+    def kl_losses(self, post_logit: Tensor, prior_logit: Tensor) -> tuple[Tensors, Tensors]:
+        """dyn pulls the prior towards the posterior, rep the posterior towards the prior; both with free nats.
+
+        (B, T, S, C) raw logits -> losses (B, T), entropy metrics. KL, like the samples, uses the mixed logits.
+        """
+        post, prior = unimix(post_logit, self.mix), unimix(prior_logit, self.mix)
+        log_post, log_prior = post.log(), prior.log()
+        dyn = categorical_kl(post.detach(), log_post.detach(), log_prior).sum(-1)
+        rep = categorical_kl(post, log_post, log_prior.detach()).sum(-1)
+        losses = {"dyn": dyn.clamp(min=self.free_nats), "rep": rep.clamp(min=self.free_nats)}
+        metrics = {
+            "dyn_ent": categorical_entropy(prior.detach(), log_prior.detach()).sum(-1).mean(),
+            "rep_ent": categorical_entropy(post.detach(), log_post.detach()).sum(-1).mean(),
+            "kl": dyn.detach().mean(),
+        }
+        return losses, metrics
+
+    @torch.no_grad()
+    def dream(self, post: State, noise: Noise) -> Dream:
+        """Imagine H steps with the policy from every posterior state, then value them. post (B, T, ...).
+
+        The roll-out needs no autograd; the policy and the critic are evaluated again on all its features at once, this
+        time with autograd.
+        """
+        last = self.imag_last or post.deter.shape[1]
+        start = post.map(lambda x: x[:, -last:].flatten(0, 1))  # (N, ...)
+        H, N = self.imag_length, start.deter.shape[0]
+        feats = start.deter.new_empty(H + 1, N, self.dyn.deter + self.dyn.stoch * self.dyn.classes)
+
+        def policy(feat: Tensor, t: int) -> tuple[Tensors, Tensor]:
+            action = sample_actions(self.pol(feat), noise, "policy", t)
+            return action, flat_action(action, self.spaces.action, feat.dtype)
+
+        actions = self.dyn.imagine_into(feats, start, policy, noise)
+        rew, con, slow = batched_heads(feats, [self.rew, self.con, self.slowval])
+        reward = two_hot_mean(rew.softmax(-1), self.bins)  # (H+1, N)
+        slow_value = two_hot_mean(slow.softmax(-1), self.bins)
+        cont = con.squeeze(-1).sigmoid()
+        if not self.contdisc:
+            cont = cont * (1 - 1 / self.horizon)
+
+        with torch.enable_grad():
+            pol_in, val_in = stacked_linear(feats[:-1], [self.pol.mlp.layer(0)[0], self.val.mlp.layer(0)[0]])
+            dist, value_logits = self.pol.from_first(pol_in), self.val.from_first(val_in)
+        log_probs = value_logits.detach().log_softmax(-1)  # (H, N, bins)
+        value = two_hot_mean(log_probs.exp(), self.bins)
+        final = two_hot_mean(self.val(feats[-1]).softmax(-1), self.bins)
+        value = torch.cat([value, final.unsqueeze(0)])  # (H+1, N)
+
+        weight = cont.cumprod(0)
+        if not self.contdisc:
+            weight = weight / (1 - 1 / self.horizon)
+        boot = slow_value if self.slowtar else value
+        returns = lambda_return(reward.T, cont.T, boot.T, self.lam).T  # (H, N)
+        return Dream(
+            feats, actions, reward, cont, value, slow_value, value_logits, log_probs, dist, weight, returns
+        )
+
+    def policy_loss(self, dream: Dream) -> Tensor:
+        """REINFORCE with the scaled advantage and an entropy bonus, for discrete and continuous actions alike. (H, N)"""
+        log_prob: Tensor | float = 0.0
+        entropy: Tensor | float = 0.0
+        for k, dist in dream.policy.items():
+            log_prob = log_prob + dist.log_prob(torch.stack([a[k] for a in dream.actions]))
+            entropy = entropy + dist.entropy()
+        return -dream.weight[:-1] * (log_prob * dream.advantage + self.actent * entropy)
+
+    def value_loss(self, dream: Dream) -> Tensor:
+        """Two-hot cross-entropy to the returns and to the slow critic. (H, N)"""
+        loss = self.critic_loss(dream.value_logits, dream.returns, dream.slow[:-1], dream.value_log_probs)
+        return dream.weight[:-1] * loss
+
+    def critic_loss(self, logits: Tensor, target: Tensor, slow: Tensor, log_probs: Tensor | None = None) -> Tensor:
+        """L(logits, target) + slowreg * L(logits, slow). (..., bins), (...) -> (...)"""
+        if self.slowreg == 1.0:
+            return two_hot_loss(logits, self.bins, target, slow, log_probs=log_probs)
+        loss = two_hot_loss(logits, self.bins, target, log_probs=log_probs)
+        return loss + self.slowreg * two_hot_loss(logits, self.bins, slow, log_probs=log_probs)
+
+    def replay_value_loss(self, batch: Batch, feat: Tensor, boot: Tensor) -> tuple[Tensor, Tensor]:
+        """Critic loss on replayed steps, whose returns fall back on imagined ones; it trains the world model too.
+
+        feat (B, T, F), boot (B, K): first imagined return of the last K steps -> loss and returns (B, K-1).
+        """
+        K = boot.shape[1]
+        feat, reward = feat[:, -K:], batch.reward[:, -K:]
+        last, term = batch.is_last[:, -K:].float(), batch.is_terminal[:, -K:].float()
+        returns = lambda_return(reward, (1 - term) * (1 - 1 / self.horizon), boot, (1 - last) * self.lam)
+        with torch.no_grad():
+            slow = two_hot_mean(self.slowval(feat).softmax(-1), self.bins)
+        loss = self.critic_loss(self.val(feat)[:, :-1], returns, slow[:, :-1])
+        return (1 - last[:, :-1]) * loss, returns
+
+    def continue_target(self, batch: Batch) -> Tensor:
+        """1 for a step after which the episode goes on, 0 for a terminal one; times gamma with ``contdisc``. (B, T)"""
+        gamma = 1 - 1 / self.horizon if self.contdisc else 1.0
+        return (~batch.is_terminal).float() * gamma
+
+    @torch.no_grad()
+    def dream_metrics(self, dream: Dream, offset: Tensor, scale: Tensor) -> Tensors:
+        """Scalars that describe the imagined batch, on the device."""
+        normed = (dream.returns - offset) / scale
+        advantage: Tensor = dream.advantage  # type: ignore[assignment]
+        metrics = {
+            "adv": advantage.mean(),
+            "adv_std": advantage.std(),
+            "adv_mag": advantage.abs().mean(),
+            "rew": dream.reward.mean(),
+            "con": dream.cont.mean(),
+            "ret": normed.mean(),
+            "ret_min": normed.min(),
+            "ret_max": normed.max(),
+            "ret_rate": (normed.abs() >= 1).float().mean(),
+            "return_scale": scale,
+            "val": dream.value.mean(),
+            "tar": dream.returns.mean(),
+            "slowval": dream.slow.mean(),
+            "weight": dream.weight.mean(),
+        }
+        for k, dist in dream.policy.items():
+            entropy = dist.entropy().mean()
+            lo, hi = dist.entropy_range()
+            metrics |= {f"ent/{k}": entropy, f"rand/{k}": (entropy - lo) / (hi - lo)}
+        return metrics
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """slow <- slow_rate * critic + (1 - slow_rate) * slow."""
+        slow, fast = list(self.slowval.parameters()), list(self.val.parameters())
+        torch._foreach_mul_(slow, 1 - self.slow_rate)
+        torch._foreach_add_(slow, fast, alpha=self.slow_rate)
+
+    # --- Inputs -------------------------------------------------------------------------------------
+
+    def feat(self, state: State) -> Tensor:
+        """concat(deter, flat stoch), the input of all heads. (..., F)"""
+        return torch.cat([state.deter, state.stoch.flatten(-2).to(state.deter.dtype)], -1)  # type: ignore[union-attr]
+
+    def previous_action(self, batch: Batch) -> Tensor:
+        """Flat previous actions, zero where an episode begins. (B, T, A)"""
+        flat = flat_action(batch.prev_action, self.spaces.action, self.compute_dtype)
+        # Masked after the one-hot: class 0 of a zeroed index is not the zero vector.
+        return flat * (~batch.is_first).unsqueeze(-1).to(flat.dtype)
+
+    def start_carry(self, batch: Batch, last: State | None) -> State:
+        """State before the batch: zeros, the stored latent, or where ``consecutive`` the end of the previous batch."""
+        carry = self.initial(batch.reward.shape[0]) if batch.carry is None else batch.carry
+        if batch.consecutive is not None and last is not None:
+            go_on = batch.consecutive
+
+            def pick(old: Tensor, new: Tensor) -> Tensor:
+                return torch.where(go_on.view(-1, *[1] * (new.ndim - 1)), old.to(new.dtype), new)
+
+            carry = State(pick(last.deter, carry.deter), pick(last.stoch, carry.stoch))  # type: ignore[arg-type]
+        return carry
+
+    # --- The verbs ----------------------------------------------------------------------------------
+
+    def initial(self, batch_size: int) -> State:
+        """Zeros: nothing is learned here."""
+        zeros = torch.zeros(batch_size, self.dyn.deter, device=self.device, dtype=self.compute_dtype)
+        return State(zeros, zeros.new_zeros(batch_size, self.dyn.stoch, self.dyn.classes))
+
+    def latent_specs(self) -> dict[str, Spec]:
+        """deter in the compute dtype, stoch as class indices."""
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        return {
+            "deter": Spec(dtype, (self.dyn.deter,)),
+            "stoch": Spec("uint8", (self.dyn.stoch,), classes=self.dyn.classes),
+        }
+
+    def encode(
+        self,
+        obs: Tensors | Tensor,
+        state: State | None = None,
+        action: Tensors | Tensor | None = None,
+        is_first: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> State:
+        """One filtering step.
+
+        Args:
+            obs: (B, ...) by key, or the bare tensor of the only key.
+            state: previous state; None starts an episode.
+            action: action executed since; None takes ``state.action``, the one that ``act`` chose.
+            is_first: rows that start an episode. (B,) bool
+        """
+        obs = self.obs_dict(obs)
+        spec = self.spaces.obs[next(iter(self.spaces.obs))]
+        B = obs[next(iter(self.spaces.obs))].shape[0]
+        if spec.shape and obs[next(iter(self.spaces.obs))].ndim != len(spec.shape) + 1:
+            raise ValueError("encode takes one step (batch, ...), not a sequence")
+        first = torch.ones(B, dtype=torch.bool, device=self.device) if is_first is None else is_first.to(self.device)
+        if is_first is None and state is not None:
+            first = torch.zeros_like(first)
+        state = self.initial(B) if state is None else state
+        action = state.action if action is None else self.action_dict(action)
+        action = self.zero_action(B) if action is None else action
+        dtype, keep = self.compute_dtype, (~first).unsqueeze(-1)
+        flat = flat_action(action, self.spaces.action, dtype) * keep
+        stoch = state.stoch.to(dtype) * keep.unsqueeze(-1)  # type: ignore[union-attr]
+        deter = self.dyn.step(State(state.deter.to(dtype) * keep, stoch), flat)
+        logit = self.dyn.posterior(deter, self.enc(obs, dtype))
+        race = (noise or self.noise).exponential("act/posterior", tuple(logit.shape))
+        return State(deter, self.dyn.sample(logit, race, dtype))
+
+    def act(
+        self,
+        obs: Tensors | Tensor,
+        state: State | None = None,
+        is_first: Tensor | None = None,
+        mode: str = "eval",
+        noise: Noise | None = None,
+    ) -> tuple[Tensors, State]:
+        """Filter ``obs`` and sample an action; evaluation samples too, as the reference does. Actions (B, ...) by key."""
+        if mode not in ("train", "eval"):
+            raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
+        state = self.encode(obs, state, None, is_first, noise)
+        action = sample_actions(self.pol(self.feat(state)), noise or self.noise, "act/policy")
+        return action, State(state.deter, state.stoch, action)
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensors | Tensor | None = None,
+        horizon: int | None = None,
+        noise: Noise | None = None,
+    ) -> Trajectory:
+        """Roll out given actions (B, H, ...), or the policy for ``horizon`` steps (default ``imag_length``)."""
+        noise = noise or self.noise
+        given = None if actions is None else self.action_dict(actions)
+        steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
+        states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []
+        for t in range(steps):
+            if given is None:
+                action = sample_actions(self.pol(self.feat(states[-1])), noise, "imagine/policy", t)
+            else:
+                action = {k: v[:, t] for k, v in given.items()}
+            deter = self.dyn.step(states[-1], flat_action(action, self.spaces.action, self.compute_dtype))
+            logit = self.dyn.prior(deter)
+            race = noise.exponential("imagine/prior", tuple(logit.shape), t)
+            states.append(State(deter, self.dyn.sample(logit, race, deter.dtype)))
+            taken.append(action)
+        stacked = State(
+            torch.stack([s.deter for s in states], 1),
+            torch.stack([s.stoch.to(s.deter.dtype) for s in states], 1),  # type: ignore[union-attr]
+        )
+        rew, con = batched_heads(self.feat(stacked)[:, 1:], [self.rew, self.con])
+        return Trajectory(
+            States(stacked),
+            {k: torch.stack([a[k] for a in taken], 1) for k in self.spaces.action},
+            two_hot_mean(rew.softmax(-1), self.bins),
+            con.squeeze(-1).sigmoid(),
+        )
+
+    def decode(self, state: State) -> Tensors:
+        """Expected observations: images in 0 ... 1 in their stored layout, vectors in their own units, class indices."""
+        out = greedy(self.dec(state.deter, state.stoch.to(state.deter.dtype).flatten(-2)), self.spaces.obs)  # type: ignore[union-attr]
+        for k, spec in self.spaces.obs.items():
+            if spec.is_image:
+                out[k] = out[k].float().movedim(-1, -3) if spec.channels_first else out[k].float()
+            elif not spec.is_discrete:
+                out[k] = symexp(out[k])
+        return out
+
+    def value(self, state: State) -> Tensor:
+        """Critic's value. (...)"""
+        return two_hot_mean(self.val(self.feat(state)).softmax(-1), self.bins)
+
+    def q(self, state: State, action: Tensors | Tensor) -> Tensor:
+        """reward + gamma * continue * value of the next imagined state. (B,)"""
+        actions = {k: v.unsqueeze(1) for k, v in self.action_dict(action).items()}
+        dream = self.imagine(state, actions)
+        gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
+        return dream.rewards[:, 0] + gamma * dream.continues[:, 0] * self.value(dream.states[-1])
+
+    def zero_action(self, batch_size: int) -> Tensors:
+        """Zeros of every action key."""
+        return {
+            k: torch.zeros(
+                batch_size, *s.shape, dtype=torch.int64 if s.is_discrete else torch.float32, device=self.device
+            )
+            for k, s in self.spaces.action.items()
+        }
+
+

@@ -1,0 +1,225 @@
+"""What the Lightning modules of all world models share: counting, synchronising, stepping, logging. No losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+
+from lit_wm.errors import ConfigError
+from lit_wm.noise import NoiseStreams
+from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
+from lit_wm.world_model import WorldModel
+
+
+class WorldModelModule(pl.LightningModule):
+    """Base of the modules. A sub-class sets ``model`` and ``trained``, and writes ``training_step``.
+
+    Counters: ``updates`` counts gradient steps and equals ``trainer.global_step``; environment steps belong to the
+    data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at environment steps.
+    """
+
+    model: WorldModel
+    trained: dict[str, bool]
+
+    def __init__(self, log_every: int = 100, seed: int = 0):
+        super().__init__()
+        self.automatic_optimization = False
+        self.log_every, self.seed = log_every, seed
+        self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
+        self.updates = 0  # host mirror of updates_done: reading the buffer would synchronise with the device
+        self.noise = NoiseStreams(seed)
+        self.latest: dict[str, float] = {}  # last metrics, for the progress bar and callbacks
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    updates_done: Tensor
+
+    # --- One update --------------------------------------------------------------------------------
+
+    _grad_norm: Tensor
+
+    def draw(self, batch: Any) -> Batch:
+        """The batch itself, or what its ticket draws: collecting first, if the train ratio owes environment steps."""
+        return batch if isinstance(batch, Batch) else cast(Batch, batch(self))
+
+    def optimise(self, total: Tensor) -> None:
+        """One backward pass, then all optimizers step: equal to one joint optimizer.
+
+        The first trained optimizer advances ``trainer.global_step``, the others do not.
+        """
+        optimizers = cast(list[LightningOptimizer], self.optimizers())
+        total.backward()
+        live = [opt for opt, on in zip(optimizers, self.trained.values(), strict=True) if on]
+        grads = []
+        for opt in live:
+            sync_gradients(opt.optimizer)
+            grads += [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
+        self._grad_norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+        for i, opt in enumerate(live):
+            with uncounted(opt) if i else _counted():
+                opt.step()
+            opt.zero_grad(set_to_none=True)
+
+    def finish_update(self, metrics: Tensors) -> None:
+        """Count the update and add up its metrics."""
+        self.updates += 1
+        self.updates_done += 1
+        metrics["opt/grad_norm"] = self._grad_norm
+        if not self._sums:
+            self._sums = {k: v.detach().float().clone() for k, v in metrics.items()}
+        else:
+            torch._foreach_add_(list(self._sums.values()), [metrics[k].detach().float() for k in self._sums])
+        self._count += 1
+        if self.updates % self.log_every == 0:
+            self.log_metrics(self.pop_metrics())
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Means of the training metrics since the last call; one read of the device."""
+        if not self._sums:
+            return {}
+        values = (torch.stack(list(self._sums.values())) / self._count).tolist()
+        result = {f"train/{k}": v for k, v in zip(self._sums, values, strict=True)}
+        self._sums, self._count = {}, 0
+        return result
+
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Hand scalars to every logger at the current environment step, as an exact integer."""
+        env_steps = self.env_steps
+        metrics = metrics | {"step/env": env_steps, "step/grad": self.updates}
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "pop_metrics"):
+            metrics |= data.pop_metrics()
+        self.latest |= metrics
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=env_steps)
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps of all processes; 0 without a data module that counts them."""
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return int(getattr(data, "env_steps", 0))
+
+    # --- Lightning hooks ---------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the compute dtype from the Trainer and give every process its own noise."""
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise ConfigError(
+                f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. float16 needs a loss scaler, "
+                "which gives wrong gradients with several optimizers"
+            )
+        self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+        self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
+        self.model.noise = self.noise
+
+    def on_fit_start(self) -> None:
+        """Move the noise to the device once that is known."""
+        if self.noise.device != self.device and not self.noise.state_dict()["streams"]:
+            self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
+            self.model.noise = self.noise
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop when the budget of environment steps is used up."""
+        if getattr(getattr(self.trainer, "datamodule", None), "exhausted", False):
+            self.trainer.should_stop = True
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Tickets pass through; what they draw is on the device already."""
+        return batch.to(device) if isinstance(batch, Batch) else batch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the host's copy of the update counter."""
+        self.updates = int(checkpoint["state_dict"]["updates_done"])
+
+    # --- State of this process ---------------------------------------------------------------------
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What differs between processes: the noise streams and the metrics not logged yet."""
+        sums = {k: v.cpu() for k, v in self._sums.items()}
+        return {"noise": self.noise.state_dict(), "metrics": {"sums": sums, "count": self._count}}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`rank_state_dict`."""
+        self.noise.load_state_dict(state["noise"])
+        self._sums = {k: v.to(self.device) for k, v in state["metrics"]["sums"].items()}
+        self._count = int(state["metrics"]["count"])
+
+    # --- Verbs -------------------------------------------------------------------------------------
+
+    def encode(self, *args: Any, **kwargs: Any) -> State:
+        """See the model's ``encode``."""
+        return self.model.encode(*args, **kwargs)
+
+    def imagine(self, *args: Any, **kwargs: Any) -> Trajectory:
+        """See the model's ``imagine``."""
+        return self.model.imagine(*args, **kwargs)
+
+    def decode(self, state: State) -> Tensors:
+        """See the model's ``decode``."""
+        return self.model.decode(state)
+
+    def q(self, state: State, action: Tensors | Tensor) -> Tensor:
+        """See the model's ``q``."""
+        return self.model.q(state, action)
+
+    def act(self, *args: Any, **kwargs: Any) -> tuple[Tensors, State]:
+        """See the model's ``act``."""
+        return self.model.act(*args, **kwargs)
+
+    def latent_specs(self) -> dict[str, Spec]:
+        """See the model's ``latent_specs``."""
+        return self.model.latent_specs()
+
+    @torch.inference_mode()
+    def policy(
+        self, obs: Tensors, state: State | None = None, is_first: Tensor | None = None, mode: str = "train", noise: Any = None
+    ) -> tuple[Tensors, State]:
+        """``act`` as collectors and evaluators call it: no autograd, no autocast, any device in, actions on the CPU."""
+        with torch.autocast(self.device.type, enabled=False):
+            action, state = self.model.act(obs, state, is_first, mode, noise)
+        return {k: v.cpu() for k, v in action.items()}, state
+
+
+@contextmanager
+def uncounted(opt: LightningOptimizer) -> Iterator[None]:
+    """Steps of ``opt`` in here leave ``trainer.global_step`` alone.
+
+    Lightning counts through two hooks that it installs on the optimizers anew for every batch, so they are replaced
+    for the time of the step only.
+    """
+    before, after = opt._on_before_step, opt._on_after_step
+    opt._on_before_step = opt._on_after_step = lambda: None
+    try:
+        yield
+    finally:
+        opt._on_before_step, opt._on_after_step = before, after
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    yield
+
+
+def sync_gradients(opt: torch.optim.Optimizer) -> None:
+    """Average the gradients of all processes in one flat all-reduce; nothing to do on one.
+
+    DDP would synchronise only inside its own backward hooks, which manual optimisation with a plain backward bypasses.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    params = [p for g in opt.param_groups for p in g["params"] if p.requires_grad]
+    # All parameters, not those with a gradient: the ranks must agree on the length.
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in params])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = grad.view_as(p)

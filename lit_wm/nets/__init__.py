@@ -1,0 +1,1 @@
+"""Networks: shapes and parameters, no losses."""
