@@ -1,0 +1,523 @@
+"""Evaluation: whole episodes in environments of their own, and how well the model foresees them.
+
+Nothing that is seen here is ever trained on: the environments have their own seeds, and neither their rows
+nor the random numbers of the policy touch training. The same seed gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_wm.envs import make_vector_env
+from lit_wm.errors import ConfigError
+from lit_wm.noise import NoiseStreams
+from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
+from lit_wm.types import State, Tensors
+
+Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
+
+
+@dataclass
+class Windows:
+    """Held-out windows of frames, all of one length; short ones are filled up and marked.
+
+    Attributes:
+        obs: observations, dtype as recorded.                                     (W, T, ...)
+        prev_action: action executed before each observation.                     (W, T, ...)
+        is_first: where an episode begins.                                        (W, T) bool
+        valid: which frames exist.                                                (W, T) bool
+        carry: the acting state of the step before the window.                    (W, ...)
+    """
+
+    obs: Tensors
+    prev_action: Tensors
+    is_first: Tensor
+    valid: Tensor
+    carry: State
+
+    def __len__(self) -> int:
+        return self.is_first.shape[0]
+
+    def to(self, device: torch.device | str) -> Windows:
+        """Copy all tensors to ``device``."""
+        return Windows(
+            {k: v.to(device) for k, v in self.obs.items()},
+            {k: v.to(device) for k, v in self.prev_action.items()},
+            self.is_first.to(device),
+            self.valid.to(device),
+            self.carry.map(lambda x: x.to(device)),
+        )
+
+
+@dataclass
+class EpisodeResults:
+    """What :func:`run_episodes` saw.
+
+    Attributes:
+        returns: undiscounted return of each episode, in environment reward units.
+        lengths: agent decisions of each episode.
+        terminated: whether an episode ended by itself, not by a time limit.
+        windows: held-out windows, None if there is none.
+        rows: if recorded, one dict of arrays per episode: ``obs/KEY``, ``action/KEY``, ``reward``,
+        ``terminated``,
+            ``truncated`` with one row per observation; the last row's action is zero, it was never executed.
+    """
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    terminated: list[bool] = field(default_factory=list)
+    windows: Windows | None = None
+    rows: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def summary(self, prefix: str = "eval/") -> dict[str, float]:
+        """Mean return and length; from two episodes on, the spread and the 95 % interval of the mean."""
+        result = {f"{prefix}episodes": float(len(self.returns))}
+        if not self.returns:
+            return result
+        values = np.asarray(self.returns, np.float64)
+        result[f"{prefix}return"] = float(values.mean())
+        result[f"{prefix}length"] = float(np.mean(self.lengths))
+        if len(values) > 1:
+            low, high = confidence_interval(values)
+            result[f"{prefix}return_std"] = float(values.std(ddof=1))
+            result[f"{prefix}return_low"] = low
+            result[f"{prefix}return_high"] = high
+        return result
+
+
+def confidence_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, 10,000 resamples; the same values give the same bounds."""
+    rng = np.random.default_rng(0)
+    means = np.concatenate([rng.choice(values, (1000, len(values))).mean(1) for _ in range(10)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class _Reservoir:
+    """A uniform sample of at most ``size`` items of a stream."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seen, self.items = size, 0, []  # type: int, int, list[Any]
+        self.rng = np.random.default_rng(seed)
+
+    def add(self, item: Any) -> None:
+        self.seen += 1
+        if len(self.items) < self.size:
+            self.items.append(item)
+        elif (slot := int(self.rng.integers(self.seen))) < self.size:
+            self.items[slot] = item
+
+
+class _Recorder:
+    """Cuts the rows of each environment into windows and keeps a bounded, uniform sample of them."""
+
+    def __init__(self, size: int, length: int, seed: int):
+        self.length = length
+        self.full, self.short = _Reservoir(size, seed), _Reservoir(size, seed + 1)
+        self.open: dict[int, dict[str, Any]] = {}
+
+    def add(self, env: int, obs: Tensors, action: Tensors, is_first: bool, carry: State, end: bool) -> None:
+        window = self.open.setdefault(env, {"carry": carry, "obs": [], "action": [], "is_first": []})
+        window["obs"].append({k: v[env].clone() for k, v in obs.items()})
+        window["action"].append({k: v[env].clone() for k, v in action.items()})
+        window["is_first"].append(is_first)
+        if end or len(window["is_first"]) == self.length:
+            kind = self.full if len(window["is_first"]) == self.length else self.short
+            kind.add(self.open.pop(env))
+
+    def windows(self) -> Windows | None:
+        """The full windows; short ones, filled up with their last frame, take the places that are left."""
+        chosen = [*self.full.items, *self.short.items][: self.full.size]
+        if not chosen:
+            return None
+
+        def column(rows: list[Tensors]) -> Tensors:
+            rows = rows + rows[-1:] * (self.length - len(rows))
+            return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+
+        def batch(parts: list[Tensors]) -> Tensors:
+            return {k: torch.stack([part[k] for part in parts]) for k in parts[0]}
+
+        counts = torch.tensor([len(w["is_first"]) for w in chosen])
+        first = torch.zeros(len(chosen), self.length, dtype=torch.bool)
+        for row, window in enumerate(chosen):
+            first[row, : len(window["is_first"])] = torch.tensor(window["is_first"])
+        carries = [w["carry"] for w in chosen]
+        stoch = None if carries[0].stoch is None else torch.stack([c.stoch for c in carries])
+        return Windows(
+            obs=batch([column(w["obs"]) for w in chosen]),
+            prev_action=batch([column(w["action"]) for w in chosen]),
+            is_first=first,
+            valid=torch.arange(self.length)[None] < counts[:, None],
+            carry=State(torch.stack([c.deter for c in carries]), stoch),
+        )
+
+
+@torch.no_grad()
+def run_episodes(
+    policy: Policy,
+    env: Any,
+    episodes: int,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    max_steps: int | None = None,
+    windows: int = 0,
+    window_length: int = 32,
+    record: bool = False,
+) -> EpisodeResults:
+    """Play whole episodes and count them fairly.
+
+    Each environment plays a fixed share of the episodes. Taking the first to finish instead would favour
+    short ones.
+
+    Args:
+        policy: ``policy(obs, state, is_first) -> (action, state)`` on tensors with one row per environment.
+        env: a Gymnasium vector environment with flat Dict spaces and autoreset disabled.
+        episodes: number of episodes in all.
+        seed: environment i is reset with ``seed + i`` once, before its first episode.
+        device: where the policy wants its observations.
+        max_steps: cut an episode after this many decisions and count it with what it has; None never cuts.
+        windows: keep up to this many windows, a uniform sample over all episodes.
+        window_length: frames in a window.
+        record: keep all rows of all episodes.
+    """
+    num = env.num_envs
+    share = np.array([episodes // num + (i < episodes % num) for i in range(num)])
+    recorder = _Recorder(windows, window_length, seed)
+    tracks: list[dict[str, list]] = [{} for _ in range(num)]
+    finished: list[list[tuple]] = [[] for _ in range(num)]
+    rows: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num)]
+    total, length = np.zeros(num), np.zeros(num, np.int64)
+
+    obs = _tensors(env.reset(seed=[seed + i for i in range(num)])[0])
+    is_first, state, prev_action = np.ones(num, bool), None, None
+    carry: State | None = None  # the state before the current observation, on the CPU
+    flags = {"reward": np.zeros(num), "terminated": np.zeros(num, bool), "truncated": np.zeros(num, bool)}
+
+    def keep(i: int, action: Tensors, last: bool) -> None:
+        """Store the current observation of environment i, with the action that follows it."""
+        if windows:
+            before = carry[i].map(torch.zeros_like if is_first[i] else torch.clone)
+            recorder.add(i, obs, prev_action, bool(is_first[i]), before, last)
+        if record:
+            row = {f"obs/{k}": v[i] for k, v in obs.items()}
+            row |= {f"action/{k}": torch.zeros_like(v[i]) if last else v[i] for k, v in action.items()}
+            row |= {k: torch.as_tensor(v[i]) for k, v in flags.items()}
+            for name, value in row.items():
+                tracks[i].setdefault(name, []).append(value.numpy().copy())
+        if record and last:
+            rows[i].append({k: np.stack(v) for k, v in tracks[i].items()})
+            tracks[i] = {}
+
+    while (share > 0).any():
+        action, state = policy(
+            {k: v.to(device) for k, v in obs.items()}, state, torch.from_numpy(is_first).to(device)
+        )
+        action = {k: v.detach().cpu() for k, v in action.items()}
+        now = State(state.deter, state.stoch).map(lambda x: x.cpu()) if windows else None
+        if prev_action is None:
+            prev_action = {k: torch.zeros_like(v) for k, v in action.items()}
+            carry = None if now is None else now.map(torch.zeros_like)
+        for i in np.flatnonzero(share):
+            keep(int(i), action, last=False)
+
+        seen, reward, terminated, truncated, _ = env.step({k: v.numpy() for k, v in action.items()})
+        obs, prev_action, carry = _tensors(seen), action, now
+        total, length = total + reward, length + 1
+        if max_steps is not None:
+            truncated = truncated | (length >= max_steps)
+        flags = {"reward": reward, "terminated": terminated, "truncated": truncated}
+        is_first, done = np.zeros(num, bool), terminated | truncated
+        if not done.any():
+            continue
+        for i in np.flatnonzero(done & (share > 0)):
+            keep(int(i), action, last=True)
+            finished[i].append((float(total[i]), int(length[i]), bool(terminated[i])))
+            share[i] -= 1
+        obs = _tensors(env.reset(options={"reset_mask": done})[0])
+        is_first, prev_action = done, {k: v.clone() for k, v in action.items()}
+        for v in prev_action.values():
+            v[torch.from_numpy(done)] = 0
+        total[done], length[done] = 0, 0
+        flags = {k: np.where(done, 0, v) for k, v in flags.items()}
+
+    results = EpisodeResults(windows=recorder.windows())
+    for plays, records in zip(finished, rows, strict=True):
+        for value, steps, by_itself in plays:
+            results.returns.append(value)
+            results.lengths.append(steps)
+            results.terminated.append(by_itself)
+        results.rows.extend(records)
+    return results
+
+
+def _tensors(obs: dict[str, np.ndarray]) -> Tensors:
+    """Copies, as a vector environment may write into its buffers again."""
+    return {k: torch.from_numpy(np.array(v)) for k, v in obs.items()}
+
+
+def foresight(
+    model: Any,
+    windows: Windows,
+    mean: dict[str, Tensor] | None = None,
+    context: int | None = None,
+    horizons: tuple[int, ...] = (5, 15),
+    noise: Any = None,
+) -> tuple[dict[str, float], Tensors]:
+    """Errors of reconstruction and dream on held-out windows, and the predictions behind them.
+
+    Args:
+        model: a world model with the verbs ``encode``, ``imagine`` and ``decode``.
+        windows: of :func:`run_episodes`, on the model's device.
+        mean: mean training frame by key, images in [0, 1].
+        context: frames that the dream sees, default half of the window.
+        horizons: dreamed steps to report.
+        noise: another source of noise than the model's own.
+
+    Returns:
+        The dict of :func:`lit_wm.openloop.open_loop_errors` and the open-loop predictions (W, T, ...) by key.
+    """
+    context = context or windows.is_first.shape[1] // 2
+    given = (windows.obs, windows.prev_action, windows.is_first)
+    seen = reconstruct(model, *given, carry=windows.carry, noise=noise)
+    dreamed = open_loop(model, *given, context, carry=windows.carry, noise=noise)
+    errors = open_loop_errors(windows.obs, seen, dreamed, context, horizons, mean, windows.valid)
+    return errors, dreamed
+
+
+@contextmanager
+def own_noise(module: Any, seed: int, rank: int = 0) -> Iterator[None]:
+    """Let ``module`` draw from fresh streams inside the block; training's streams stay where they are."""
+    before = module.noise
+    module.noise = NoiseStreams(seed, rank, module.device)
+    try:
+        yield
+    finally:
+        module.noise = before
+
+
+class Evaluate(pl.Callback):
+    """Evaluation episodes at every validation, the final protocol in ``test``, recorded episodes in
+    ``predict``.
+
+    Needs a data module with ``env``, ``env_options``, ``vectorization``, ``eval_envs`` and ``env_steps``.
+    Metrics go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
+    ``eval/return_low`` and ``eval/return_high`` (95 % interval of the mean), ``eval/length``,
+    ``eval/episodes``, and the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
+    monitored. With several processes each plays its share with seeds of its own.
+
+    Args:
+        episodes: episodes of a validation.
+        test_episodes: episodes of ``test``; the result is also written to ``test.json`` in the run directory.
+        predict_episodes: episodes of ``predict``, written to ``episodes.npz`` in the run directory.
+        num_envs: environments side by side; None takes the data module's ``eval_envs``.
+        max_episode_steps: cut longer episodes, in decisions.
+        windows: held-out windows kept for the open-loop errors and the dream video.
+        window_length: frames of a window; the first half is seen, the second dreamed.
+        seed: of environments and policy; far from the training seeds. ``test`` uses ``seed + 500_000``.
+    """
+
+    def __init__(
+        self,
+        episodes: int = 8,
+        test_episodes: int = 100,
+        predict_episodes: int = 1,
+        num_envs: int | None = None,
+        max_episode_steps: int = 30_000,
+        windows: int = 16,
+        window_length: int = 32,
+        seed: int = 1_000_000,
+    ):
+        super().__init__()
+        for name in ("episodes", "test_episodes", "predict_episodes", "max_episode_steps"):
+            if (value := locals()[name]) < 1:
+                raise ConfigError(f"evaluate.{name} must be at least 1, got {value}")
+        if window_length < 2:
+            raise ConfigError(
+                f"evaluate.window_length is {window_length}; expected at least 2: half seen, half dreamed"
+            )
+        self.episodes, self.test_episodes, self.predict_episodes = episodes, test_episodes, predict_episodes
+        self.num_envs, self.max_episode_steps, self.seed = num_envs, max_episode_steps, seed
+        self.windows, self.window_length = windows, window_length
+        self.results: EpisodeResults | None = None
+        self.errors: dict[str, float] = {}
+        self.prediction: Tensors | None = None
+        self._env: Any = None
+        self._env_count = 0
+
+    def run(
+        self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
+    ) -> EpisodeResults:
+        """Play this process's share of ``episodes`` and bring the numbers of all processes together.
+
+        Windows and recorded rows stay those of this process.
+        """
+        rank, world = trainer.global_rank, trainer.world_size
+        mine = episodes // world + (rank < episodes % world)
+        results = EpisodeResults()
+        if mine:
+            with own_noise(module, seed, rank):
+                results = run_episodes(
+                    lambda obs, state, is_first: module.policy(obs, state, is_first, mode="eval"),
+                    self._open_env(trainer.datamodule, mine),
+                    mine,
+                    seed + 10_000 * rank,
+                    device=module.device,
+                    max_steps=self.max_episode_steps,
+                    windows=0 if record else self.windows,
+                    window_length=self.window_length,
+                    record=record,
+                )
+        return results if world == 1 else _gather(results, -(-episodes // world), trainer)
+
+    def _open_env(self, data: Any, episodes: int) -> Any:
+        count = min(self.num_envs or data.eval_envs, episodes)
+        if self._env is not None and self._env_count != count:
+            self._close()
+        if self._env is None:
+            seeds = list(range(self.seed, self.seed + count))  # each run resets with its own
+            self._env_count = count
+            self._env = make_vector_env(
+                data.env, count, seeds, vectorization=data.vectorization, **(data.env_options or {})
+            )
+        return self._env
+
+    def _close(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the environments."""
+        self._close()
+
+    def _foresee(self, trainer: pl.Trainer, module: Any, seed: int) -> dict[str, float]:
+        """Errors on the windows of the last run; each process looks at its own, loggers take rank 0's."""
+        self.errors, self.prediction = {}, None
+        if self.results is not None and self.results.windows is not None:
+            self.errors, self.prediction = foresight(
+                module.model,
+                self.results.windows.to(module.device),
+                mean_frames(trainer.datamodule),
+                noise=NoiseStreams(seed, 0, module.device),
+            )
+        return {f"dream/{name}": value for name, value in self.errors.items()}
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Play, measure, log."""
+        if trainer.sanity_checking:
+            return
+        self.results = self.run(trainer, pl_module, self.episodes, self.seed)
+        metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
+        self._log(trainer, pl_module, metrics, "eval/return")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The final protocol."""
+        seed = self.seed + 500_000
+        self.results = self.run(trainer, pl_module, self.test_episodes, seed)
+        metrics = self.results.summary("test/") | self._foresee(trainer, pl_module, seed)
+        self._log(trainer, pl_module, metrics, "test/return")
+        self._write_test(trainer, pl_module, seed, metrics)
+
+    @rank_zero_only
+    def _write_test(self, trainer: pl.Trainer, module: Any, seed: int, metrics: dict[str, float]) -> None:
+        assert self.results is not None
+        report = {
+            "env": trainer.datamodule.env,  # type: ignore[attr-defined]
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "env_steps": int(trainer.datamodule.env_steps),  # type: ignore[attr-defined]
+            "updates": int(module.updates),
+            "seed": seed,
+            "metrics": metrics,
+            "returns": self.results.returns,
+            "lengths": self.results.lengths,
+            "terminated": self.results.terminated,
+        }
+        path = Path(trainer.default_root_dir) / "test.json"
+        write_atomic(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+        value, low, high = (metrics.get(f"test/return{x}", float("nan")) for x in ("", "_low", "_high"))
+        print(f"test: return {value:.2f}, 95 % interval {low:.2f} to {high:.2f}, ", end="")
+        print(f"{len(self.results.returns)} episodes: {path}")
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Record episodes: each process writes those it played."""
+        results = self.run(trainer, pl_module, self.predict_episodes, self.seed, record=True)
+        if not results.rows:
+            return
+        suffix = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = Path(trainer.default_root_dir) / f"episodes{suffix}.npz"
+        write_episodes(path, results.rows)
+        print(f"predict: {len(results.rows)} episodes, {sum(map(len_rows, results.rows))} rows: {path}")
+
+    def _log(self, trainer: pl.Trainer, module: Any, metrics: dict[str, float], watch: str) -> None:
+        # Loggers get integers as steps (a metric called "step" would be rounded to float32); `log` feeds only
+        # checkpointing and early stopping.
+        step = int(trainer.datamodule.env_steps)  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        if watch in metrics:
+            module.log(watch, metrics[watch], logger=False, prog_bar=False, sync_dist=False)
+
+
+def mean_frames(data: Any) -> dict[str, Tensor] | None:
+    """The mean training frame of every image entry, in [0, 1]; None before the first row was collected."""
+    frames = data.mean_frames()
+    return frames or None
+
+
+def len_rows(rows: dict[str, np.ndarray]) -> int:
+    """Number of rows of a recorded episode."""
+    return len(rows["reward"])
+
+
+def write_episodes(path: str | Path, rows: list[dict[str, np.ndarray]]) -> Path:
+    """Write recorded episodes one behind the other to a compressed npz file without pickles.
+
+    Arrays: those of :attr:`EpisodeResults.rows` concatenated, and ``episode`` (N,) int64, the episode of
+    each row.
+    """
+    arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    arrays["episode"] = np.repeat(np.arange(len(rows)), [len_rows(row) for row in rows])
+
+    def save(part: Path) -> None:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    return write_atomic(Path(path), save)
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` fill a file beside ``path`` and move it there in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)
+    return path
+
+
+def _gather(results: EpisodeResults, most: int, trainer: pl.Trainer) -> EpisodeResults:
+    """Returns, lengths and ends of all processes; shares differ by one episode, hence the padding."""
+    table = torch.full((most, 3), float("nan"), dtype=torch.float64)
+    for row, values in enumerate(zip(results.returns, results.lengths, results.terminated, strict=True)):
+        table[row] = torch.tensor(values, dtype=torch.float64)
+    gathered = trainer.strategy.all_gather(table.to(trainer.strategy.root_device)).reshape(-1, 3).cpu()
+    rows = gathered[~gathered[:, 0].isnan()].tolist()
+    return replace(
+        results,
+        returns=[row[0] for row in rows],
+        lengths=[int(row[1]) for row in rows],
+        terminated=[bool(row[2]) for row in rows],
+    )
