@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import re
 import subprocess
@@ -160,6 +161,9 @@ class SafeMLFlowLogger(MLFlowLogger):
         if artifact_location is None and uri.startswith("sqlite:///"):
             folder = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns"
             artifact_location = (folder / re.sub(r"[^\w.-]+", "-", experiment_name)).as_uri()
+        # A new database reports each of some fifty migrations.
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             super().__init__(
                 experiment_name=experiment_name,
@@ -169,7 +173,9 @@ class SafeMLFlowLogger(MLFlowLogger):
                 artifact_location=artifact_location,
                 run_id=run_id,
             )
-        except Exception as error:  # an unknown scheme, a refused file store: MLflow has no common base class for these
+        except (
+            Exception
+        ) as error:  # an unknown scheme, a refused file store: MLflow has no common base class for these
             raise self._unreachable(uri, error) from error
         self.dropped = 0
         self.max_pending, self.drain_s = max_pending, drain_s
@@ -201,11 +207,6 @@ class SafeMLFlowLogger(MLFlowLogger):
         Calls on the client are synchronous and can raise; prefer :meth:`log_artifact` and :meth:`set_tags` in training.
         """
         if not self._answers:
-            import logging
-
-            # Alembic reports each of some fifty migrations of a new database.
-            logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
             try:
                 self._mlflow_client.search_experiments(max_results=1)
             except Exception as error:
@@ -238,7 +239,8 @@ class SafeMLFlowLogger(MLFlowLogger):
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             warnings.warn(
-                f"MLflow run {run_id} of the checkpoint is not in {self._tracking_uri}; a new run begins.", stacklevel=2
+                f"MLflow run {run_id} of the checkpoint is not in {self._tracking_uri}; a new run begins.",
+                stacklevel=2,
             )
             self.tags = {**(self.tags or {}), "resumed_from": run_id}
             return False
@@ -317,7 +319,7 @@ class SafeMLFlowLogger(MLFlowLogger):
         """Queue parameters. MLflow forbids changing one: in a resumed run a changed value becomes a tag."""
         self.start()
         plain = vars(params) if isinstance(params, Namespace) else dict(params or {})
-        self._put("params", {k: str(v)[:500] for k, v in _flat(plain).items()})
+        self._put("params", {k: str(v)[:500] for k, v in _flat(plain).items() if k[:1] != "_"})
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
@@ -434,9 +436,7 @@ class SafeMLFlowLogger(MLFlowLogger):
         client, run_id = self._mlflow_client, self._run_id
         if kind == "metrics":
             rows = [
-                Metric(key, value, at, step)
-                for values, step, at in taken
-                for key, value in values.items()
+                Metric(key, value, at, step) for values, step, at in taken for key, value in values.items()
             ]
             for i in range(0, len(rows), 1000):
                 client.log_batch(run_id, metrics=rows[i : i + 1000])
@@ -461,7 +461,18 @@ class SafeMLFlowLogger(MLFlowLogger):
 
 # -- the record of a run ---------------------------------------------------------------------------------------------
 
-PACKAGES = ("torch", "lightning", "torchrl", "tensordict", "gymnasium", "minari", "ale-py", "mlflow", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "torchrl",
+    "tensordict",
+    "gymnasium",
+    "minari",
+    "ale-py",
+    "mlflow",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -487,7 +498,10 @@ def git_state() -> dict[str, Any] | None:
     try:
         if not git("ls-files", "lit_wm/tracking.py"):
             return None  # installed inside somebody else's repository
-        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", "-uno").splitlines()}
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": git("status", "--porcelain", "-uno").splitlines(),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -528,7 +542,12 @@ class RunRecord(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)
-        known = {"versions": versions(), "git": git_state(), "command": sys.argv, "processes": trainer.world_size}
+        known = {
+            "versions": versions(),
+            "git": git_state(),
+            "command": sys.argv,
+            "processes": trainer.world_size,
+        }
         if self.logger is not None:
             self.logger.start()
             known |= {"mlflow_run_id": self.logger.run_id, "mlflow_uri": self.logger.tracking_uri}

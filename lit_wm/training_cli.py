@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -30,8 +30,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
 from lit_wm.strategy import ReplicatedStrategy
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger
-
-log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 DEFAULT_CLASSES = {"model": "lit_wm.DreamerV3Module", "data": "datamodules.ReplayDataModule"}
@@ -182,7 +180,11 @@ class Request:
         return found[-1] if found else None
 
 
-EXAMPLES = {"-c": "configs/dreamer_atari.yaml", "--config": "configs/dreamer_atari.yaml", "--ckpt_path": "last"}
+EXAMPLES = {
+    "-c": "configs/dreamer_atari.yaml",
+    "--config": "configs/dreamer_atari.yaml",
+    "--ckpt_path": "last",
+}
 
 
 # -- run directories and checkpoints -----------------------------------------------------------------------------------
@@ -223,7 +225,9 @@ def resolve_checkpoint(ckpt_path: str, root: Path) -> Path:
         path = Path(ckpt_path)
         if path.is_file():
             return path
-        raise CheckpointError(f"--ckpt_path {ckpt_path}: no such file. Give 'last', 'best', a run directory or a .ckpt")
+        raise CheckpointError(
+            f"--ckpt_path {ckpt_path}: no such file. Give 'last', 'best', a run directory or a .ckpt"
+        )
     runs = [root, *root.glob("*"), *root.glob("*/*")] if root.is_dir() else []
     found = [p for run in runs if (p := checkpoint_in(run, ckpt_path))]
     if not found:
@@ -304,20 +308,26 @@ class Spelling:
     def __init__(self, parser: LightningArgumentParser, config: dict[str, Any], request: Request):
         self.classes = dict(DEFAULT_CLASSES)
         for group in self.classes:
-            given = request.option(group, f"{group}.class_path") or (config.get(group) or {}).get("class_path")
+            given = request.option(group, f"{group}.class_path") or (config.get(group) or {}).get(
+                "class_path"
+            )
             self.classes[group] = given or self.classes[group]
-        dests = [a.dest for a in parser._actions if a.dest not in ("help", "==SUPPRESS==")]
-        self.groups: dict[str, list[str] | None] = {"": []}
-        for dest in dests:
-            group, _, key = dest.rpartition(".")
-            (self.groups.setdefault(group, []) or []).append(key) if group else None
-            top = dest.split(".")[0]
-            if top not in (self.groups[""] or []):
-                (self.groups[""] or []).append(top) if self.groups[""] else self.groups.update({"": [top]})
+        self.groups: dict[str, list[str] | None] = {}
+        for action in parser._actions:
+            group, _, key = action.dest.rpartition(".")
+            if action.dest not in ("help", "==SUPPRESS=="):
+                self._learn("", action.dest.split(".")[0])
+                if group:
+                    self._learn(group, key)
         for group, class_path in self.classes.items():
             cls = import_class(class_path)
             self.groups[group] = parameters_of(cls) if cls else None
         self.all_keys = [f"{g}.{k}" if g else k for g, keys in self.groups.items() for k in keys or []]
+
+    def _learn(self, group: str, key: str) -> None:
+        known = self.groups.setdefault(group, [])
+        if known is not None and key not in known:
+            known.append(key)
 
     def check(self, config: dict[str, Any], request: Request) -> None:
         """Raise a :class:`ConfigError` that names the nearest keys."""
@@ -349,7 +359,11 @@ class Spelling:
                 unknown = [k for k in value if k not in ("class_path", "init_args", "dict_kwargs")]
                 if unknown:
                     known = self.groups.get(top) or []
-                    hint = f"; write it under '{top}: init_args:'" if unknown[0] in known else nearest(unknown[0], known)
+                    hint = (
+                        f"; write it under '{top}: init_args:'"
+                        if unknown[0] in known
+                        else nearest(unknown[0], known)
+                    )
                     raise ConfigError(f"unknown key '{top}.{unknown[0]}'{hint}")
                 for key in value.get("init_args") or {}:
                     self._known(top, key)
@@ -418,7 +432,7 @@ class Plan:
         config: merged configuration, the lowest layer being the checkpoint's run.
         checkpoint: the file to load, or None.
         run: the directory of the checkpoint's run, or None.
-        explicit: dotted keys that the files of this command set.
+        stored: configuration of the checkpoint's run.
     """
 
     request: Request
@@ -477,7 +491,8 @@ def _search_root(request: Request, given: dict[str, Any]) -> Path:
         or init_args.get("env")
     )
     root = RUNS / folder_name(experiment) if experiment else RUNS
-    return root / name if name and experiment else root
+    # With --name NEW the run to start from is the newest of the experiment; with the name of a run it is that one.
+    return root / name if name and experiment and (root / name).is_dir() else root
 
 
 def _is_child_process() -> bool:
@@ -516,7 +531,9 @@ class TrainingCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The arguments of a run."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="The one seed of model, data and environments.")
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="The one seed of model, data and environments."
+        )
         parser.add_argument(
             "--name",
             type=str | None,
@@ -532,7 +549,10 @@ class TrainingCLI(LightningCLI):
             "sqlite:///mlruns.db.",
         )
         parser.add_argument(
-            "--tracking.experiment", type=str | None, default=None, help="MLflow experiment; the environment by default."
+            "--tracking.experiment",
+            type=str | None,
+            default=None,
+            help="MLflow experiment; the environment by default.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -565,7 +585,8 @@ class TrainingCLI(LightningCLI):
         if trainer.precision not in PRECISIONS:
             reason = (
                 "with several optimisers fp16 clips scaled gradients and steps on half of them after a change of the "
-                "loss scale, silently" if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision)
+                "loss scale, silently"
+                if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision)
                 else "parameters, normalisers and losses stay in float32"
             )
             raise ConfigError(
@@ -596,7 +617,9 @@ class TrainingCLI(LightningCLI):
     def _experiment(self) -> str:
         config = self._section
         init_args = config.data.get("init_args") or {}
-        return str(config.tracking.experiment or init_args.get("env") or config.data.class_path.rpartition(".")[2])
+        return str(
+            config.tracking.experiment or init_args.get("env") or config.data.class_path.rpartition(".")[2]
+        )
 
     def _choose_run_dir(self) -> Path:
         if _is_child_process():
@@ -622,7 +645,12 @@ class TrainingCLI(LightningCLI):
             names = [stamp, *(f"{stamp}-{i}" for i in range(2, 100))]
             chosen = base / (config.name or next(n for n in names if not (base / n).exists()))
         continued = plan.run is not None and chosen.resolve() == plan.run
-        if plan.request.verb == "fit" and not continued and not _is_child_process() and (chosen / "config.yaml").exists():
+        if (
+            plan.request.verb == "fit"
+            and not continued
+            and not _is_child_process()
+            and (chosen / "config.yaml").exists()
+        ):
             raise ConfigError(
                 f"the run directory '{chosen}' already holds a run\n"
                 "Go on with it: --ckpt_path last. Begin another: --name NEW_NAME"
@@ -649,6 +677,15 @@ class TrainingCLI(LightningCLI):
         verb = self.plan.request.verb
         return self._subcommand_parsers[verb].dump(self._section, skip_none=False)
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and Trainer; what their constructors refuse is a user error."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, NotImplementedError, OSError) as error:
+            if isinstance(error, LitWMError):
+                raise
+            raise ConfigError(str(error) or type(error).__name__) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with our loggers and callbacks."""
         config = self.config_init[self.subcommand]
@@ -666,7 +703,9 @@ class TrainingCLI(LightningCLI):
             loggers = []  # evaluation prints and writes its own file; it must not touch the record of the training
         config.trainer.callbacks = list(config.trainer.callbacks or [])
         if self.subcommand == "fit":
-            config.trainer.callbacks.append(RunRecord(self.run_dir, self._dump(), self.mlflow, self.continues))
+            config.trainer.callbacks.append(
+                RunRecord(self.run_dir, self._dump(), self.mlflow, self.continues)
+            )
         kwargs["logger"] = loggers or False
         devices = config.trainer.devices
         several = devices not in (1, "1", [0]) or config.trainer.num_nodes > 1
@@ -698,14 +737,16 @@ def main(argv: list[str]) -> int:
         LitWMError: anything the user can fix.
         SystemExit: after ``--help`` and ``--print_config``, and after Ctrl-C.
     """
-    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for noisy in ("lightning.pytorch", "lightning.fabric"):  # seeds, devices, litlogger advertisements
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    build: Callable[[], Any] = lambda: TrainingCLI(make_plan(argv), run_callbacks())  # noqa: E731
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs fewer of them
+    ):
+        warnings.filterwarnings("ignore", message=message)
     try:
-        build()
+        TrainingCLI(make_plan(argv), run_callbacks())
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
-    except LitWMError:
-        raise
     return 0
