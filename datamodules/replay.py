@@ -1,14 +1,16 @@
 """Rows of experience in a ring on disk, sampled as windows.
 
-An episode of T transitions is T+1 rows, one for each observation; ``action`` and ``next.*`` of a row belong to the
-transition that starts there. Each environment is a *stream* with a ring of its own, so parallel environments never
-interleave, the oldest row of a stream is the one that goes, and every operation costs the same at any size.
+An episode of T transitions is T+1 rows, one for each observation; ``action`` and ``next.*`` of a row belong
+to the transition that starts there. Each environment is a *stream* with a ring of its own, so parallel
+environments never interleave, the oldest row of a stream is the one that goes, and every operation costs the
+same at any size.
 
 A row is known by its position in its stream, counted from the first row ever written::
 
     row = stream * ring + position % ring            position in [tail, head) is alive, below is evicted
 
-The position is also the *generation* of a sampled row: whoever writes back to it later is ignored if it has gone.
+The position is also the *generation* of a sampled row: whoever writes back to it later is ignored if it has
+gone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import shutil
 import uuid
 import warnings
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -113,7 +116,13 @@ class RowStorage(Storage):
     """
 
     def __init__(
-        self, specs: dict[Key, Spec], capacity: int, streams: int, directory: Path, lead: int = 1, pin: bool = False
+        self,
+        specs: dict[Key, Spec],
+        capacity: int,
+        streams: int,
+        directory: Path,
+        lead: int = 1,
+        pin: bool = False,
     ):
         self.ring = capacity // streams
         super().__init__(self.ring * streams, compilable=True)  # plain counters instead of shared semaphores
@@ -123,20 +132,25 @@ class RowStorage(Storage):
         directory.mkdir(parents=True, exist_ok=True)
         self.files = {k: directory / f"{quote('.'.join(k), safe='')}.rows" for k in specs}
         self.data = TensorDict({}, [self.max_size])
+        self._handles: dict[Key, Any] = {}
         self.columns: dict[Key, Tensor] = {}
         self.arrays: dict[Key, np.ndarray] = {}
         for key, spec in specs.items():
-            self.files[key].unlink(missing_ok=True)
+            self.files[key].unlink(missing_ok=True)  # whoever still maps it keeps what was there
             shape = (self.max_size, *spec.shape)
             column = MemoryMappedTensor.empty(
                 shape, dtype=getattr(torch, spec.dtype), filename=str(self.files[key])
             )
+            self._handles[key] = open(self.files[key], "rb")  # even if another run replaces the name
             self.data[key] = column
-            # The subclass costs several microseconds per call; writing goes through NumPy, which is faster still.
+            # The subclass costs several microseconds per call; writing goes through NumPy, which is faster
+            # still.
             self.columns[key] = column.as_subclass(Tensor)
             array = _raw(self.columns[key])
             self.arrays[key] = array.reshape(-1) if spec.shape == (1,) else array
         self._buffers: dict[Any, list[Tensor]] = {}
+        # They are large: gone with the process, unless it is killed; then the next run replaces them.
+        self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))
 
     @property
     def tail(self) -> np.ndarray:
@@ -163,9 +177,9 @@ class RowStorage(Storage):
             index: (B, lead + T) row numbers of windows, or any index of single rows.
 
         Returns:
-            For windows a TensorDict of batch size B: observations (B, T, ...) of the rows after the lead, latents
-            (B, ...) of the last lead row, where training starts, and all other columns (B, lead + T, ...).
-            For single rows a TensorDict with every column.
+            For windows a TensorDict of batch size B: observations (B, T, ...) of the rows after the lead,
+            latents (B, ...) of the last lead row, where training starts, and all other columns (B, lead + T,
+            ...). For single rows a TensorDict with every column.
         """
         if not isinstance(index, Tensor) or index.ndim != 2:
             return self.data[index]
@@ -191,9 +205,11 @@ class RowStorage(Storage):
     def _buffer(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for one gathered column that nobody else uses.
 
-        Fresh memory costs a page fault for every 4 KB, a third of the time of the copy, so a buffer is used again once
-        no tensor but ours shares its storage: a batch that somebody keeps is never overwritten. Page-locked memory has
-        such a cache inside PyTorch, which also waits for copies to the GPU that are still under way.
+        Fresh memory costs a page fault for every 4 KB, a third of the time of the copy, so a buffer is used
+        again once
+        no tensor but ours shares its storage: a batch that somebody keeps is never overwritten. Page-locked
+        memory has such a cache inside PyTorch, which also waits for copies to the GPU that are still under
+        way.
         """
         if self.pin:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -242,9 +258,9 @@ class RowStorage(Storage):
         for key, spec in self.specs.items():
             size, crc = _column_bytes(spec), 0
             flat = self.columns[key].view(-1).view(torch.uint8).numpy()
-            with open(self.files[key], "rb") as source, open(Path(path) / self.files[key].name, "wb") as target:
+            with open(Path(path) / self.files[key].name, "wb") as target:
                 for row, count in runs:
-                    _copy_range(source.fileno(), target.fileno(), row * size, count * size)
+                    _copy_range(self._handles[key].fileno(), target.fileno(), row * size, count * size)
                     crc = _crc32(flat[row * size : (row + count) * size], crc)
                 os.fsync(target.fileno())
             columns.append({"key": list(key), **spec.to_plain(), "bytes": len(self) * size, "crc32": crc})
@@ -255,7 +271,8 @@ class RowStorage(Storage):
         """Read what :meth:`dumps` wrote with the same columns and streams; a smaller ring keeps the newest rows.
 
         Raises:
-            CheckpointError: if a file is missing, damaged or of another layout; the rows here are then untouched.
+            CheckpointError: if a file is missing, damaged or of another layout; the rows here are then
+                untouched.
         """
         path = Path(path)
         manifest = _read_json(path / "manifest.json")
@@ -270,7 +287,9 @@ class RowStorage(Storage):
             )
         stored = {tuple(c["key"]): Spec.from_plain(c) for c in manifest["columns"]}
         if stored != self.specs:
-            differ = sorted(".".join(k) for k in stored.keys() | self.specs.keys() if stored.get(k) != self.specs.get(k))
+            differ = sorted(
+                ".".join(k) for k in stored.keys() | self.specs.keys() if stored.get(k) != self.specs.get(k)
+            )
             raise CheckpointError(
                 f"replay snapshot {path} differs from this run in the columns {', '.join(differ)}.\n"
                 "  Resume with the same environment, model size and precision."
@@ -303,7 +322,13 @@ def _copy_range(source: int, target: int, start: int, count: int) -> None:
             try:
                 done = os.copy_file_range(source, target, min(count, 1 << 30), offset_src=start)
             except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                if error.errno not in (
+                    errno.EXDEV,
+                    errno.EINVAL,
+                    errno.ENOSYS,
+                    errno.EOPNOTSUPP,
+                    errno.EPERM,
+                ):
                     raise
                 in_kernel = False
                 continue
@@ -350,7 +375,9 @@ def _read_json(path: Path) -> dict[str, Any]:
             "  A snapshot is a folder with manifest.json; use a checkpoint that was saved with its replay."
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"replay snapshot is damaged: {path} is no JSON ({error}).\n  Use an older checkpoint.") from None
+        raise CheckpointError(
+            f"replay snapshot is damaged: {path} is no JSON ({error}).\n  Use an older checkpoint."
+        ) from None
 
 
 class RingWriter(Writer):
@@ -405,15 +432,15 @@ class RingWriter(Writer):
 class WindowSampler(Sampler):
     """Draws windows of consecutive rows of one stream, every complete window being equally likely.
 
-    Windows run across the ends of episodes. In train mode every ``window``-th window of a stream, which together hold
-    each row once, waits in a queue and is handed out once before anything is drawn. Draw number k depends on seed,
-    rank and k alone, so the state is a count.
+    Windows run across the ends of episodes. In train mode every ``window``-th window of a stream, which
+    together hold each row once, waits in a queue and is handed out once before anything is drawn. Draw number
+    k depends on seed, rank and k alone, so the state is a count.
 
     Args:
         storage: where the rows are.
         window: rows of a training window, context included.
-        context: rows before those to train on. With none, the row before the window gives previous action and reward,
-            so the oldest row of a stream can start a window only if it starts an episode.
+        context: rows before those to train on. With none, the row before the window gives previous action and
+            reward, so the oldest row of a stream can start a window only if it starts an episode.
         online: whether to keep the queue.
     """
 
@@ -455,7 +482,9 @@ class WindowSampler(Sampler):
         low, count = self.starts(self.length)
         ends = np.cumsum(count)
         if ends[-1] == 0:
-            raise DataError(f"the replay has no complete window of {self.length} rows yet: collect more steps first.")
+            raise DataError(
+                f"the replay has no complete window of {self.length} rows yet: collect more steps first."
+            )
         chosen: list[tuple[int, int]] = []
         if self.mode == "train" and self.length == self.window:
             while self.queue and len(chosen) < batch_size:
@@ -517,8 +546,8 @@ class RowReplay:
         pin: gather into page-locked memory, for a GPU.
 
     Raises:
-        ConfigError: if the replay cannot hold one window per stream or would not fit on the disk; nothing has been
-            written then.
+        ConfigError: if the replay cannot hold one window per stream or would not fit on the disk; nothing has
+            been written then.
     """
 
     def __init__(
@@ -597,7 +626,12 @@ class RowReplay:
         arrays, rows = self.storage.arrays, self.storage.newest(streams)
         open_ = arrays["valid",][rows] & (self.storage.head[streams] > self.storage.floor[streams])
         if not open_.all():
-            rows, reward, terminated, truncated = rows[open_], reward[open_], terminated[open_], truncated[open_]
+            rows, reward, terminated, truncated = (
+                rows[open_],
+                reward[open_],
+                terminated[open_],
+                truncated[open_],
+            )
         arrays["next", "reward"][rows] = reward
         arrays["next", "terminated"][rows] = terminated
         arrays["next", "truncated"][rows] = truncated
@@ -626,12 +660,12 @@ class RowReplay:
         Args:
             batch_size: number of windows B.
             length: rows of a window, context included; None is the training window.
-            mode: ``"train"`` empties the online queue first; ``"report"`` draws from random numbers of its own and
-                leaves the training draws as they are.
+            mode: ``"train"`` empties the online queue first; ``"report"`` draws from random numbers of its
+                own and leaves the training draws as they are.
 
         Returns:
-            As :meth:`RowStorage.get`, and per row ``index`` (row number) and ``generation`` (position in its stream),
-            both (B, rows) int64.
+            As :meth:`RowStorage.get`, and per row ``index`` (row number) and ``generation`` (position in its
+            stream), both (B, rows) int64.
 
         Raises:
             DataError: if there is no complete window yet.
@@ -661,6 +695,10 @@ class RowReplay:
                 for row, count in storage._runs(int(stream), int(start) + at, int(start) + length):
                     array[row : row + count] = values[b, at : at + count]
                     at += count
+
+    def close(self) -> None:
+        """Remove the column files; the replay cannot be used any more."""
+        self.storage.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, queue and draws as plain values; the rows are in :meth:`snapshot`."""
@@ -701,7 +739,8 @@ class RowReplay:
         """Go on from :meth:`snapshot`, with the same draws; a smaller capacity keeps the newest rows.
 
         Raises:
-            CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of streams.
+            CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of
+                streams.
         """
         for part in (self.storage, self.sampler, self.writer):
             part.loads(Path(directory))
@@ -724,6 +763,13 @@ def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
             f"but {directory} has {free / 1e9:,.1f} GB free.\n"
             f"  Lower data.capacity to {int(free * 0.9) // bytes_per_row:,} or less, or put data.replay_dir on a larger disk."
         )
+
+
+def _remove(handles: list[Any], files: list[Path]) -> None:
+    for handle, file in zip(handles, files, strict=True):
+        if file.exists() and os.path.samestat(file.stat(), os.fstat(handle.fileno())):  # else another run's
+            file.unlink()
+        handle.close()
 
 
 def _sync_directory(path: Path) -> None:

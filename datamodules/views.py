@@ -1,7 +1,7 @@
 """What a model sees of the rows.
 
-Dreamer counts time by observations: reward and flags of a step are those that came *with* its observation, while a row
-holds what its action led to. Sampled windows therefore begin with at least one lead row::
+Dreamer counts time by observations: reward and flags of a step are those that came *with* its observation,
+while a row holds what its action led to. Sampled windows therefore begin with at least one lead row::
 
     row      lead       K          K+1                  batch t = row K + t
     obs      (not read) o[0]       o[1]
@@ -65,11 +65,11 @@ def dreamer_view(
         latents: the stored latents; None leaves ``carry`` empty.
 
     Returns:
-        A batch of T steps. ``is_last`` is also set where the next row starts an episode, which repairs episodes that
-        were broken off; the last step of a sequence cannot be repaired.
+        A batch of T steps. ``is_last`` is also set where the next row starts an episode, which repairs
+        episodes that were broken off; the last step of a sequence cannot be repaired.
     """
     lead = max(context, 1)
-    first = rows["is_init"].squeeze(-1)                                         # (B, lead + T)
+    first = rows["is_init"].squeeze(-1)  # (B, lead + T)
     outcome = {k: v.squeeze(-1)[:, lead - 1 : -1] for k, v in rows["next"].items()}  # (B, T)
     is_first = first[:, lead:]
     ended = outcome["terminated"]

@@ -1,0 +1,238 @@
+"""The loop that lets a policy act in environments and writes what it saw into the replay.
+
+The three autoreset modes of Gymnasium give the same rows in the same order: where the vector environment
+would reset at its next step, or not at all, the ended environments are reset at once by a mask. So one call
+of the vector environment gives one row per environment, and a second one, the first of the next episode,
+where an episode has ended.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Dict as DictSpace
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from datamodules.replay import RowReplay, counter_rng
+from datamodules.views import to_latents
+from lit_wm.errors import ConfigError, NotSupported
+from lit_wm.noise import stream_seed
+from lit_wm.types import Spaces, State, Tensors
+
+if TYPE_CHECKING:
+    Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
+
+
+class Collector:
+    """Steps a vector environment with a recurrent policy; environment i writes stream i of the replay.
+
+    Every row counts as one env step, the first of an episode too, as in the official driver. The last
+    observation of
+    an episode has no action, and no latent either: nothing ever starts from it.
+
+    Args:
+        env: any Gymnasium vector environment; ``NEXT_STEP`` and ``DISABLED`` must know ``reset_mask``.
+        spaces: its entries.
+        replay: with as many streams as there are environments.
+        seed: environment i of process r starts with ``seed + 10_000 * r + i``.
+        rank: number of this process.
+        prefill: first env steps of this process with uniformly random actions; the policy still follows
+            along, so that their latents are valid.
+
+    Attributes:
+        env_steps: rows written.
+        episodes: episodes finished.
+        finished: (return, length) of finished episodes that nobody has taken yet; length counts actions.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        spaces: Spaces,
+        replay: RowReplay,
+        seed: int = 0,
+        rank: int = 0,
+        prefill: int = 0,
+    ):
+        if env.num_envs != replay.storage.streams:
+            raise ConfigError(f"{env.num_envs} environments cannot write {replay.storage.streams} streams.")
+        self.env, self.spaces, self.replay = env, spaces, replay
+        self.seed, self.rank, self.prefill = seed, rank, prefill
+        self.same_step = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
+        self.env_steps = self.episodes = self.frames = 0
+        self.finished: list[tuple[float, int]] = []
+        self.frame_sums = {k: np.zeros(s.shape, np.int64) for k, s in spaces.obs.items() if s.is_image}
+        self._streams = np.arange(env.num_envs)
+        self._return = np.zeros(env.num_envs)
+        self._length = np.zeros(env.num_envs, np.int64)
+        self._state: State | None = None
+        self._action: dict[str, np.ndarray] | None = None  # chosen at the newest rows, not yet executed
+
+    def collect(self, policy: Policy, device: torch.device | str = "cpu") -> int:
+        """Step every environment once.
+
+        Args:
+            policy: ``policy(obs, state, is_first) -> (action, state)`` over a leading axis of environments,
+                called in inference mode; ``obs`` and ``is_first`` are on ``device``.
+            device: where the policy computes.
+
+        Returns:
+            Number of rows written.
+        """
+        before = self.env_steps
+        if self._action is None:
+            raw, _ = self.env.reset(seed=self._seeds())
+            is_first = np.ones(self.env.num_envs, np.bool_)
+        else:
+            raw, is_first = self._step(self._action)
+        obs = self._entries(raw)
+        random = self.env_steps < self.prefill
+        with torch.inference_mode():
+            seen = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
+            action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
+            if random:
+                action = self._random_action(action)
+                state = State(state.deter, state.stoch, action if state.action is not None else None)
+            latent = {k: v.cpu() for k, v in to_latents(state, self.replay.latents).items()}
+            chosen = {k: v.cpu().numpy() for k, v in action.items()}
+        valid = np.ones_like(is_first)
+        self.replay.append(self._streams, obs, is_first, valid, chosen, latent)
+        self._count(obs)
+        self._state, self._action = state, chosen
+        return self.env_steps - before
+
+    def _step(self, action: dict[str, np.ndarray]) -> tuple[Any, np.ndarray]:
+        """Execute the actions, write outcomes and last rows, and begin new episodes where old ones ended."""
+        single = not isinstance(self.env.single_action_space, DictSpace)
+        raw, reward, terminated, truncated, info = self.env.step(action["action"] if single else action)
+        self.replay.set_outcome(self._streams, reward, terminated, truncated)
+        self._return += reward
+        self._length += 1
+        ended = terminated | truncated
+        if ended.any():
+            which = np.flatnonzero(ended)
+            if self.same_step:
+                finals = [self._entries(info["final_obs"][i]) for i in which]
+                last = {k: np.stack([final[k] for final in finals]) for k in self.spaces.obs}
+            else:
+                last = {k: v[which] for k, v in self._entries(raw).items()}
+            no = np.zeros(len(which), np.bool_)
+            self.replay.append(which, last, no, no)
+            self._count(last)
+            self.finished += [(float(self._return[i]), int(self._length[i])) for i in which]
+            self.episodes += len(which)
+            self._return[which], self._length[which] = 0.0, 0
+            if not self.same_step:
+                raw, _ = self.env.reset(options={"reset_mask": ended})
+        return raw, ended
+
+    def _entries(self, raw: Any) -> dict[str, np.ndarray]:
+        """Observations by key, in the type of their spec."""
+        named = raw if isinstance(raw, dict) else {"obs": raw}
+        return {k: np.asarray(named[k], dtype=spec.dtype) for k, spec in self.spaces.obs.items()}
+
+    def _count(self, obs: dict[str, np.ndarray]) -> None:
+        rows = len(next(iter(obs.values())))
+        self.env_steps += rows
+        self.frames += rows
+        for key, total in self.frame_sums.items():
+            for frame in obs[key]:
+                total += frame
+
+    def _random_action(self, like: Tensors) -> Tensors:
+        """Uniform actions; the draw depends on the step count only."""
+        rng = counter_rng(self.seed, self.rank, "prefill", self.env_steps)
+        out = {}
+        for key, spec in self.spaces.action.items():
+            shape = (self.env.num_envs, *spec.shape)
+            value = (
+                rng.integers(spec.classes, size=shape) if spec.is_discrete else rng.uniform(-1, 1, size=shape)
+            )
+            out[key] = torch.as_tensor(value).to(like[key])
+        return out
+
+    def _seeds(self) -> list[int]:
+        """Environment seeds: the documented ones at the start, others when environments start again later."""
+        if self.env_steps == 0:
+            return [self.seed + 10_000 * self.rank + i for i in range(self.env.num_envs)]
+        return [
+            stream_seed(self.seed, self.rank, f"env {i} at {self.env_steps}") >> 32 for i in self._streams
+        ]
+
+    def mean_frames(self) -> dict[str, Tensor]:
+        """Mean over all rows written, per image key, in 0..255; empty before the first. (H, W, C) or (C, H, W) float64."""
+        if not self.frames:
+            return {}
+        return {k: torch.from_numpy(total / self.frames) for k, total in self.frame_sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, recurrent state, pending action and environments, as tensors and plain values.
+
+        An environment without an exact snapshot is left out: see :meth:`load_state_dict`.
+        """
+        from lit_wm.envs import snapshot_vector_env
+
+        envs = None
+        if self._action is not None:
+            try:
+                envs = snapshot_vector_env(self.env)
+            except NotSupported as error:
+                warnings.warn(
+                    f"{error}; a resumed run starts new episodes instead of going on exactly.", stacklevel=2
+                )
+        state = None
+        if self._state is not None:
+            parts = {"deter": self._state.deter, "stoch": self._state.stoch}
+            state = {k: None if v is None else v.cpu().clone() for k, v in parts.items()}
+            if self._state.action is not None:
+                state["action"] = {k: v.cpu().clone() for k, v in self._state.action.items()}
+        return {
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "frames": self.frames,
+            "frame_sums": {k: torch.from_numpy(v.copy()) for k, v in self.frame_sums.items()},
+            "finished": [list(x) for x in self.finished],
+            "return": self._return.tolist(),
+            "length": self._length.tolist(),
+            "state": state,
+            "action": None if self._action is None else {k: torch.tensor(v) for k, v in self._action.items()},
+            "envs": envs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on where :meth:`state_dict` was called; the replay must have been restored before.
+
+        Without a snapshot of the environments all start a new episode, and the open ones are cut off in the
+        replay.
+        """
+        self.env_steps, self.episodes, self.frames = state["env_steps"], state["episodes"], state["frames"]
+        for key, total in state["frame_sums"].items():
+            self.frame_sums[key][...] = total.numpy()
+        self.finished = [(r, n) for r, n in state["finished"]]
+        self._return[:], self._length[:] = state["return"], state["length"]
+        self._state = self._action = None
+        if state["envs"] is None:
+            self.replay.cut(self._streams)
+            self._return[:], self._length[:] = 0.0, 0
+            return
+        from lit_wm.envs import restore_vector_env
+
+        self.env.reset(seed=self._seeds())  # some environments create what they restore only here
+        restore_vector_env(self.env, state["envs"])
+        self._action = {k: v.numpy().copy() for k, v in state["action"].items()}
+        kept = state["state"]
+        action = kept.get("action")
+        self._state = State(
+            kept["deter"].to(device),
+            None if kept["stoch"] is None else kept["stoch"].to(device),
+            None if action is None else {k: v.to(device) for k, v in action.items()},
+        )
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.env.close()
