@@ -132,6 +132,15 @@ class WorldModelModule(pl.LightningModule):
         if getattr(getattr(self.trainer, "datamodule", None), "exhausted", False):
             self.trainer.should_stop = True
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the ``Evaluate`` callback plays the episodes."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing, as in :meth:`validation_step`."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing, as in :meth:`validation_step`."""
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Tickets pass through; what they draw is on the device already."""
         return batch.to(device) if isinstance(batch, Batch) else batch
