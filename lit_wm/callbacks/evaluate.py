@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_wm.envs import make_vector_env
 from lit_wm.errors import ConfigError
 from lit_wm.noise import NoiseStreams
 from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
@@ -298,17 +296,6 @@ def foresight(
     return errors, dreamed
 
 
-@contextmanager
-def own_noise(module: Any, seed: int, rank: int = 0) -> Iterator[None]:
-    """Let ``module`` draw from fresh streams inside the block; training's streams stay where they are."""
-    before = module.noise
-    module.noise = NoiseStreams(seed, rank, module.device)
-    try:
-        yield
-    finally:
-        module.noise = before
-
-
 class Evaluate(pl.Callback):
     """Evaluation episodes at every validation, the final protocol in ``test``, recorded episodes in
     ``predict``.
@@ -323,7 +310,6 @@ class Evaluate(pl.Callback):
         episodes: episodes of a validation.
         test_episodes: episodes of ``test``; the result is also written to ``test.json`` in the run directory.
         predict_episodes: episodes of ``predict``, written to ``episodes.npz`` in the run directory.
-        num_envs: environments side by side; None takes the data module's ``eval_envs``.
         max_episode_steps: cut longer episodes, in decisions.
         windows: held-out windows kept for the open-loop errors and the dream video.
         window_length: frames of a window; the first half is seen, the second dreamed.
@@ -335,7 +321,6 @@ class Evaluate(pl.Callback):
         episodes: int = 8,
         test_episodes: int = 100,
         predict_episodes: int = 1,
-        num_envs: int | None = None,
         max_episode_steps: int = 30_000,
         windows: int = 16,
         window_length: int = 32,
@@ -350,7 +335,7 @@ class Evaluate(pl.Callback):
                 f"evaluate.window_length is {window_length}; expected at least 2: half seen, half dreamed"
             )
         self.episodes, self.test_episodes, self.predict_episodes = episodes, test_episodes, predict_episodes
-        self.num_envs, self.max_episode_steps, self.seed = num_envs, max_episode_steps, seed
+        self.max_episode_steps, self.seed = max_episode_steps, seed
         self.windows, self.window_length = windows, window_length
         self.results: EpisodeResults | None = None
         self.errors: dict[str, float] = {}
@@ -369,30 +354,29 @@ class Evaluate(pl.Callback):
         mine = episodes // world + (rank < episodes % world)
         results = EpisodeResults()
         if mine:
-            with own_noise(module, seed, rank):
-                results = run_episodes(
-                    lambda obs, state, is_first: module.policy(obs, state, is_first, mode="eval"),
-                    self._open_env(trainer.datamodule, mine),
-                    mine,
-                    seed + 10_000 * rank,
-                    device=module.device,
-                    max_steps=self.max_episode_steps,
-                    windows=0 if record else self.windows,
-                    window_length=self.window_length,
-                    record=record,
-                )
+            # Streams of its own, so that evaluating draws nothing from training's.
+            noise = NoiseStreams(seed, rank, module.device)
+            results = run_episodes(
+                lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
+                self._open_env(trainer.datamodule, mine, world),
+                mine,
+                seed + 10_000 * rank,
+                device=module.device,
+                max_steps=self.max_episode_steps,
+                windows=0 if record else self.windows,
+                window_length=self.window_length,
+                record=record,
+            )
         return results if world == 1 else _gather(results, -(-episodes // world), trainer)
 
-    def _open_env(self, data: Any, episodes: int) -> Any:
-        count = min(self.num_envs or data.eval_envs, episodes)
+    def _open_env(self, data: Any, episodes: int, world_size: int) -> Any:
+        count = min(max(1, data.eval_envs // world_size), episodes)
         if self._env is not None and self._env_count != count:
             self._close()
         if self._env is None:
             seeds = list(range(self.seed, self.seed + count))  # each run resets with its own
             self._env_count = count
-            self._env = make_vector_env(
-                data.env, count, seeds, vectorization=data.vectorization, **(data.env_options or {})
-            )
+            self._env = data.make_envs(count, seeds)
         return self._env
 
     def _close(self) -> None:
@@ -473,9 +457,8 @@ class Evaluate(pl.Callback):
 
 
 def mean_frames(data: Any) -> dict[str, Tensor] | None:
-    """The mean training frame of every image entry, in [0, 1]; None before the first row was collected."""
-    frames = data.mean_frames()
-    return frames or None
+    """The mean training frame of every image, in [0, 1]; None without images or before the first row."""
+    return {k: v.float() / 255 for k, v in data.mean_frames().items()} or None
 
 
 def len_rows(rows: dict[str, np.ndarray]) -> int:
