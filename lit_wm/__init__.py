@@ -1,7 +1,7 @@
 """DreamerV3 world models as Lightning modules.
 
-Names are loaded on first use, so that ``import lit_wm`` costs nothing and the command line can answer ``--help``
-before torch is imported.
+Names are loaded on first use, so that ``import lit_wm`` costs nothing and the command line can answer
+``--help`` before torch is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ``lit-wm`` command: a thin dispatcher.
 
-``--help``, ``--version`` and ``presets`` answer before torch or Lightning is imported (Lightning alone costs seconds);
-``fit``, ``validate``, ``test`` and ``predict`` go to :mod:`lit_wm.training_cli`.
+``--help``, ``--version`` and ``presets`` answer before torch or Lightning is imported (Lightning alone costs
+seconds); ``fit``, ``validate``, ``test`` and ``predict`` go to :mod:`lit_wm.training_cli`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The size presets as frozen data; this module imports neither torch nor Lightning.
 
-Without a preset the official defaults equal ``size200m``. An explicit argument of the module overrides its row.
-The nominal names match the parameter counts only roughly (``size200m`` has 166 M trainable parameters on images).
+Without a preset the official defaults equal ``size200m``. An explicit argument of the module overrides its
+row. The nominal names match the parameter counts only roughly (``size200m`` has 166 M trainable parameters on
+images).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ DREAMERV3: Mapping[str, Mapping[str, int]] = MappingProxyType(
     }
 )
 
-# Trainable parameters of the official code (slow critic excluded): an image of 64x64x3 with 18 discrete actions ...
+# Trainable parameters of the official code (slow critic excluded): an image of 64x64x3 with 18 discrete
+# actions ...
 DREAMERV3_PARAMETERS_IMAGE: Mapping[str, int] = MappingProxyType(
     {
         "size1m": 688_004,
@@ -67,7 +69,9 @@ def dreamerv3_sizes(preset: str, **overrides: int | None) -> dict[str, int]:
 
     name = preset.removeprefix("dreamerv3:")
     if name not in DREAMERV3:
-        raise ConfigError(f"unknown preset {preset!r}; known: {', '.join(DREAMERV3)}{nearest(name, list(DREAMERV3))}")
+        raise ConfigError(
+            f"unknown preset {preset!r}; known: {', '.join(DREAMERV3)}{nearest(name, list(DREAMERV3))}"
+        )
     sizes = dict(DREAMERV3[name]) | {k: v for k, v in overrides.items() if v is not None}
     bad = {k: v for k, v in sizes.items() if v < 1}
     if bad:

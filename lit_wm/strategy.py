@@ -12,9 +12,9 @@ from torch.nn import Module
 class ReplicatedStrategy(DDPStrategy):
     """``DDPStrategy`` without the ``DistributedDataParallel`` wrapper.
 
-    With manual optimisation the wrapper synchronises nothing on a plain ``backward()`` and says nothing about it; the
-    modules here average each optimizer's gradients in one flat all-reduce instead. All that is left to do is to start
-    from equal weights and buffers. Backend: nccl on GPUs, gloo on CPUs.
+    With manual optimisation the wrapper synchronises nothing on a plain ``backward()`` and says nothing about
+    it; the modules here average each optimizer's gradients in one flat all-reduce instead. All that is left
+    to do is to start from equal weights and buffers. Backend: nccl on GPUs, gloo on CPUs.
     """
 
     def _setup_model(self, model: Module) -> Any:

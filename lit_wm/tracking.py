@@ -1,9 +1,10 @@
-"""Where a run is recorded: a CSV file that is always written, and MLflow through a logger that cannot hurt training.
+"""Where a run is recorded: a CSV file that is always written, and MLflow through a logger that cannot hurt
+training.
 
-A tracking server may die, hang or lose its disk while training goes on. :class:`SafeMLFlowLogger` therefore talks to
-MLflow from a thread of its own: a call only puts work into a bounded queue, failed work is tried again later, and
-what cannot be delivered is counted and reported. Only the very start is strict: a store that does not answer then is
-an error, since it is usually a typing mistake.
+A tracking server may die, hang or lose its disk while training goes on. :class:`SafeMLFlowLogger` therefore
+talks to MLflow from a thread of its own: a call only puts work into a bounded queue, failed work is tried
+again later, and what cannot be delivered is counted and reported. Only the very start is strict: a store that
+does not answer then is an error, since it is usually a typing mistake.
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if not isinstance(v, str)}
 
 
+def _reason(error: Exception) -> str:
+    """One short line: the operating system's words where there are any."""
+    text = str(error).strip()
+    system = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text) or re.search(r"(timed out)", text)
+    if system:
+        return system.group(1).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in params.items():
@@ -56,10 +66,11 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class CsvLogger(Logger):
-    """One row per call of ``log_metrics`` in ``<directory>/metrics.csv``; the first column is the environment step.
+    """One row per call of ``log_metrics`` in ``<directory>/metrics.csv``; the first column is the environment
+    step.
 
-    New metrics add columns. A resumed run goes on in the same file: rows at or beyond the first step it logs came from
-    a stretch that was not saved, will be logged again, and are removed.
+    New metrics add columns. A resumed run goes on in the same file: rows at or beyond the first step it logs
+    came from a stretch that was not saved, will be logged again, and are removed.
 
     Args:
         directory: the run directory; made when the first row is written.
@@ -112,7 +123,7 @@ class CsvLogger(Logger):
         self._rewrite(lambda old: (old["step"] or "").isdigit() and int(old["step"]) < step)
 
     def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> None:
-        """Write the file anew with all columns and the rows to keep; a reader never sees a half-written file."""
+        """Write the file anew with all columns and the rows to keep; a reader never sees half a file."""
         assert self._columns is not None
         fresh = self.path.with_suffix(".csv.tmp")
         with fresh.open("w", newline="") as target:
@@ -132,8 +143,8 @@ class SafeMLFlowLogger(MLFlowLogger):
         run_name: name shown in the MLflow UI.
         tracking_uri: ``sqlite:///FILE`` or ``http://HOST:PORT``; None takes ``MLFLOW_TRACKING_URI`` and else
             ``sqlite:///mlruns.db``.
-        artifact_location: folder or URI of a new experiment's artifacts. None: ``mlruns/<experiment>`` beside an SQLite
-            file; the server's choice for a server.
+        artifact_location: folder or URI of a new experiment's artifacts. None: ``mlruns/<experiment>`` beside
+            an SQLite file; the server's choice for a server.
         tags: tags of the run.
         run_id: go on with this run.
         max_pending: calls kept while the store does not answer; the oldest are given up first.
@@ -188,13 +199,12 @@ class SafeMLFlowLogger(MLFlowLogger):
         self._warned = False
         self._known_params: dict[str, str] | None = None
 
-    # -- the strict start ------------------------------------------------------------------------------------------
+    # -- the strict start ----------------------------------------------------------------------------------
 
     @staticmethod
     def _unreachable(uri: str, error: Exception) -> TrackingError:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         return TrackingError(
-            f"the MLflow store {uri!r} does not answer: {reason}\n"
+            f"the MLflow store {uri!r} does not answer: {_reason(error)}\n"
             "Start the server, correct --tracking.uri (or MLFLOW_TRACKING_URI), or train without MLflow: "
             "--trainer.logger false"
         )
@@ -204,7 +214,8 @@ class SafeMLFlowLogger(MLFlowLogger):
     def experiment(self) -> Any:
         """The ``MlflowClient``. The first use checks that the store answers; it does not open a run yet.
 
-        Calls on the client are synchronous and can raise; prefer :meth:`log_artifact` and :meth:`set_tags` in training.
+        Calls on the client are synchronous and can raise; prefer :meth:`log_artifact` and :meth:`set_tags` in
+        training.
         """
         if not self._answers:
             try:
@@ -305,11 +316,11 @@ class SafeMLFlowLogger(MLFlowLogger):
         """None: this logger has no folder of its own."""
         return None
 
-    # -- what training calls: never raises, never waits --------------------------------------------------------------
+    # -- what training calls: never raises, never waits ----------------------------------------------------
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Queue numbers; ``step`` is the environment step, exact. Characters MLflow does not take become ``_``."""
+        """Queue numbers; ``step`` is the environment step. Characters MLflow does not take become ``_``."""
         self.start()
         values = {re.sub(r"[^\w/. :-]", "_", k): v for k, v in _plain(metrics).items()}
         self._put("metrics", (values, int(step or 0), int(time.time() * 1000)))
@@ -332,7 +343,7 @@ class SafeMLFlowLogger(MLFlowLogger):
         self._put("tags", {k: str(v)[:5000] for k, v in tags.items()})
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Nothing: checkpoints stay in the run directory (tag ``run_dir``), a replay beside them can be 100 GB."""
+        """Nothing: checkpoints stay in the run directory (tag ``run_dir``); a replay can be 100 GB."""
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -349,12 +360,12 @@ class SafeMLFlowLogger(MLFlowLogger):
         if lost:
             self.dropped, self._pending = lost, deque()
             print(
-                f"warning: {lost} calls did not reach MLflow at {self._tracking_uri}; metrics.csv in the run directory "
-                "has every number",
+                f"warning: {lost} calls did not reach MLflow at {self._tracking_uri}; metrics.csv in the run "
+                "directory has every number",
                 file=sys.stderr,
             )
 
-    # -- the worker ---------------------------------------------------------------------------------------------------
+    # -- the worker ----------------------------------------------------------------------------------------
 
     def _put(self, kind: str, work: Any) -> None:
         with self._wake:
@@ -422,18 +433,17 @@ class SafeMLFlowLogger(MLFlowLogger):
         if self._warned:
             return
         self._warned = True
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         what = "will be sent when it answers again" if again else "are given up"
         print(
-            f"warning: MLflow at {self._tracking_uri} did not take {kind}: {reason}. Training goes on, {what}; "
-            "metrics.csv in the run directory has every number.",
+            f"warning: MLflow at {self._tracking_uri} did not take {kind}: {_reason(error)}. "
+            f"Training goes on, they {what}; metrics.csv in the run directory has every number.",
             file=sys.stderr,
         )
 
     def _send(self, kind: str, taken: list[Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        client, run_id = self._mlflow_client, self._run_id
+        client, run_id = self._mlflow_client, str(self._run_id)
         if kind == "metrics":
             rows = [
                 Metric(key, value, at, step) for values, step, at in taken for key, value in values.items()
@@ -459,7 +469,7 @@ class SafeMLFlowLogger(MLFlowLogger):
             client.set_terminated(run_id, status=work)
 
 
-# -- the record of a run ---------------------------------------------------------------------------------------------
+# -- the record of a run -----------------------------------------------------------------------------------
 
 PACKAGES = (
     "torch",
@@ -542,18 +552,13 @@ class RunRecord(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)
-        known = {
-            "versions": versions(),
-            "git": git_state(),
-            "command": sys.argv,
-            "processes": trainer.world_size,
-        }
+        git = git_state() or {}
+        known = {"versions": versions(), "git": git, "command": sys.argv, "processes": trainer.world_size}
         if self.logger is not None:
             self.logger.start()
-            known |= {"mlflow_run_id": self.logger.run_id, "mlflow_uri": self.logger.tracking_uri}
+            known["mlflow"] = {"run_id": self.logger.run_id, "uri": self.logger.tracking_uri}
         record.write_text(json.dumps(known, indent=2) + "\n")
         if self.logger is not None:
-            git = known["git"] or {}
             self.logger.set_tags(
                 {
                     "run_dir": str(self.directory),

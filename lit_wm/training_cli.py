@@ -1,9 +1,11 @@
 """``fit | validate | test | predict``: LightningCLI with our meaning of files, checkpoints and errors.
 
-* Several ``--config`` are merged here, in order and deeply, before jsonargparse sees one result. Relative names are
-  looked up in the working directory and then among the packaged configurations.
-* ``--ckpt_path last|best|PATH`` names a run; its stored configuration is the lowest layer: run < files < flags.
-* Every user error is a :class:`~lit_wm.errors.LitWMError` of a few lines; a misspelt key names its nearest neighbours.
+* Several ``--config`` are merged here, in order and deeply, before jsonargparse sees one result. Relative
+  names are looked up in the working directory and then among the packaged configurations.
+* ``--ckpt_path last|best|PATH`` names a run; its stored configuration is the lowest layer: run < files <
+  flags.
+* Every user error is a :class:`~lit_wm.errors.LitWMError` of a few lines; a misspelt key names its nearest
+  neighbours.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import re
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -33,6 +36,7 @@ from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger
 
 RUNS = Path("runs")
 DEFAULT_CLASSES = {"model": "lit_wm.DreamerV3Module", "data": "datamodules.ReplayDataModule"}
+SHORT_NAMES = [path.rpartition(".")[2] for path in DEFAULT_CLASSES.values()]
 PRECISIONS = (None, 32, "32", "32-true", "bf16", "bf16-mixed")
 
 # What Lightning assumes for a supervised data set and what fits here.
@@ -50,11 +54,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 REFUSED_TRAINER_ARGS = {
     "gradient_clip_val": "the optimisers clip each parameter themselves (adaptive gradient clipping)",
     "gradient_clip_algorithm": "the optimisers clip each parameter themselves (adaptive gradient clipping)",
-    "accumulate_grad_batches": "the three optimisers step together after every batch; lower data.batch_size instead",
+    "accumulate_grad_batches": "the optimisers step together after every batch; lower data.batch_size",
 }
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------
 
 
 def config_folders() -> list[Path]:
@@ -78,7 +82,7 @@ def find_config(name: str) -> Path:
                 return candidate
         known += [str(p.relative_to(folder)) for p in sorted(folder.rglob("*.yaml"))]
     raise ConfigError(
-        f"--config {name}: no such file, and no packaged configuration of this name{nearest(str(inner), known)}\n"
+        f"--config {name}: no such file, no packaged configuration of this name{nearest(str(inner), known)}\n"
         f"Packaged: {', '.join(known)}"
     )
 
@@ -124,7 +128,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# -- the command line, before jsonargparse ---------------------------------------------------------------------------
+# -- the command line, before jsonargparse -----------------------------------------------------------------
 
 
 @dataclass
@@ -163,7 +167,7 @@ class Request:
         return request
 
     def options(self) -> Iterator[tuple[str, str | None]]:
-        """``(name without dashes, value)`` of the flags; the value is None where the next word is another flag."""
+        """``(name without dashes, value)`` of the flags; None where the next word is another flag."""
         for i, word in enumerate(self.flags):
             if not word.startswith("--"):
                 continue
@@ -187,7 +191,7 @@ EXAMPLES = {
 }
 
 
-# -- run directories and checkpoints -----------------------------------------------------------------------------------
+# -- run directories and checkpoints -----------------------------------------------------------------------
 
 
 def folder_name(experiment: str) -> str:
@@ -205,17 +209,16 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def checkpoint_in(run: Path, which: str) -> Path | None:
     """The ``last`` or ``best`` checkpoint file of a run, or None."""
-    folder = run / "checkpoints"
-    found = [p for p in (*folder.glob(f"{which}*.ckpt"), *folder.glob(f"{which}*/*.ckpt")) if p.is_file()]
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    path = run / "checkpoints" / f"{which}.ckpt"
+    return path if path.is_file() else None
 
 
 def resolve_checkpoint(ckpt_path: str, root: Path) -> Path:
     """The file that ``last``, ``best``, a run directory or a path means.
 
     Args:
-        ckpt_path: ``last`` or ``best`` of the newest run under ``root``; a run directory (its best checkpoint for
-            evaluation and its last for ``fit`` are chosen by the caller); or a file.
+        ckpt_path: ``last`` or ``best`` of the newest run under ``root``; a run directory (its best checkpoint
+            for evaluation and its last for ``fit`` are chosen by the caller); or a file.
         root: a run directory, an experiment directory or the folder of all runs.
 
     Raises:
@@ -260,7 +263,7 @@ def stored_config(checkpoint: Path, run: Path | None) -> dict[str, Any]:
     return {"model": {"class_path": class_path, "init_args": params}} if params else {}
 
 
-# -- spelling ------------------------------------------------------------------------------------------------------
+# -- spelling ----------------------------------------------------------------------------------------------
 
 
 def import_class(class_path: str) -> type | None:
@@ -274,7 +277,7 @@ def import_class(class_path: str) -> type | None:
 
 
 def parameters_of(cls: type) -> list[str] | None:
-    """Names that a constructor takes; ``**kwargs`` goes on with the parent class. None if anything is taken."""
+    """Names that a constructor takes; ``**kwargs`` goes on with the parent. None if anything is taken."""
     names: list[str] = []
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
@@ -312,6 +315,11 @@ class Spelling:
                 "class_path"
             )
             self.classes[group] = given or self.classes[group]
+            if "." not in self.classes[group] and self.classes[group] not in SHORT_NAMES:
+                raise ConfigError(
+                    f"{group}: no class {given!r}{nearest(str(given), SHORT_NAMES)}\n"
+                    f"Give its import path, e.g. {DEFAULT_CLASSES[group]}"
+                )
         self.groups: dict[str, list[str] | None] = {}
         for action in parser._actions:
             group, _, key = action.dest.rpartition(".")
@@ -389,14 +397,23 @@ class Spelling:
 def shorten(message: str) -> str:
     """The innermost problem of a jsonargparse message."""
     message = str(message).strip()
-    key = re.search(r'Parser key "([^"]+)"', message)
+    key = re.search(r'^Parser key "([^"]+)":', message)
+    where = f"{key.group(1)}: " if key else ""
     given = re.search(r"Given value: (.+)", message) or re.search(r"Got value: (.+)", message)
     problem = re.search(r"Problem with given class_path '([^']+)':\s+(.+)", message)
+    if "Errors:\n" in message:
+        block = message.split("Errors:\n", 1)[1].split("\n  Given value", 1)[0]
+        items = re.split(r"^    - ", block, flags=re.MULTILINE)[1:]
+        items = ["\n".join(map(str.strip, item.strip().splitlines())) for item in items]
+        items = [item for item in items if not item.startswith("Expected a <class 'NoneType'>")]
+        if len(items) == 1 and not problem:
+            inner = shorten(items[0])
+            joined = re.match(r"[\w.]+: got ", inner)
+            return (f"{where[:-2]}." if joined and where else where) + inner
     if problem:
-        return f"{key.group(1) if key else 'class_path'}: cannot use '{problem.group(1)}': {problem.group(2).strip()}"
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\. |$)", message, flags=re.MULTILINE)
+        return f"{where}cannot use '{problem.group(1)}': {problem.group(2).strip()}"
     options: list[str] = []
-    for one in expected:
+    for one in re.findall(r"Expected an? (.+?)(?:\. Got value|\. |$)", message, flags=re.MULTILINE):
         literal = re.search(r"Literal\[(.+)\]", one)
         name = re.search(r"<class '([^']+)'>", one)
         if literal:
@@ -408,8 +425,8 @@ def shorten(message: str) -> str:
     options = list(dict.fromkeys(options))
     if key and options:
         value = given.group(1).strip() if given else "?"
-        return f"{key.group(1)}: got {value!r}{nearest(value, options)}\nExpected: {', '.join(options)}"
-    return re.sub(r"^Parser key \"([^\"]+)\":\s*", r"\1: ", message)
+        return f"{where}got {value!r}{nearest(value, options)}\nExpected: {', '.join(options)}"
+    return re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message)
 
 
 class QuietParser(LightningArgumentParser):
@@ -420,7 +437,7 @@ class QuietParser(LightningArgumentParser):
         raise ConfigError(shorten(message)) from ex
 
 
-# -- the training command --------------------------------------------------------------------------------------------
+# -- the training command ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -453,7 +470,9 @@ def make_plan(argv: list[str]) -> Plan:
     checkpoint = run = None
     stored: dict[str, Any] = {}
     inherited = os.environ.get("LITWM_CHECKPOINT") if _is_child_process() else None
-    asks_only = any(n.startswith("print_config") or n.endswith("help") for n, _ in request.options())
+    asks_only = "-h" in request.flags or any(
+        name.startswith("print_config") or name.endswith("help") for name, _ in request.options()
+    )
     if inherited:
         checkpoint = Path(inherited)
     elif ckpt:
@@ -463,11 +482,19 @@ def make_plan(argv: list[str]) -> Plan:
             if request.verb != "fit" and checkpoint_in(root, "best") is None:
                 ckpt = "last"
         checkpoint = resolve_checkpoint(str(ckpt), root)
-    elif request.verb != "fit" and not asks_only and "-h" not in request.flags:
+    elif request.verb != "fit" and not asks_only:
         raise CheckpointError(
-            f"'{request.verb}' needs a trained model: --ckpt_path best, --ckpt_path last, a run directory or a .ckpt"
+            f"'{request.verb}' needs a trained model: --ckpt_path best, last, a run directory or a .ckpt"
+        )
+    elif not (request.configs or asks_only or request.option("data.env", "data.init_args.env")):
+        names = [p.name for folder in config_folders()[:1] for p in sorted(folder.glob("*.yaml"))]
+        raise ConfigError(
+            "'fit' needs to know what to train: --config FILE, --data.env ID, or --ckpt_path last to go on\n"
+            f"Packaged files: {', '.join(names)}"
         )
     if checkpoint is not None:
+        if not zipfile.is_zipfile(checkpoint):
+            raise CheckpointError(f"--ckpt_path {checkpoint}: not a checkpoint, or one that was cut off")
         run = run_of(checkpoint)
         stored = stored_config(checkpoint, run)
     config = merge(stored, given)
@@ -478,7 +505,7 @@ def make_plan(argv: list[str]) -> Plan:
 
 
 def _search_root(request: Request, given: dict[str, Any]) -> Path:
-    """Where ``last`` and ``best`` look: the run, the experiment or all runs, as far as the command says which."""
+    """Where ``last`` and ``best`` look: the run, the experiment or all runs, as far as the command says."""
     exact = request.option("trainer.default_root_dir") or (given.get("trainer") or {}).get("default_root_dir")
     if exact:
         return Path(exact)
@@ -491,7 +518,7 @@ def _search_root(request: Request, given: dict[str, Any]) -> Path:
         or init_args.get("env")
     )
     root = RUNS / folder_name(experiment) if experiment else RUNS
-    # With --name NEW the run to start from is the newest of the experiment; with the name of a run it is that one.
+    # With --name NEW the run to start from is the experiment's newest; with the name of a run it is that one.
     return root / name if name and experiment and (root / name).is_dir() else root
 
 
@@ -524,7 +551,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the verb at hand, so that one parser is built; checkpoints are always read with weights_only."""
+        """Only the verb at hand, so that one parser is built; checkpoints are read with weights_only."""
         verb = self.plan.request.verb
         known = LightningCLI.subcommands()
         return {verb: known[verb] | {"weights_only"}}
@@ -538,8 +565,8 @@ class TrainingCLI(LightningCLI):
             "--name",
             type=str | None,
             default=None,
-            help="Name of the run and of its directory runs/EXPERIMENT/NAME; the time of the start by default. With "
-            "--ckpt_path: begin a new run of this name from the checkpoint.",
+            help="Name of the run and of its directory runs/EXPERIMENT/NAME; the time of start by default. "
+            "With --ckpt_path: begin a new run of this name from the checkpoint.",
         )
         parser.add_argument(
             "--tracking.uri",
@@ -572,28 +599,29 @@ class TrainingCLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would put the file's hyper-parameters over the flags; ours lie under them already."""
+        """Nothing: Lightning would put the file's hyper-parameters over the flags; ours lie under them."""
 
     @property
     def _section(self) -> Any:
         return self.config[self.config.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what cannot work, choose the run directory, report what a checkpoint's run did differently."""
+        """Refuse what cannot work, choose the run directory, report what the checkpoint's run had."""
         config = self._section
         trainer = config.trainer
         if trainer.precision not in PRECISIONS:
             reason = (
-                "with several optimisers fp16 clips scaled gradients and steps on half of them after a change of the "
-                "loss scale, silently"
+                "with several optimisers fp16 clips scaled gradients, and steps on half of them after a "
+                "change of the loss scale, silently"
                 if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision)
                 else "parameters, normalisers and losses stay in float32"
             )
             raise ConfigError(
-                f"trainer.precision: {trainer.precision} is refused: {reason}\nUse bf16-mixed (GPU, recent CPU) or 32-true"
+                f"trainer.precision: {trainer.precision} is refused: {reason}\n"
+                "Use bf16-mixed (GPU, recent CPU) or 32-true"
             )
         for key, reason in REFUSED_TRAINER_ARGS.items():
-            if trainer.get(key) not in (None, 1):
+            if trainer.get(key) not in ((1,) if key == "accumulate_grad_batches" else (None,)):
                 raise ConfigError(f"trainer.{key} is refused: {reason}\nRemove it from the configuration")
         self._check_strategy()
         self.experiment = self._experiment()
@@ -610,8 +638,8 @@ class TrainingCLI(LightningCLI):
         strategy = self._section.trainer.strategy
         if isinstance(strategy, str) and strategy not in ("auto", "ddp", "single_device"):
             raise ConfigError(
-                f"trainer.strategy: {strategy} is refused: the modules average their own gradients, which other "
-                "strategies would do again or not at all\nUse auto: one process per device with equal weights"
+                f"trainer.strategy: {strategy} is refused: the modules average their own gradients, which "
+                "other strategies would do again or not at all\nUse auto: one process per device, equal weights"
             )
 
     def _experiment(self) -> str:
@@ -700,7 +728,7 @@ class TrainingCLI(LightningCLI):
         if wanted not in (None, True, False):
             loggers += wanted if isinstance(wanted, list) else [wanted]
         if self.subcommand != "fit":
-            loggers = []  # evaluation prints and writes its own file; it must not touch the record of the training
+            loggers = []  # evaluation writes its own file; it must not touch the record of the training
         config.trainer.callbacks = list(config.trainer.callbacks or [])
         if self.subcommand == "fit":
             config.trainer.callbacks.append(
