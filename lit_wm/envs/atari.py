@@ -12,7 +12,7 @@ import torch
 
 from lit_wm.envs.images import check_size, resize, to_gray
 from lit_wm.envs.snapshot import from_plain, generator_state, load_generator, to_plain
-from lit_wm.errors import EnvError, nearest
+from lit_wm.errors import CheckpointError, EnvError, nearest
 
 _NOOP = 0
 
@@ -63,7 +63,9 @@ class Atari(gym.Env):
         _check(game, sticky=sticky, actions=actions, noops=noops, repeat=repeat, length=length, pool=pool)
         ale_py = import_ale()
         game = {"james_bond": "jamesbond"}.get(game, game)  # the benchmark's spelling
-        if game not in (known := ale_py.roms.get_all_rom_ids()):
+        # The registered games: on a ROM without a single-player mode the emulator ends the whole process.
+        known = [spec.kwargs["game"] for spec in gym.registry.values() if spec.namespace == "ALE"]
+        if game not in known:
             raise EnvError(
                 f"unknown Atari game {game!r}{nearest(game, known)}\n"
                 "  Games are written in snake_case: atari:space_invaders"
@@ -174,6 +176,11 @@ class Atari(gym.Env):
         """Go on exactly where ``snapshot`` was taken."""
         import ale_py
 
+        if len(state["frames"]) != len(self._frames):
+            raise CheckpointError(
+                f"the snapshot pools {len(state['frames'])} frames, this environment {len(self._frames)}.\n"
+                "  Use the option pool that the checkpoint was saved with."
+            )
         self._ale.restoreState(ale_py.ALEState(state["emulator"].numpy().tobytes()))
         self._frames = [from_plain(frame) for frame in state["frames"]]
         self._newest, self._executed = state["newest"], state["executed"]

@@ -47,7 +47,7 @@ class Dummy(gym.Env):
         death: float = 0.05,
     ):
         s = image_size
-        all_obs = {
+        all_obs: dict[str, gym.Space] = {
             "image": Box(0, 255, (s, s, 3), np.uint8),
             "vector": Box(-np.inf, np.inf, (5,), np.float32),
             "scalar": Box(-np.inf, np.inf, (), np.float32),
@@ -55,7 +55,7 @@ class Dummy(gym.Env):
             "discrete": Discrete(5, start=2),
             "multi": MultiDiscrete([4, 4, 4]),
         }
-        all_actions = {
+        all_actions: dict[str, gym.Space] = {
             "continuous": Box(np.array([-2, 0], np.float32), np.array([2, 1], np.float32)),
             "discrete": Discrete(4),
             "multi": MultiDiscrete([3, 3]),

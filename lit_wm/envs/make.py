@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.registration import load_env_creator
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
 from lit_wm.envs.atari import Atari, import_ale
@@ -76,7 +76,7 @@ def make_vector_env(
     vectorization: str = "sync",
     autoreset: str = "disabled",
     **options: Any,
-) -> VectorEnv:
+) -> SyncVectorEnv | AsyncVectorEnv:
     """``num_envs`` environments of :func:`make_env` side by side.
 
     Args:
@@ -110,7 +110,7 @@ def make_vector_env(
     return AsyncVectorEnv(makers, context="forkserver", autoreset_mode=modes[autoreset])
 
 
-def snapshot_vector_env(env: VectorEnv) -> dict[str, Any]:
+def snapshot_vector_env(env: SyncVectorEnv | AsyncVectorEnv) -> dict[str, Any]:
     """The exact state of a vector environment of :func:`make_vector_env`, ``weights_only``-safe.
 
     Raises:
@@ -120,20 +120,19 @@ def snapshot_vector_env(env: VectorEnv) -> dict[str, Any]:
     if not all(env.get_attr("can_snapshot")):
         name = env.get_attr("name")[0]
         raise NotSupported(f"{name} has no exact snapshot: its simulator's state is unknown")
-    sync = isinstance(env, SyncVectorEnv)
-    if not sync and env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+    if isinstance(env, AsyncVectorEnv) and env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
         raise NotSupported(
             "asynchronous environments with autoreset='next_step' hide pending resets; use 'disabled'"
         )
-    obs = env._observations if sync else env.observations
+    obs: Any = env._observations if isinstance(env, SyncVectorEnv) else env.observations
     return {
         "envs": [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in env.get_attr("packed")],
         "obs": {key: torch.from_numpy(np.array(value)) for key, value in obs.items()},
-        "ended": env._autoreset_envs.tolist() if sync else None,
+        "ended": env._autoreset_envs.tolist() if isinstance(env, SyncVectorEnv) else None,
     }
 
 
-def restore_vector_env(env: VectorEnv, state: dict[str, Any]) -> None:
+def restore_vector_env(env: SyncVectorEnv | AsyncVectorEnv, state: dict[str, Any]) -> None:
     """Go on bitwise from :func:`snapshot_vector_env`, in this or a new vector environment of the same
     arguments.
 
@@ -142,12 +141,12 @@ def restore_vector_env(env: VectorEnv, state: dict[str, Any]) -> None:
     """
     env.set_attr("packed", [packed.numpy().tobytes() for packed in state["envs"]])
     # The last observations too: a masked reset returns those of the environments that it leaves alone.
-    sync = isinstance(env, SyncVectorEnv)
-    obs = env._observations if sync else env.observations
+    obs: Any = env._observations if isinstance(env, SyncVectorEnv) else env.observations
     for key, value in state["obs"].items():
         obs[key][...] = value.numpy()
-    if sync:
-        env._env_obs = [{k: np.array(v) for k, v in o.items()} for o in iterate(env.observation_space, obs)]
+    if isinstance(env, SyncVectorEnv):
+        last: Any = [{k: np.array(v) for k, v in o.items()} for o in iterate(env.observation_space, obs)]
+        env._env_obs = last
         env._autoreset_envs = np.array(state["ended"], np.bool_)
 
 

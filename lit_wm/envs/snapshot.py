@@ -68,8 +68,8 @@ def generator_state(generator: np.random.Generator | None) -> dict[str, Any] | N
     return None if generator is None else to_plain(dict(generator.bit_generator.state))
 
 
-def load_generator(state: dict[str, Any] | None) -> np.random.Generator | None:
-    """A generator that goes on from :func:`generator_state`."""
+def load_generator(state: dict[str, Any] | None) -> Any:
+    """A generator that goes on from :func:`generator_state`, None from None."""
     if state is None:
         return None
     generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
@@ -107,8 +107,8 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
     """
     if name := unsupported_layer(env):
         raise NotSupported(
-            f"no exact snapshot of {name}: its simulator state is unknown.\n"
-            "  Known are classic control, ALE, lit_wm/Dummy-v0 and classes with snapshot() and restore(state)."
+            f"no exact snapshot of {name}: its state is unknown here.\n"
+            "  Known are classic control, ALE, the dummy and classes with snapshot() and restore(state)."
         )
     parts = []
     for layer in _layers(env):

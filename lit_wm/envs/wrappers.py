@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium as gym
 import numpy as np
@@ -71,16 +71,15 @@ class Vector:
                 f"{where} is a {space.dtype} array of shape {space.shape}; at most 2 axes are taken ({hint})"
             )
         self.name, self._dtype = name, space.dtype
-        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        low, high = space.low, space.high
         if is_action:
             finite = np.isfinite(low) & np.isfinite(high)
             # Elements without finite bounds pass clipped to [-1, 1] but unscaled, as in the official code.
-            self._low, self._high = (
-                np.where(finite, low, np.float32(-1)),
-                np.where(finite, high, np.float32(1)),
-            )
+            self._low = np.where(finite, low, -1).astype(space.dtype)
+            self._high = np.where(finite, high, 1).astype(space.dtype)
             self._scaled = not (np.all(self._low == -1) and np.all(self._high == 1))
-            low, high = np.full_like(low, -1), np.full_like(high, 1)
+            low, high = np.full(space.shape, -1), np.full(space.shape, 1)
+        low, high = low.astype(np.float32), high.astype(np.float32)
         self.spaces = {name: spaces.Box(low, high, space.shape, np.float32)}
 
     def write(self, value: Any, out: Arrays) -> None:
@@ -89,11 +88,11 @@ class Vector:
 
     def read(self, actions: Arrays) -> np.ndarray:
         """The environment's action from the agent's, clipped first."""
-        action = np.clip(np.asarray(actions[self.name], np.float32), -1, 1)
+        action = np.clip(np.asarray(actions[self.name], self._dtype), -1, 1)
         if self._scaled:
             action = (action + 1) / 2 * (self._high - self._low) + self._low
             action = np.clip(action, self._low, self._high)  # the line above may round past a bound
-        return action.astype(self._dtype, copy=False)
+        return action
 
 
 class Classes:
@@ -101,11 +100,11 @@ class Classes:
 
     def __init__(self, name: str, space: spaces.Space, start: np.ndarray, counts: np.ndarray):
         self.name, self._start, self._shape = name, start.astype(np.int64), counts.shape
-        self._dtype = space.dtype
+        self._dtype: Any = space.dtype
         self._discrete = isinstance(space, spaces.Discrete)
         self._split = bool(np.any(counts != counts.reshape(-1)[0]))
         if self._split:
-            self.spaces = {
+            self.spaces: dict[str, spaces.Space] = {
                 f"{name}/{i}": spaces.Discrete(int(n), dtype=np.int32)
                 for i, n in enumerate(counts.reshape(-1))
             }
@@ -119,7 +118,7 @@ class Classes:
         index = (np.asarray(value, np.int64) - self._start).astype(np.int32)
         if self._split:
             for key, element in zip(self.spaces, index.reshape(-1), strict=True):
-                out[key] = element
+                out[key] = np.asarray(element)
         else:
             out[self.name] = index
 
@@ -157,6 +156,12 @@ def _integers(space: spaces.Space) -> tuple[np.ndarray, np.ndarray] | None:
     return None
 
 
+def _is_image(space: spaces.Space) -> TypeGuard[spaces.Box]:
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= _MIN_IMAGE)
+
+
 class _Entries:
     """The entries of an observation or action space, flat."""
 
@@ -190,9 +195,7 @@ class _Entries:
             if is_action:
                 raise EnvError(f"{at} is empty, shape {space.shape}")
             return None  # e.g. dm_control's empty observations: nothing to see
-        is_bytes = isinstance(space, spaces.Box) and space.dtype == np.uint8 and not is_action
-        rank = len(space.shape or ())
-        if is_bytes and (rank == 3 or (rank == 2 and min(space.shape) >= _MIN_IMAGE)):
+        if not is_action and _is_image(space):
             return Image(name, space, at, size, gray)
         if integers := _integers(space):
             start, counts = integers
@@ -237,13 +240,13 @@ class _Entries:
 
 
 def _specs(space: spaces.Dict) -> dict[str, Spec]:
-    specs = {}
+    specs: dict[str, Spec] = {}
     for key, leaf in space.spaces.items():
         if isinstance(leaf, spaces.Discrete):
             specs[key] = Spec("int32", (), int(leaf.n))
         elif isinstance(leaf, spaces.MultiDiscrete):
             specs[key] = Spec("int32", leaf.shape, int(leaf.nvec.reshape(-1)[0]))
-        else:
+        elif isinstance(leaf, spaces.Box):
             specs[key] = Spec(leaf.dtype.name, leaf.shape)
     return specs
 
@@ -301,7 +304,10 @@ class StandardEnv(gym.Wrapper):
         self._obs = _Entries(env.observation_space, "obs", name, size, gray)
         self._action = _Entries(env.action_space, "action", name)
         self.observation_space, self.action_space = self._obs.space, self._action.space
-        self._kind = f"{name}: {self.observation_space}, {self.action_space}, repeat {repeat}"
+        self._action_spaces = (self._action.space, *self._action.space.spaces.values())
+        entries = (_specs(self._obs.space) | _specs(self._action.space)).items()
+        sizes = ", ".join(f"{key} {spec.shape} {spec.classes or spec.dtype}" for key, spec in entries)
+        self._kind = f"{name} ({sizes}, repeat {repeat})"
         if seed is not None:
             self.action_space.seed(seed)
 
@@ -337,10 +343,7 @@ class StandardEnv(gym.Wrapper):
         Raises:
             NotSupported: if a layer is a simulator or wrapper whose state is unknown.
         """
-        rngs = [
-            generator_state(space._np_random)
-            for space in (self.action_space, *self.action_space.spaces.values())
-        ]
+        rngs = [generator_state(space._np_random) for space in self._action_spaces]
         return {
             "kind": self._kind,
             "layers": snapshot_layers(self.env),
@@ -357,17 +360,16 @@ class StandardEnv(gym.Wrapper):
         if state["kind"] != self._kind:
             raise CheckpointError(
                 f"the snapshot is of the environment {state['kind']}\n  but this is {self._kind}\n"
-                "  Use the id and options that the checkpoint was saved with, or start without the snapshot."
+                "  Use the id and options that the checkpoint was saved with."
             )
         restore_layers(self.env, state["layers"])
         self._seed = state["seed"]
-        action_spaces = (self.action_space, *self.action_space.spaces.values())
-        for space, rng in zip(action_spaces, state["action_rngs"], strict=True):
+        for space, rng in zip(self._action_spaces, state["action_rngs"], strict=True):
             space._np_random = load_generator(rng)
 
     @property
     def packed(self) -> bytes:
-        """:meth:`snapshot` as bytes, assigning restores: for ``get_attr`` and ``set_attr`` across processes."""
+        """The snapshot as bytes, assigning restores: for get_attr and set_attr across processes."""
         buffer = io.BytesIO()
         torch.save(self.snapshot(), buffer)
         return buffer.getvalue()
