@@ -103,9 +103,10 @@ class CsvLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append one row."""
-        row = {"step": int(step or 0), **_plain(metrics)}
+        at = int(step or 0)
+        row: dict[str, float] = {"step": at, **_plain(metrics)}
         if self._columns is None:
-            self._open(row["step"])
+            self._open(at)
         assert self._columns is not None
         new = [key for key in row if key not in self._columns]
         if new:
