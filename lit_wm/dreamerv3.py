@@ -31,7 +31,7 @@ from lit_wm.nets.rssm import RSSM
 from lit_wm.noise import Noise
 from lit_wm.optim import LaProp
 from lit_wm.presets import dreamerv3_sizes
-from lit_wm.returns import PercentileNorm, lambda_return
+from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -60,6 +60,9 @@ class DreamerV3Module(WorldModelModule):
         depth: image channels, in units of (2, 3, 4, 4).
         units: width of all MLPs.
         blocks: blocks of the GRU.
+        strided: halve and double images by strided convolutions instead of pooling and upsampling.
+        outer: the outermost image stage keeps the resolution.
+        squash: encode symlog of the vectors instead of their values.
         imag_length: imagined steps H per start state.
         imag_last: imagine from the last n steps of each row only; 0 = from all.
         horizon: discount horizon in steps, gamma = 1 - 1/horizon.
@@ -69,6 +72,7 @@ class DreamerV3Module(WorldModelModule):
         slowreg: weight of the critic's pull towards its slow copy.
         slowtar: bootstrap from the slow critic instead of the critic.
         slow_rate: share of the new weights in each update of the slow critic.
+        return_norm: scale of the advantages: ``perc`` (5th to 95th percentile), ``meanstd`` or ``none``.
         free_nats: KL below which dyn and rep give no gradient.
         mix: share of the uniform distribution in the latents.
         loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation key.
@@ -96,6 +100,9 @@ class DreamerV3Module(WorldModelModule):
         depth: int | None = None,
         units: int | None = None,
         blocks: int | None = None,
+        strided: bool = False,
+        outer: bool = False,
+        squash: bool = True,
         imag_length: int = 15,
         imag_last: int = 0,
         horizon: float = 333,
@@ -105,6 +112,7 @@ class DreamerV3Module(WorldModelModule):
         slowreg: float = 1.0,
         slowtar: bool = False,
         slow_rate: float = 0.02,
+        return_norm: str = "perc",
         free_nats: float = 1.0,
         mix: float = 0.01,
         loss_scales: dict[str, float] | None = None,
@@ -135,6 +143,9 @@ class DreamerV3Module(WorldModelModule):
         self.model = DreamerV3(
             Spaces.from_plain(spaces),
             **sizes,
+            strided=strided,
+            outer=outer,
+            squash=squash,
             imag_length=imag_length,
             imag_last=imag_last,
             horizon=horizon,
@@ -144,6 +155,7 @@ class DreamerV3Module(WorldModelModule):
             slowreg=slowreg,
             slowtar=slowtar,
             slow_rate=slow_rate,
+            return_norm=return_norm,
             free_nats=free_nats,
             mix=mix,
             loss_scales=loss_scales,
@@ -223,6 +235,9 @@ class DreamerV3(WorldModel):
         depth: int,
         units: int,
         blocks: int = 8,
+        strided: bool = False,
+        outer: bool = False,
+        squash: bool = True,
         imag_length: int = 15,
         imag_last: int = 0,
         horizon: float = 333,
@@ -232,6 +247,7 @@ class DreamerV3(WorldModel):
         slowreg: float = 1.0,
         slowtar: bool = False,
         slow_rate: float = 0.02,
+        return_norm: str = "perc",
         free_nats: float = 1.0,
         mix: float = 0.01,
         loss_scales: dict[str, float] | None = None,
@@ -248,10 +264,10 @@ class DreamerV3(WorldModel):
         self.loss_scales.pop("rec")
 
         feat = deter + stoch * classes
-        self.enc = Encoder(spaces.obs, depth, units)
+        self.enc = Encoder(spaces.obs, depth, units, strided, outer, squash)
         action = sum(s.size for s in spaces.action.values())
         self.dyn = RSSM(self.enc.token_size, action, deter, hidden, stoch, classes, blocks, mix)
-        self.dec = Decoder(spaces.obs, deter, stoch * classes, depth, units)
+        self.dec = Decoder(spaces.obs, deter, stoch * classes, depth, units, strided, outer)
         self.rew = Head(feat, units, 1, 255, "logits", outscale=0.0)
         self.con = Head(feat, units, 1, 1, "logit", outscale=1.0)
         self.pol = PolicyHead(feat, units, 3, spaces.action)
@@ -259,7 +275,7 @@ class DreamerV3(WorldModel):
         self.slowval = Head(feat, units, 3, 255, "logits", outscale=0.0)
         self.slowval.load_state_dict(self.val.state_dict())
         self.slowval.requires_grad_(False)
-        self.retnorm = PercentileNorm()
+        self.retnorm = ReturnNorm(return_norm)
         self.register_buffer("bins", symexp_bins(255), persistent=False)
 
     bins: Tensor

@@ -41,7 +41,7 @@ class LaProp(torch.optim.Optimizer):
         schedule: after the warm-up ``"const"``, or ``"linear"`` / ``"cosine"`` down to their floor at ``anneal`` updates.
         anneal: update at which a falling schedule ends.
         weight_decay: decoupled decay of parameters with more than one axis (kernels).
-        nesterov: look one step ahead in the momentum.
+        nesterov: add the newest gradient to the momentum once more.
 
     Source: dreamerv3 ``Optimizer`` (scale_by_agc, scale_by_rms, scale_by_momentum, chained in this order).
     """
@@ -114,9 +114,9 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_mul_(momentum, beta1)
         torch._foreach_add_(momentum, grads, alpha=1 - beta1)
         if group["nesterov"]:
-            torch._foreach_mul_(grads, (1 - beta1) / (1 - beta1**n))
-            torch._foreach_add_(grads, momentum, alpha=beta1 / (1 - beta1 ** (n + 1)))
-            updates = grads
+            torch._foreach_mul_(grads, 1 - beta1)
+            torch._foreach_add_(grads, momentum, alpha=beta1)
+            updates = torch._foreach_div(grads, 1 - beta1**n)
         else:
             updates = torch._foreach_div(momentum, 1 - beta1**n)
         if group["weight_decay"]:

@@ -34,40 +34,64 @@ def lambda_return(
     return torch.stack(returns[:0:-1], 1)
 
 
-class PercentileNorm(nn.Module):
-    """Moving 5th to 95th percentile range of the returns; advantages are divided by it, never below ``limit``.
+class ReturnNorm(nn.Module):
+    """Moving offset and scale of the returns; advantages are divided by the scale, never below ``limit``.
 
-    With several processes the percentiles are taken over the returns of all of them.
+    With several processes the statistics are those of the values of all of them.
 
     Args:
-        rate: share of the new percentile in each update.
+        impl: ``"perc"`` = range from the 5th to the 95th percentile, ``"meanstd"`` = mean and standard deviation,
+            ``"none"`` = 0 and 1.
+        rate: share of the new statistic in each update.
         limit: smallest scale, so that small returns are not blown up.
         low, high: percentiles as fractions.
+        debias: correct for the start at zero, as Adam does.
 
-    Source: dreamerv3 ``Normalize(impl="perc")``, no debiasing.
+    Source: dreamerv3 ``Normalize``; the reference scales returns by ``perc`` without debiasing.
     """
 
     lo: Tensor
     hi: Tensor
+    corr: Tensor
 
-    def __init__(self, rate: float = 0.01, limit: float = 1.0, low: float = 0.05, high: float = 0.95):
+    def __init__(
+        self,
+        impl: str = "perc",
+        rate: float = 0.01,
+        limit: float = 1.0,
+        low: float = 0.05,
+        high: float = 0.95,
+        debias: bool = False,
+    ):
         super().__init__()
-        self.rate, self.limit, self.low, self.high = rate, limit, low, high
-        self.register_buffer("lo", torch.zeros(()))
-        self.register_buffer("hi", torch.zeros(()))
+        if impl not in ("perc", "meanstd", "none"):
+            raise ValueError(f"return_norm is {impl!r}; expected 'perc', 'meanstd' or 'none'")
+        self.impl, self.rate, self.limit, self.low, self.high, self.debias = impl, rate, limit, low, high, debias
+        self.register_buffer("lo", torch.zeros(()))  # low percentile, or mean
+        self.register_buffer("hi", torch.zeros(()))  # high percentile, or mean square
+        self.register_buffer("corr", torch.zeros(()))  # what a constant 1 has come to
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move the percentiles towards those of ``x`` (any shape)."""
+        """Move the statistics towards those of ``x`` (any shape)."""
         flat = x.detach().float().flatten()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, flat)
             flat = torch.cat(parts)
-        lo, hi = torch.quantile(flat, torch.tensor([self.low, self.high], device=flat.device))
-        self.lo.mul_(1 - self.rate).add_(lo, alpha=self.rate)
-        self.hi.mul_(1 - self.rate).add_(hi, alpha=self.rate)
+        if self.impl == "perc":
+            lo, hi = torch.quantile(flat, torch.tensor([self.low, self.high], device=flat.device))
+        else:
+            lo, hi = flat.mean(), flat.square().mean()
+        for old, new in ((self.lo, lo), (self.hi, hi), (self.corr, torch.ones_like(self.corr))):
+            old.mul_(1 - self.rate).add_(new, alpha=self.rate)
 
     def offset_scale(self) -> tuple[Tensor, Tensor]:
-        """The low percentile, and the range but at least ``limit``."""
-        return self.lo, (self.hi - self.lo).clamp(min=self.limit)
+        """Offset and scale of the values seen so far."""
+        if self.impl == "none":
+            return torch.zeros_like(self.lo), torch.ones_like(self.lo)
+        share = self.corr.clamp(min=self.rate) if self.debias else torch.ones_like(self.corr)
+        lo, hi = self.lo / share, self.hi / share
+        if self.impl == "perc":
+            return lo, (hi - lo).clamp(min=self.limit)
+        return lo, (hi - lo.square()).clamp(min=0).sqrt().clamp(min=self.limit)

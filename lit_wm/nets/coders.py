@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_wm.errors import ConfigError
 from lit_wm.functional import one_hot, symlog
 from lit_wm.nets.layers import MLP, BlockLinear, Conv, Linear, RMSNorm, merge_phases
 from lit_wm.types import Spec, Tensors
@@ -17,25 +18,25 @@ def module_key(key: str) -> str:
     return "@" + key.replace(".", "~")
 
 
-def check_images(specs: dict[str, Spec]) -> tuple[int, int] | None:
-    """Common height and width of all image entries, None without images.
+def image_grid(specs: dict[str, Spec], outer: bool = False) -> tuple[int, int] | None:
+    """Height and width of the innermost feature map, None without images.
 
     Raises:
-        ValueError: if sizes differ or do not fit four halvings down to 3 ... 16 pixels.
+        ConfigError: if sizes differ or do not fit the halvings (four, three with ``outer``) down to 3 ... 16 pixels.
     """
     sizes = {k: s.hwc[:2] for k, s in specs.items() if s.is_image}
     if not sizes:
         return None
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"image observations must share one height and width, got {sizes}")
+        raise ConfigError(f"image observations must share one height and width, got {sizes}; resize them in the environment")
     (height, width) = next(iter(sizes.values()))
-    stride = 2 ** len(MULTS)
+    stride = 2 ** (len(MULTS) - outer)
     if any(n % stride or not 3 <= n // stride <= 16 for n in (height, width)):
-        raise ValueError(
+        raise ConfigError(
             f"image observations are {height}x{width}; height and width must be multiples of {stride} from "
             f"{3 * stride} to {16 * stride}. Resize them, e.g. data.env_options.size: 64"
         )
-    return height, width
+    return height // stride, width // stride
 
 
 def to_nhwc(image: Tensor, spec: Spec) -> Tensor:
@@ -56,14 +57,25 @@ class Encoder(nn.Module):
         specs: observation entries by key.
         depth: channels of the image stages in units of (2, 3, 4, 4).
         units: width of the three layers of the vector part.
+        strided: halve images by strided convolutions instead of max-pooling.
+        outer: the first stage keeps the resolution.
+        squash: symlog of the vectors.
     """
 
-    def __init__(self, specs: dict[str, Spec], depth: int, units: int):
+    def __init__(
+        self,
+        specs: dict[str, Spec],
+        depth: int,
+        units: int,
+        strided: bool = False,
+        outer: bool = False,
+        squash: bool = True,
+    ):
         super().__init__()
-        self.specs = specs
+        self.specs, self.strided, self.outer, self.squash = specs, strided, outer, squash
         self.vector_keys = sorted(k for k, s in specs.items() if not s.is_image)
         self.image_keys = sorted(k for k, s in specs.items() if s.is_image)
-        size = check_images(specs)
+        grid = image_grid(specs, outer)
         self.token_size = 0
         if self.vector_keys:
             inputs = sum(specs[k].size for k in self.vector_keys)
@@ -71,13 +83,13 @@ class Encoder(nn.Module):
                 self.add_module(f"mlp{i}", Linear(inputs if i == 0 else units, units))
                 self.add_module(f"mlp{i}norm", RMSNorm(units))
             self.token_size += units
-        if size:
+        if grid:
             channels = sum(specs[k].hwc[2] for k in self.image_keys)
             for i, mult in enumerate(MULTS):
                 self.add_module(f"cnn{i}", Conv(channels, depth * mult))
                 self.add_module(f"cnn{i}norm", RMSNorm(depth * mult))
                 channels = depth * mult
-            self.token_size += channels * (size[0] // 16) * (size[1] // 16)
+            self.token_size += channels * grid[0] * grid[1]
 
     def forward(self, obs: Tensors, dtype: torch.dtype = torch.float32) -> Tensor:
         """Observations of one common leading shape (...) -> (..., E) in ``dtype``."""
@@ -94,15 +106,16 @@ class Encoder(nn.Module):
             images = [to_nhwc(obs[k], self.specs[k]) for k in self.image_keys]
             x = (images[0] if len(images) == 1 else torch.cat(images, -1)).to(dtype).div(255).sub(0.5)
             for i in range(len(MULTS)):
-                x = getattr(self, f"cnn{i}norm")(getattr(self, f"cnn{i}").pooled(x))
+                conv = getattr(self, f"cnn{i}")
+                halve = conv if self.outer and i == 0 else conv.strided if self.strided else conv.pooled
+                x = getattr(self, f"cnn{i}norm")(halve(x))
             parts.append(x.reshape(*lead, -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    @staticmethod
-    def _vector(value: Tensor, spec: Spec) -> Tensor:
+    def _vector(self, value: Tensor, spec: Spec) -> Tensor:
         if spec.is_discrete:
             return discrete_one_hot(value, spec, torch.float32)
-        return symlog(value.float())
+        return symlog(value.float()) if self.squash else value.float()
 
 
 class Decoder(nn.Module):
@@ -112,23 +125,34 @@ class Decoder(nn.Module):
         specs: observation entries by key, in the order of the environment.
         deter, stoch: sizes D and S*C of the state.
         depth, units: as in the encoder.
+        strided, outer: as in the encoder, mirrored.
         bspace: blocks of the first spatial layer.
     """
 
-    def __init__(self, specs: dict[str, Spec], deter: int, stoch: int, depth: int, units: int, bspace: int = 8):
+    def __init__(
+        self,
+        specs: dict[str, Spec],
+        deter: int,
+        stoch: int,
+        depth: int,
+        units: int,
+        strided: bool = False,
+        outer: bool = False,
+        bspace: int = 8,
+    ):
         super().__init__()
-        self.specs, self.depth, self.bspace = specs, depth, bspace
+        self.specs, self.depth, self.strided, self.outer, self.bspace = specs, depth, strided, outer, bspace
         self.vector_keys = [k for k, s in specs.items() if not s.is_image]
         self.image_keys = [k for k, s in specs.items() if s.is_image]
-        size = check_images(specs)
+        grid = image_grid(specs, outer)
         if self.vector_keys:
             self.mlp = MLP(stoch + deter, units, 3)
             self.vec = nn.ModuleDict()
             for k in self.vector_keys:
                 name = "logits" if specs[k].is_discrete else "pred"
                 self.vec[module_key(k)] = nn.ModuleDict({name: Linear(units, specs[k].size)})
-        if size:
-            self.minres = (size[0] // 16, size[1] // 16)
+        if grid:
+            self.minres = grid
             channels = depth * MULTS[-1]
             flat = self.minres[0] * self.minres[1] * channels
             self.sp0 = BlockLinear(deter, flat, bspace)
@@ -153,7 +177,7 @@ class Decoder(nn.Module):
                 shape = (*spec.shape, spec.classes) if spec.is_discrete else spec.shape
                 out[k] = layer(x).float().view(*lead, *shape)
         if self.image_keys:
-            image = merge_phases(self._image(deter.flatten(0, -2), stoch.flatten(0, -2)))
+            image = self._image(deter.flatten(0, -2), stoch.flatten(0, -2))
             image = image.view(*lead, *image.shape[1:])
             channels = [self.specs[k].hwc[2] for k in self.image_keys]
             out |= dict(zip(self.image_keys, image.split(channels, -1), strict=True))
@@ -178,14 +202,21 @@ class Decoder(nn.Module):
         return losses
 
     def _image(self, deter: Tensor, stoch: Tensor) -> Tensor:
-        """(N, D), (N, S*C) -> (N, H/2, W/2, 2, 2, C) in 0 ... 1, still as phases of the last upsampling."""
+        """(N, D), (N, S*C) -> (N, H, W, C) in 0 ... 1."""
         (h, w), g, channels = self.minres, self.bspace, self.depth * MULTS[-1]
+        # Each block of the deterministic state owns a slice of the channels.
         y0 = self.sp0(deter).view(-1, g, h, w, channels // g).permute(0, 2, 3, 1, 4).reshape(-1, h, w, channels)
         y1 = self.sp2(self.sp1norm(self.sp1(stoch))).view(-1, h, w, channels)
         x = self.spnorm(y0 + y1)
         for i in reversed(range(len(MULTS) - 1)):
-            x = merge_phases(getattr(self, f"conv{i}norm")(getattr(self, f"conv{i}").upsampled(x)))
-        return torch.sigmoid(self.imgout.upsampled(x))
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"conv{i}norm")
+            # The norm is over channels, so it may run before the phases of the upsampling are put in place.
+            x = norm(conv.transposed(x)) if self.strided else merge_phases(norm(conv.upsampled(x)))
+        if self.outer:
+            return torch.sigmoid(self.imgout(x))
+        if self.strided:
+            return torch.sigmoid(self.imgout.transposed(x))
+        return merge_phases(torch.sigmoid(self.imgout.upsampled(x)))
 
 
 def greedy(out: Tensors, specs: dict[str, Spec]) -> Tensors:

@@ -158,6 +158,17 @@ class Conv(nn.Module):
         """Convolution, then 2x2 max-pooling. (N, H, W, in) -> (N, H/2, W/2, out)."""
         return F.max_pool2d(self(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
+    def strided(self, x: Tensor) -> Tensor:
+        """Convolution with stride 2, SAME: one pixel of padding before, two after. (N, H, W, in) -> (N, H/2, W/2, out)."""
+        return _conv_nhwc(F.pad(x, (0, 0, 1, 2, 1, 2)), self.weight, self.bias, 0, stride=2)
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """Convolution of the image with zeros between its pixels, which sit at odd places. -> (N, 2H, 2W, out)."""
+        n, h, w, c = x.shape
+        sparse = x.new_zeros(n, h, 2, w, 2, c)
+        sparse[:, :, 1, :, 1] = x
+        return self(sparse.view(n, 2 * h, 2 * w, c))
+
     def upsampled(self, x: Tensor) -> Tensor:
         """Nearest 2x upsampling, then the convolution, as the four phases of each input pixel.
 
@@ -193,9 +204,9 @@ def merge_phases(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, c)
 
 
-def _conv_nhwc(x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    # The permuted view is channels-last memory. A one-channel image looks contiguous in both layouts, so say it.
+def _conv_nhwc(x: Tensor, weight: Tensor, bias: Tensor, padding: int, stride: int = 1) -> Tensor:
+    # The permuted view is channels-last memory already.
     nchw = x.permute(0, 3, 1, 2)
     weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(nchw, weight, bias.to(x.dtype), padding=padding)
+    y = F.conv2d(nchw, weight, bias.to(x.dtype), stride, padding)
     return y.permute(0, 2, 3, 1)

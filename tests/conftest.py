@@ -1,0 +1,8 @@
+"""Options and fixtures of all tests."""
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--golden-dir DIR``: run the parity tests on another directory of golden files."""
+    parser.addoption("--golden-dir", default=None, help="directory of golden files for tests/parity")
