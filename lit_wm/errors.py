@@ -34,5 +34,5 @@ def nearest(name: str, known: list[str], count: int = 3) -> str:
     """The part of a message that names the closest ``known`` words: ``"; did you mean 'a' or 'b'?"``."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=count, cutoff=0.6)
+    close = get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

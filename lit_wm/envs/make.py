@@ -107,7 +107,13 @@ def make_vector_env(
     # Not fork: the parent has threads (torch, loggers) whose locks a forked child would inherit, held for
     # ever.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["lit_wm.envs.make"])
-    return AsyncVectorEnv(makers, context="forkserver", autoreset_mode=modes[autoreset])
+    try:
+        return AsyncVectorEnv(makers, context="forkserver", autoreset_mode=modes[autoreset])
+    except (EOFError, ConnectionError) as error:
+        raise EnvError(
+            f"{env_id}: the environment processes died while starting; their messages stand above.\n"
+            "  A script that uses vectorization='async' must do its work under: if __name__ == '__main__':"
+        ) from error
 
 
 def snapshot_vector_env(env: SyncVectorEnv | AsyncVectorEnv) -> dict[str, Any]:
@@ -230,7 +236,7 @@ def _find(env_id: str) -> Any:
             import_ale()  # registers the old names without ALE/, and more to suggest
         if name in gym.registry:
             return gym.spec(name)
-        known = [*gym.registry, *(spec_id.removeprefix("ALE/") for spec_id in gym.registry)]
+        known = [f"ALE/{name}"] if f"ALE/{name}" in gym.registry else list(gym.registry)
         close = nearest(name, known) or f"; {len(gym.registry)} are, for example CartPole-v1"
         raise EnvError(f"no environment is registered as {name!r}{close}\n  {_IDS}") from error
 
@@ -248,7 +254,7 @@ def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, 
             return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         extras = {"mujoco": "mujoco", "dm_control": "dmc"}
-        extra = next((extras[package] for package in extras if package in str(error).lower()), None)
+        extra = next((extras[p] for p in extras if f"{p} is not installed" in str(error).lower()), None)
         fix = f'\n  Fix: pip install "lit-wm[{extra}]"' if extra else ""
         raise EnvError(f"{env_id} needs a package that is not installed: {error}{fix}") from error
     except EnvError:

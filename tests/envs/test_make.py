@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -48,7 +50,7 @@ def test_arguments_of_the_environment_pass_through() -> None:
     ("env_id", "options", "texts"),
     [
         ("CartPool-v1", {}, ["CartPool-v1", "CartPole-v1"]),
-        ("Pong-v5", {}, ["Pong-v5", "did you mean"]),
+        ("Pong-v5", {}, ["did you mean 'ALE/Pong-v5'?"]),
         ("atari:space_invader", {}, ["space_invaders"]),
         ("atari:combat", {}, ["combat"]),  # the emulator would end the process
         ("atary:pong", {}, ["atary", "'atari'"]),
@@ -87,7 +89,7 @@ def test_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, lit_wm.envs; assert not {'gymnasium', 'ale_py', 'torch', 'lightning'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert all(hasattr(lit_wm.envs, name) for name in lit_wm.envs.__all__)
 
 
@@ -174,6 +176,17 @@ def test_async_environments_without_snapshot_survive_the_question() -> None:
     with pytest.raises(NotSupported, match="next_step"):
         snapshot_vector_env(envs)
     envs.close()
+
+
+def test_an_async_script_without_main_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lit_wm.envs import make_vector_env\nmake_vector_env('CartPole-v1', 1, [0], 'async')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    assert "EnvError: CartPole-v1: the environment processes died while starting" in done.stderr
 
 
 def test_vector_arguments_are_checked() -> None:
