@@ -29,15 +29,11 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def play(env: gym.Env, steps: int, generator: np.random.Generator | None = None) -> list[Any]:
-    """Random steps with resets; the environment's own action space draws unless ``generator`` does."""
+def play(env: gym.Env, steps: int) -> list[Any]:
+    """Random steps with resets; the environment's own action space draws, since a snapshot has its state."""
     trace: list[Any] = []
     for _ in range(steps):
-        if generator is None or "action" not in env.action_space.spaces or env.action_space["action"].shape:
-            action = env.action_space.sample()
-        else:
-            action = {"action": generator.integers(env.action_space["action"].n)}
-        obs, reward, terminated, truncated, _ = env.step(action)
+        obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
         trace.append((obs, reward, terminated, truncated))
         if terminated or truncated:
             trace.append(env.reset())
