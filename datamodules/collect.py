@@ -32,11 +32,10 @@ class Collector:
     """Steps a vector environment with a recurrent policy; environment i writes stream i of the replay.
 
     Every row counts as one env step, the first of an episode too, as in the official driver. The last
-    observation of
-    an episode has no action, and no latent either: nothing ever starts from it.
+    observation of an episode has no action, and no latent either: nothing ever starts from it.
 
     Args:
-        env: any Gymnasium vector environment; ``NEXT_STEP`` and ``DISABLED`` must know ``reset_mask``.
+        env: a Gymnasium vector environment; ``NEXT_STEP`` and ``DISABLED`` must know ``reset_mask``.
         spaces: its entries.
         replay: with as many streams as there are environments.
         seed: environment i of process r starts with ``seed + 10_000 * r + i``.
@@ -151,7 +150,7 @@ class Collector:
         for key, spec in self.spaces.action.items():
             shape = (self.env.num_envs, *spec.shape)
             value = (
-                rng.integers(spec.classes, size=shape) if spec.is_discrete else rng.uniform(-1, 1, size=shape)
+                rng.uniform(-1, 1, shape) if spec.classes is None else rng.integers(spec.classes, size=shape)
             )
             out[key] = torch.as_tensor(value).to(like[key])
         return out
@@ -165,7 +164,7 @@ class Collector:
         ]
 
     def mean_frames(self) -> dict[str, Tensor]:
-        """Mean over all rows written, per image key, in 0..255; empty before the first. (H, W, C) or (C, H, W) float64."""
+        """Mean over all rows written, per image key, float64 in 0..255; empty before the first row."""
         if not self.frames:
             return {}
         return {k: torch.from_numpy(total / self.frames) for k, total in self.frame_sums.items()}
@@ -187,10 +186,8 @@ class Collector:
                 )
         state = None
         if self._state is not None:
-            parts = {"deter": self._state.deter, "stoch": self._state.stoch}
-            state = {k: None if v is None else v.cpu().clone() for k, v in parts.items()}
-            if self._state.action is not None:
-                state["action"] = {k: v.cpu().clone() for k, v in self._state.action.items()}
+            kept = self._state.map(lambda x: x.cpu().clone())
+            state = {"deter": kept.deter, "stoch": kept.stoch, "action": kept.action}
         return {
             "env_steps": self.env_steps,
             "episodes": self.episodes,
@@ -225,13 +222,7 @@ class Collector:
         self.env.reset(seed=self._seeds())  # some environments create what they restore only here
         restore_vector_env(self.env, state["envs"])
         self._action = {k: v.numpy().copy() for k, v in state["action"].items()}
-        kept = state["state"]
-        action = kept.get("action")
-        self._state = State(
-            kept["deter"].to(device),
-            None if kept["stoch"] is None else kept["stoch"].to(device),
-            None if action is None else {k: v.to(device) for k, v in action.items()},
-        )
+        self._state = State(**state["state"]).map(lambda x: x.to(device))
 
     def close(self) -> None:
         """Close the environments."""

@@ -126,8 +126,8 @@ class ReplayDataModule(LightningDataModule):
 
     def _check(self) -> None:
         at_least = {
-            "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 1, "replay_context": 0, "capacity": 1,
-            "prefill": 0, "seed": 0,
+            "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 1,
+            "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
@@ -141,14 +141,15 @@ class ReplayDataModule(LightningDataModule):
         first = self.batch_size * self.batch_length + self.num_envs * self._window
         if self.capacity < first:
             raise ConfigError(
-                f"data.capacity is {self.capacity:,}, but training begins when {self.batch_size * self.batch_length:,} "
-                f"windows of {self._window} rows are stored, in {self.num_envs} environments.\n"
+                f"data.capacity is {self.capacity:,}, but training begins with "
+                f"{self.batch_size * self.batch_length:,} windows of {self._window} rows in {self.num_envs} "
+                "environments.\n"
                 f"  Raise capacity to {first:,} or more, or lower batch_size, batch_length or num_envs."
             )
         first = max(first, self.prefill)
         if self.max_env_steps is not None and self.max_env_steps < first:
             raise ConfigError(
-                f"data.max_env_steps is {self.max_env_steps:,}, but training begins after about {first:,} env steps.\n"
+                f"data.max_env_steps is {self.max_env_steps:,}, but training begins after about {first:,}.\n"
                 "  Raise max_env_steps, or lower prefill, batch_size, batch_length or num_envs."
             )
 
@@ -159,7 +160,7 @@ class ReplayDataModule(LightningDataModule):
 
     @cached_property
     def spaces(self) -> dict[str, Any]:
-        """Observation and action entries as a plain dict; reads them from one environment, which is closed again."""
+        """Observation and action entries as a plain dict, read from one environment that is closed again."""
         return read_spaces(self.env, **self.env_options).to_plain()
 
     @cached_property
@@ -182,7 +183,7 @@ class ReplayDataModule(LightningDataModule):
         value, rest = divmod(getattr(self, name), self.world_size)
         if rest:
             raise ConfigError(
-                f"data.{name} is {getattr(self, name)}, which {self.world_size} processes cannot share equally.\n"
+                f"data.{name} is {getattr(self, name)}, which {self.world_size} processes cannot share.\n"
                 f"  Use a multiple of {self.world_size}."
             )
         return value
@@ -242,9 +243,12 @@ class ReplayDataModule(LightningDataModule):
         self._flush()
         while not ratio.owed(collector.env_steps):
             collector.collect(module.policy, module.device)
-            if ratio.ready_at is None and collector.env_steps >= collector.prefill:
-                if replay.num_windows >= self.local_batch * self.batch_length:
-                    ratio.ready_at = collector.env_steps
+            if (
+                ratio.ready_at is None
+                and collector.env_steps >= collector.prefill
+                and replay.num_windows >= self.local_batch * self.batch_length
+            ):
+                ratio.ready_at = collector.env_steps
         while replay.num_windows == 0:  # resumed without its replay
             collector.collect(module.policy, module.device)
         ratio.done += 1

@@ -25,7 +25,7 @@ import warnings
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,12 @@ _BLOCK = 1 << 24  # bytes copied or checked at a time
 
 
 def counter_rng(seed: int, rank: int, name: str, count: int) -> np.random.Generator:
-    """The generator of draw number ``count``: it depends on these four and on nothing that happened before."""
+    """The generator of draw number ``count``: a function of these four and nothing else."""
     return np.random.Generator(np.random.Philox(key=stream_seed(seed, rank, name), counter=count << 64))
 
 
 def row_key(group: str, name: str, alone: str) -> Key:
-    """Column of an entry: ``observation`` for the entry ``obs`` (``alone``), else ``("observation", name)``."""
+    """Column of an entry: ``observation`` for ``obs`` (the ``alone``), else ``("observation", name)``."""
     return (group,) if name == alone else (group, name)
 
 
@@ -141,10 +141,10 @@ class RowStorage(Storage):
             column = MemoryMappedTensor.empty(
                 shape, dtype=getattr(torch, spec.dtype), filename=str(self.files[key])
             )
-            self._handles[key] = open(self.files[key], "rb")  # even if another run replaces the name
+            # Stays ours even if another run replaces the name.
+            self._handles[key] = open(self.files[key], "rb")  # noqa: SIM115
             self.data[key] = column
-            # The subclass costs several microseconds per call; writing goes through NumPy, which is faster
-            # still.
+            # The subclass costs microseconds per call, writing through NumPy saves more of them.
             self.columns[key] = column.as_subclass(Tensor)
             array = _raw(self.columns[key])
             self.arrays[key] = array.reshape(-1) if spec.shape == (1,) else array
@@ -206,10 +206,8 @@ class RowStorage(Storage):
         """Memory for one gathered column that nobody else uses.
 
         Fresh memory costs a page fault for every 4 KB, a third of the time of the copy, so a buffer is used
-        again once
-        no tensor but ours shares its storage: a batch that somebody keeps is never overwritten. Page-locked
-        memory has such a cache inside PyTorch, which also waits for copies to the GPU that are still under
-        way.
+        again once no tensor but ours shares its storage: a batch that somebody keeps is never overwritten.
+        Page-locked memory has such a cache inside PyTorch, which also waits for copies to the GPU.
         """
         if self.pin:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -228,7 +226,9 @@ class RowStorage(Storage):
 
     def contains(self, item: int) -> bool:
         """Whether row number ``item`` holds a row."""
-        return 0 <= item < self.max_size and item % self.ring < (self.head - self.floor)[item // self.ring]
+        stream, slot = divmod(item, self.ring)
+        newest = self.head[stream] - 1  # the latest position in this slot is the only one that can be alive
+        return 0 <= item < self.max_size and newest - (newest - slot) % self.ring >= self.tail[stream]
 
     def _empty(self) -> None:
         self.head[:] = self.floor[:] = 0
@@ -268,17 +268,17 @@ class RowStorage(Storage):
         _write_json(Path(path) / "manifest.json", manifest)
 
     def loads(self, path: Any) -> None:
-        """Read what :meth:`dumps` wrote with the same columns and streams; a smaller ring keeps the newest rows.
+        """Read :meth:`dumps` of the same columns and streams; a smaller ring keeps the newest rows.
 
         Raises:
             CheckpointError: if a file is missing, damaged or of another layout; the rows here are then
                 untouched.
         """
         path = Path(path)
-        manifest = _read_json(path / "manifest.json")
+        manifest = _read_json(path / "manifest.json", ("layout", "head", "tail", "columns"))
         if manifest.get("layout") != LAYOUT:
             raise CheckpointError(
-                f"replay snapshot {path} has layout {manifest.get('layout')}, this version reads layout {LAYOUT}."
+                f"replay snapshot {path} has layout {manifest.get('layout')}, this version reads {LAYOUT}."
             )
         if len(manifest["head"]) != self.streams:
             raise CheckpointError(
@@ -341,7 +341,7 @@ def _copy_range(source: int, target: int, start: int, count: int) -> None:
 
 def _crc32(data: np.ndarray, crc: int = 0) -> int:
     for start in range(0, len(data), _BLOCK):
-        crc = zlib.crc32(data[start : start + _BLOCK], crc)
+        crc = zlib.crc32(data[start : start + _BLOCK].data, crc)
     return crc
 
 
@@ -354,7 +354,8 @@ def _checked(path: Path, size: int, crc: int) -> np.ndarray:
     data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     if _crc32(data) != crc:
         raise CheckpointError(
-            f"replay snapshot is damaged: the content of {path} does not match its checksum.\n  Use an older checkpoint."
+            f"replay snapshot is damaged: the content of {path} does not match its checksum.\n"
+            "  Use an older checkpoint."
         )
     return data
 
@@ -366,22 +367,27 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, like: Iterable[str]) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if missing := sorted(set(like) - set(value)):
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return value
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} is not a replay snapshot: {path.name} is missing.\n"
             "  A snapshot is a folder with manifest.json; use a checkpoint that was saved with its replay."
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"replay snapshot is damaged: {path} is no JSON ({error}).\n  Use an older checkpoint."
+            f"replay snapshot is damaged: {path} cannot be read: {error}.\n  Use an older checkpoint."
         ) from None
 
 
 class RingWriter(Writer):
     """Appends rows to their streams and numbers the episodes."""
+
+    file = "writer.json"
 
     def __init__(self, streams: int):
         super().__init__()
@@ -390,7 +396,7 @@ class RingWriter(Writer):
         self.episodes = 0  # begun so far
 
     def extend(self, data: Mapping[Any, Any]) -> Tensor:
-        """Append one row to each stream in ``data["stream"]`` (n,), all different; columns left out become zero."""
+        """Append a row to each of the streams ``data["stream"]`` (n,); columns left out are zero."""
         storage, streams = self._storage, data["stream"]
         index = storage.rows(streams, storage.head[streams])
         first = np.flatnonzero(data["is_init",])
@@ -421,12 +427,12 @@ class RingWriter(Writer):
         self.episodes = state_dict["episodes"]
 
     def dumps(self, path: Any) -> None:
-        """Write the state to ``writer.json``."""
-        _write_json(Path(path) / "writer.json", self.state_dict())
+        """Write the state to its file in a snapshot."""
+        _write_json(Path(path) / self.file, self.state_dict())
 
     def loads(self, path: Any) -> None:
         """Read :meth:`dumps`."""
-        self.load_state_dict(_read_json(Path(path) / "writer.json"))
+        self.load_state_dict(_read_json(Path(path) / self.file, self.state_dict()))
 
 
 class WindowSampler(Sampler):
@@ -443,6 +449,8 @@ class WindowSampler(Sampler):
             reward, so the oldest row of a stream can start a window only if it starts an episode.
         online: whether to keep the queue.
     """
+
+    file = "sampler.json"
 
     def __init__(self, storage: RowStorage, window: int, context: int, seed: int, rank: int, online: bool):
         self.storage, self.window, self.context = storage, window, context
@@ -461,7 +469,7 @@ class WindowSampler(Sampler):
         return low, np.maximum(storage.head - low - length + 1, 0)
 
     def extend(self, index: Any) -> None:
-        """Queue the windows that the new rows complete: starts 1, 1 + window, 1 + 2 window ... of each stream."""
+        """Queue the windows that new rows complete: starts 1, 1 + window, 1 + 2 window ... of each stream."""
         if self.online:
             streams = np.asarray(index) // self.storage.ring
             head = self.storage.head[streams]
@@ -488,17 +496,17 @@ class WindowSampler(Sampler):
         chosen: list[tuple[int, int]] = []
         if self.mode == "train" and self.length == self.window:
             while self.queue and len(chosen) < batch_size:
-                stream, start = self.queue.popleft()
-                if start >= low[stream]:  # else evicted unseen
-                    chosen.append((stream, start))
+                queued = self.queue.popleft()
+                if queued[1] >= low[queued[0]]:  # else evicted unseen
+                    chosen.append(queued)
         rng = counter_rng(self.seed, self.rank, f"replay/{self.mode}", self.draws[self.mode])
         self.draws[self.mode] += 1
         draw = rng.integers(ends[-1], size=batch_size - len(chosen))
         stream = np.searchsorted(ends, draw, side="right")
         start = low[stream] + draw - (ends - count)[stream]
         if chosen:
-            queued = np.array(chosen)
-            stream, start = np.append(queued[:, 0], stream), np.append(queued[:, 1], start)
+            first = np.array(chosen)
+            stream, start = np.append(first[:, 0], stream), np.append(first[:, 1], start)
         lead = 1 if self.context == 0 else 0
         position = start[:, None] + np.arange(-lead, self.length)
         if lead:
@@ -520,12 +528,12 @@ class WindowSampler(Sampler):
         self.queue = deque((s, p) for s, p in state_dict["queue"])
 
     def dumps(self, path: Any) -> None:
-        """Write the state to ``sampler.json``."""
-        _write_json(Path(path) / "sampler.json", self.state_dict())
+        """Write the state to its file in a snapshot."""
+        _write_json(Path(path) / self.file, self.state_dict())
 
     def loads(self, path: Any) -> None:
         """Read :meth:`dumps`."""
-        self.load_state_dict(_read_json(Path(path) / "sampler.json"))
+        self.load_state_dict(_read_json(Path(path) / self.file, self.state_dict()))
 
 
 class RowReplay:
@@ -569,8 +577,9 @@ class RowReplay:
         lead = max(context, 1)
         if capacity // streams < window - context + lead:
             raise ConfigError(
-                f"capacity {capacity:,} leaves {capacity // streams:,} rows for each of {streams} environments, but one "
-                f"window has {window - context + lead}.\n  Raise capacity to {streams * (window - context + lead):,} or more."
+                f"a capacity of {capacity:,} leaves {capacity // streams:,} rows for each of {streams} "
+                f"environments, but one window has {window - context + lead}.\n"
+                f"  Raise capacity to {streams * (window - context + lead):,} or more."
             )
         self.spaces, self.latents, self.window, self.context = spaces, dict(latents or {}), window, context
         specs, directory = row_specs(spaces, latents), Path(directory)
@@ -622,7 +631,7 @@ class RowReplay:
     def set_outcome(
         self, streams: np.ndarray, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
     ) -> None:
-        """Complete the newest row of each stream with what its action led to; rows without an action are left alone."""
+        """Say what the action of the newest row of each stream led to; rows without an action stay."""
         arrays, rows = self.storage.arrays, self.storage.newest(streams)
         open_ = arrays["valid",][rows] & (self.storage.head[streams] > self.storage.floor[streams])
         if not open_.all():
@@ -638,7 +647,7 @@ class RowReplay:
         arrays["next", "done"][rows] = terminated | truncated
 
     def cut(self, streams: np.ndarray) -> None:
-        """End the open episodes of streams whose environment is lost: the newest row becomes the truncated end."""
+        """End the open episodes of streams whose environment is lost: the newest row is the truncated end."""
         storage, arrays = self.storage, self.storage.arrays
         for stream in streams:
             if storage.head[stream] == storage.floor[stream]:
@@ -676,7 +685,7 @@ class RowReplay:
         return data
 
     def write_back(self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor]) -> None:
-        """Replace the latents of sampled rows. Rows evicted since are left alone and counted in ``stale_rows``.
+        """Replace the latents of sampled rows. Rows evicted since stay and are counted in ``stale_rows``.
 
         Where windows of a batch overlap, the later window of the batch wins.
 
@@ -715,7 +724,7 @@ class RowReplay:
         self.writer.load_state_dict(state["writer"])
 
     def snapshot(self, directory: Path | str) -> None:
-        """Write all rows and the state to a new folder, complete or not at all; one that is there is replaced."""
+        """Write rows and state to a new folder, complete or not at all; one that is there is replaced."""
         final = Path(directory)
         work = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
         work.mkdir(parents=True)
@@ -742,8 +751,13 @@ class RowReplay:
             CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of
                 streams.
         """
-        for part in (self.storage, self.sampler, self.writer):
-            part.loads(Path(directory))
+        small = [
+            (part, _read_json(Path(directory) / part.file, part.state_dict()))
+            for part in (self.sampler, self.writer)
+        ]
+        self.storage.loads(directory)
+        for part, state in small:
+            part.load_state_dict(state)
 
 
 def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
@@ -761,7 +775,8 @@ def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
         raise ConfigError(
             f"the replay would need {need / 1e9:,.1f} GB ({rows:,} rows of {bytes_per_row:,} bytes), "
             f"but {directory} has {free / 1e9:,.1f} GB free.\n"
-            f"  Lower data.capacity to {int(free * 0.9) // bytes_per_row:,} or less, or put data.replay_dir on a larger disk."
+            f"  Lower data.capacity to {int(free * 0.9) // bytes_per_row:,} or less, "
+            "or move data.replay_dir to a larger disk."
         )
 
 
