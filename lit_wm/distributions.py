@@ -18,10 +18,28 @@ from lit_wm.functional import one_hot, symexp
 # --- Categorical ----------------------------------------------------------------------------------
 
 
+class _Unimix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, mix: float) -> Tensor:
+        if logits.shape[-1] <= 8:  # torch's softmax over a few entries is five times slower than its parts
+            probs = (logits - logits.amax(-1, keepdim=True)).exp_()
+            probs /= probs.sum(-1, keepdim=True)
+        else:
+            probs = torch.softmax(logits, -1)
+        ctx.save_for_backward(probs)
+        ctx.mix = mix
+        return probs * (1 - mix) + mix / logits.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (probs,) = ctx.saved_tensors
+        grad = grad * probs
+        return grad.addcmul_(probs, grad.sum(-1, keepdim=True), value=-1).mul_(1 - ctx.mix), None
+
+
 def unimix(logits: Tensor, mix: float) -> Tensor:
     """Probabilities of a categorical mixed with the uniform one: (1-mix) softmax + mix/C. (..., C) float32."""
-    probs = torch.softmax(logits.float(), -1)
-    return probs.mul(1 - mix).add(mix / logits.shape[-1]) if mix else probs
+    return _Unimix.apply(logits.float(), mix)
 
 
 def categorical_index(probs: Tensor, noise: Tensor) -> Tensor:
