@@ -55,6 +55,7 @@ Array = np.ndarray | Tensor
 
 NO_LATENT = 255  # class index of a row that has no latent; its one-hot vector is zero
 LAYOUT = 1  # version of the snapshot files
+_FLAT = ("next", "is_init", "valid")  # columns of shape [1] that are written and read here as numbers
 _BLOCK = 1 << 24  # bytes copied or checked at a time
 
 
@@ -147,7 +148,7 @@ class RowStorage(Storage):
             # The subclass costs microseconds per call, writing through NumPy saves more of them.
             self.columns[key] = column.as_subclass(Tensor)
             array = _raw(self.columns[key])
-            self.arrays[key] = array.reshape(-1) if spec.shape == (1,) else array
+            self.arrays[key] = array.reshape(-1) if key[0] in _FLAT else array
         self._buffers: dict[Any, list[Tensor]] = {}
         # They are large: gone with the process, unless it is killed; then the next run replaces them.
         self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))

@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit_wm.types import Spaces, Spec
 
 from datamodules.replay import RowReplay
+from lit_wm.types import Spaces, Spec
 
 SPACES = Spaces({"obs": Spec("float32", (3,))}, {"action": Spec("int32", (), 5)})
 LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=4)}

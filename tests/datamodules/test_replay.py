@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lit_wm.errors import CheckpointError, ConfigError, DataError
-from lit_wm.types import Spaces, Spec
 from scipy.stats import chisquare
 
 from datamodules.replay import RowReplay, _copy_range, row_bytes, row_specs
+from lit_wm.errors import CheckpointError, ConfigError, DataError
+from lit_wm.types import Spaces, Spec
 
 few = settings(max_examples=25, deadline=None)
 

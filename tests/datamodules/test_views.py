@@ -3,9 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lit_wm.types import Spec, State
 
 from datamodules.views import class_index, dreamer_view, one_hot, to_latents, to_state
+from lit_wm.types import Spec, State
 
 LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=4)}
 

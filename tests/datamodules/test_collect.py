@@ -1,0 +1,276 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from datamodules.collect import Collector
+from datamodules.replay import RowReplay
+from lit_wm.envs import make_vector_env
+from lit_wm.types import Spaces, Spec, State
+
+LATENTS = {"deter": Spec("float32", (4,)), "stoch": Spec("uint8", (2,), classes=3)}
+CARTPOLE = Spaces({"obs": Spec("float32", (4,))}, {"action": Spec("int32", (), 2)})
+
+
+class Policy:
+    """Recurrent and random: the action depends on all observations of the episode and on a stream of noise."""
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, obs, state, is_first):
+        x = obs["obs"]
+        before = torch.zeros(len(x), 4) if state is None else torch.where(is_first[:, None], 0.0, state.deter)
+        deter = 0.5 * before + x
+        noise = torch.rand(len(x), generator=self.generator)
+        action = {"action": (deter[:, 2] + 0.1 * (noise - 0.5) > 0).to(torch.int32)}
+        stoch = torch.nn.functional.one_hot(
+            (deter[:, :2] > 0).long() + (noise > 0.5).long()[:, None], 3
+        ).float()
+        return action, State(deter, stoch, action)
+
+
+def collector(tmp_path, env, spaces=CARTPOLE, **options):
+    replay = RowReplay(spaces, 3000, env.num_envs, tmp_path, LATENTS, 9)
+    return Collector(env, spaces, replay, **options)
+
+
+def cartpoles(mode, num_envs=3):
+    make = [lambda: gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 40) for _ in range(num_envs)]
+    return SyncVectorEnv(make, autoreset_mode=mode)
+
+
+def rows_of(replay):
+    """Every live row of every stream, by column."""
+    storage = replay.storage
+    index = np.concatenate(
+        [storage.rows(s, np.arange(storage.tail[s], storage.head[s])) for s in range(storage.streams)]
+    )
+    return dict(storage.get(torch.from_numpy(index)).flatten_keys(".").items())
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_the_three_autoreset_modes_give_identical_rows(tmp_path):
+    rows = {}
+    for mode in AutoresetMode:
+        loop = collector(tmp_path / mode.name, cartpoles(mode), seed=7, prefill=50)
+        policy = Policy()
+        for _ in range(200):
+            loop.collect(policy)
+        rows[mode] = rows_of(loop.replay)
+        assert loop.episodes > 6
+        assert loop.env_steps == len(loop.replay) == 600 + loop.episodes
+    assert_equal(rows[AutoresetMode.DISABLED], rows[AutoresetMode.NEXT_STEP])
+    assert_equal(rows[AutoresetMode.DISABLED], rows[AutoresetMode.SAME_STEP])
+
+
+def test_rows_are_those_of_a_plain_loop_over_single_environments(tmp_path):
+    loop = collector(tmp_path, cartpoles(AutoresetMode.DISABLED, 2), seed=3, rank=1)
+    policy = Policy()
+    for _ in range(150):
+        loop.collect(policy)
+    rows = rows_of(loop.replay)
+    for stream in range(2):
+        env = gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 40)
+        mine = (torch.cumsum(rows["is_init"].flatten(), 0) >= 0).nonzero().flatten()
+        head = int(loop.replay.storage.head[0])
+        mine = mine[:head] if stream == 0 else mine[head:]
+        obs, _ = env.reset(seed=3 + 10_000 + stream)
+        first, ends = True, set()
+        for row in mine.tolist():
+            assert rows["observation"][row].tolist() == obs.tolist()
+            assert bool(rows["is_init"][row]) == first
+            if not rows["valid"][row]:
+                assert rows["action"][row] == 0
+                assert rows["latent.stoch"][row].tolist() == [255, 255]
+                (obs, _), first = env.reset(), True
+                continue
+            if row == mine[-1]:
+                break
+            obs, reward, terminated, truncated, _ = env.step(int(rows["action"][row]))
+            assert rows["next.reward"][row] == reward
+            assert (bool(rows["next.terminated"][row]), bool(rows["next.truncated"][row])) == (
+                terminated,
+                truncated,
+            )
+            assert bool(rows["valid"][row + 1]) == (not (terminated or truncated))
+            first = False
+            ends |= {(terminated, truncated)}
+        assert (True, False) in ends
+
+
+def test_latents_and_steps_follow_the_episodes(tmp_path):
+    loop = collector(tmp_path, cartpoles(AutoresetMode.DISABLED, 1))
+    policy = Policy()
+    for _ in range(120):
+        loop.collect(policy)
+    rows = rows_of(loop.replay)
+    deter = torch.zeros(4)
+    for i in range(len(loop.replay)):
+        if not rows["valid"][i]:
+            continue
+        if rows["is_init"][i]:
+            deter, step = torch.zeros(4), 0
+        deter = 0.5 * deter + rows["observation"][i]
+        assert torch.equal(rows["latent.deter"][i], deter)
+        assert int(rows["step"][i]) == step
+        step += 1
+    assert rows["episode"].tolist() == (torch.cumsum(rows["is_init"].flatten(), 0) - 1).tolist()
+    returns, lengths = zip(*loop.finished, strict=True)
+    assert (
+        returns == lengths == tuple(((rows["episode"] == e).sum() - 1).item() for e in range(loop.episodes))
+    )
+
+
+def test_prefill_acts_at_random_and_the_policy_learns_of_it(tmp_path):
+    seen = []
+
+    def always_one(obs, state, is_first):
+        seen.append(None if state is None else state.action["action"].clone())
+        n = len(is_first)
+        action = {"action": torch.ones(n, dtype=torch.int32)}
+        return action, State(torch.zeros(n, 4), torch.zeros(n, 2, 3), action)
+
+    loop = collector(tmp_path, cartpoles(AutoresetMode.DISABLED), prefill=90)
+    for _ in range(60):
+        loop.collect(always_one)
+    rows = rows_of(loop.replay)
+    head = int(loop.replay.storage.head[0])
+    taken = rows["action"][:head][rows["valid"].flatten()[:head]]
+    assert 0 < taken[:25].sum() < 25
+    assert taken[31:].all()
+    told = torch.stack(seen[1:])[:, 0]
+    assert torch.equal(told, taken[: len(told)])
+
+
+@pytest.mark.parametrize(
+    ("env_id", "vectorization"), [("CartPole-v1", "sync"), ("CartPole-v1", "async"), ("Pendulum-v1", "sync")]
+)
+def test_a_restored_collector_goes_on_bitwise(tmp_path, env_id, vectorization):
+    from lit_wm.envs import read_spaces
+
+    spaces = read_spaces(env_id)
+
+    def policy_of(seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def policy(obs, state, is_first):
+            x = obs["obs"][:, :3]
+            before = (
+                torch.zeros(len(x), 4) if state is None else torch.where(is_first[:, None], 0.0, state.deter)
+            )
+            deter = 0.5 * before + torch.nn.functional.pad(x, (0, 1))
+            noise = torch.rand(len(x), 1, generator=generator) + 0.1 * deter[:, :1]
+            value = (
+                noise * 2 - 1
+                if spaces.action["action"].classes is None
+                else (noise[:, 0] > 0.5).to(torch.int32)
+            )
+            action = {"action": value}
+            return action, State(deter, torch.zeros(len(x), 2, 3), action)
+
+        return policy, generator
+
+    def fresh(name):
+        env = make_vector_env(env_id, 2, [0, 1], vectorization)
+        return collector(tmp_path / name, env, spaces, prefill=40)
+
+    whole, part = fresh("whole"), fresh("part")
+    policy, generator = policy_of(0)
+    for _ in range(70):
+        whole.collect(policy)
+    policy, generator = policy_of(0)
+    for _ in range(33):
+        part.collect(policy)
+    torch.save(part.state_dict(), tmp_path / "state.pt")
+    part.replay.snapshot(tmp_path / "replay-saved")
+    noise = generator.get_state()
+    for _ in range(5):  # goes on after the checkpoint, then dies
+        part.collect(policy)
+    part.close()
+
+    resumed = fresh("resumed")
+    resumed.replay.restore(tmp_path / "replay-saved")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    policy, generator = policy_of(1)
+    generator.set_state(noise)
+    for _ in range(37):
+        resumed.collect(policy)
+    assert_equal(rows_of(resumed.replay), rows_of(whole.replay))
+    one, two = whole.state_dict(), resumed.state_dict()
+    for key in ("env_steps", "episodes", "finished", "return", "length"):
+        assert one[key] == two[key], key
+    whole.close()
+    resumed.close()
+
+
+def test_an_environment_without_snapshot_starts_again_and_its_episodes_are_cut(tmp_path, monkeypatch):
+    import lit_wm.envs
+    from lit_wm.errors import NotSupported
+
+    def refuse(_):
+        raise NotSupported("no exact snapshot of X")
+
+    monkeypatch.setattr(lit_wm.envs, "snapshot_vector_env", refuse, raising=False)
+    loop = collector(tmp_path / "a", cartpoles(AutoresetMode.DISABLED))
+    policy = Policy()
+    for _ in range(10):
+        loop.collect(policy)
+    with pytest.warns(UserWarning, match="starts new episodes"):
+        state = loop.state_dict()
+    loop.replay.snapshot(tmp_path / "saved")
+    again = collector(tmp_path / "b", cartpoles(AutoresetMode.DISABLED))
+    again.replay.restore(tmp_path / "saved")
+    again.load_state_dict(state)
+    for _ in range(5):
+        again.collect(policy)
+    rows = rows_of(again.replay)
+    head = int(again.replay.storage.head[0])
+    assert rows["valid"][:11].flatten().tolist() == [True] * 9 + [False, True]
+    assert rows["is_init"][:head].flatten().nonzero().flatten().tolist() == [0, 10]
+    assert bool(rows["next.truncated"][8])
+    assert not torch.equal(rows["observation"][10], rows["observation"][0]), "the same start again"
+
+
+def test_any_mix_of_entries_reaches_the_rows(tmp_path):
+    from lit_wm.envs import read_spaces
+
+    spaces = read_spaces("lit_wm/Dummy-v0")
+    env = make_vector_env("lit_wm/Dummy-v0", 2, [0, 1])
+    replay = RowReplay(spaces, 200, 2, tmp_path, None, 5)
+    loop = Collector(env, spaces, replay, prefill=10**6)
+
+    def policy(obs, state, is_first):
+        assert {k: v.shape[1:] for k, v in obs.items()} == {
+            k: torch.Size(s.shape) for k, s in spaces.obs.items()
+        }
+        action = {
+            k: torch.zeros(2, *s.shape, dtype=getattr(torch, s.dtype)) for k, s in spaces.action.items()
+        }
+        return action, State(torch.zeros(2, 1), None, action)
+
+    for _ in range(60):
+        loop.collect(policy)
+    rows = rows_of(replay)
+    for key, spec in spaces.obs.items():
+        column = rows[f"observation.{key}"]
+        assert column.dtype == getattr(torch, spec.dtype)
+        assert (column != 0).any(), key
+    for key, spec in spaces.action.items():
+        column = rows[f"action.{key}"]
+        if spec.classes is None:
+            assert column.min() >= -1
+            assert -0.2 < column[rows["valid"].flatten()].mean() < 0.2
+        else:
+            assert set(column.flatten().tolist()) == set(range(spec.classes))
+    means = loop.mean_frames()
+    assert means.keys() == {k for k, s in spaces.obs.items() if s.is_image}
+    for key, mean in means.items():
+        expected = rows[f"observation.{key}"].double().mean(0)
+        assert torch.allclose(mean, expected, rtol=0, atol=1e-9)
