@@ -262,14 +262,14 @@ def damage_truncate(folder):
 
 
 def damage_flip(folder):
-    file = folder / "action.rows"
+    file = folder / "row.rows"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
 def damage_column(folder):
-    (folder / "next.reward.rows").unlink()
+    (folder / "row.rows").unlink()
 
 
 def damage_manifest(folder):
