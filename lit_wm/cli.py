@@ -97,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     except LitWMError as error:
         if debug:
             raise
-        print(format_error(error), file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        # The first process says it in full; the others fail of the same cause as a rule.
+        lines = format_error(error)
+        print(lines if rank == "0" else f"process {rank}: {lines.splitlines()[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -69,8 +69,8 @@ class CsvLogger(Logger):
     """One row per call of ``log_metrics`` in ``<directory>/metrics.csv``; the first column is the environment
     step.
 
-    New metrics add columns. A resumed run goes on in the same file: rows at or beyond the first step it logs
-    came from a stretch that was not saved, will be logged again, and are removed.
+    New metrics add columns. A resumed run goes on in the same file: rows beyond where it begins came from a
+    stretch that was not saved, will be logged again, and are removed.
 
     Args:
         directory: the run directory; made when the first row is written.
@@ -106,7 +106,7 @@ class CsvLogger(Logger):
         at = int(step or 0)
         row: dict[str, float] = {"step": at, **_plain(metrics)}
         if self._columns is None:
-            self._open(at)
+            self._open(row)
         assert self._columns is not None
         new = [key for key in row if key not in self._columns]
         if new:
@@ -115,13 +115,20 @@ class CsvLogger(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
-    def _open(self, step: int) -> None:
+    def _open(self, first: dict[str, float]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._columns = ["step"]
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self._columns = next(csv.reader(file), None) or ["step"]
-        self._rewrite(lambda old: (old["step"] or "").isdigit() and int(old["step"]) < step)
+
+        def before(old: dict[str, str]) -> bool:
+            """Several updates can share one environment step, so their own counter decides if there is one."""
+            if old.get("step/grad") and "step/grad" in first:
+                return float(old["step/grad"]) < first["step/grad"]
+            return bool(old["step"]) and int(old["step"]) <= first["step"]
+
+        self._rewrite(before)
 
     def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> None:
         """Write the file anew with all columns and the rows to keep; a reader never sees half a file."""
@@ -170,9 +177,13 @@ class SafeMLFlowLogger(MLFlowLogger):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        if artifact_location is None and uri.startswith("sqlite:///"):
-            folder = Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns"
-            artifact_location = (folder / re.sub(r"[^\w.-]+", "-", experiment_name)).as_uri()
+        if uri.startswith("sqlite:///"):
+            # MLflow keeps one connection per URI, so a relative path would mean its first working directory.
+            file = Path(uri.removeprefix("sqlite:///")).resolve()
+            uri, folder = f"sqlite:///{file}", file.parent / "mlruns"
+            artifact_location = (
+                artifact_location or (folder / re.sub(r"[^\w.-]+", "-", experiment_name)).as_uri()
+            )
         # A new database reports each of some fifty migrations.
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -57,6 +57,20 @@ REFUSED_TRAINER_ARGS = {
     "accumulate_grad_batches": "the optimisers step together after every batch; lower data.batch_size",
 }
 
+# Said by Lightning about what is meant to be so here.
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*treespec.*",
+    ".*torch.distributed.nn.functional.all_gather is deprecated.*",
+    ".*ended before the epoch ended.*",  # online training has no epochs, and tickets resume exactly
+    ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs fewer of them
+    ".*The dirpath has changed from.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
+    ".*predict returned None.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # the evaluation gathers by itself
+)
+
 
 # -- files -------------------------------------------------------------------------------------------------
 
@@ -523,8 +537,8 @@ def _search_root(request: Request, given: dict[str, Any]) -> Path:
 
 
 def _is_child_process() -> bool:
-    """Whether Lightning started this process as one of several, the first excluded."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0"
+    """Whether this is one of several processes and not the first."""
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 class TrainingCLI(LightningCLI):
@@ -720,7 +734,8 @@ class TrainingCLI(LightningCLI):
         wanted = config.trainer.logger
         csv_file = CsvLogger(self.run_dir)
         loggers: list[Any] = [csv_file]
-        if self.subcommand == "fit" and wanted is not False and not config.trainer.fast_dev_run:
+        tracked = self.subcommand == "fit" and wanted is not False and not config.trainer.fast_dev_run
+        if tracked and not _is_child_process():
             self.mlflow = SafeMLFlowLogger(
                 self.experiment, run_name=self.run_dir.name, tracking_uri=config.tracking.uri
             )
@@ -740,6 +755,20 @@ class TrainingCLI(LightningCLI):
         if several and config.trainer.strategy in ("auto", "ddp"):
             kwargs["strategy"] = ReplicatedStrategy()
         return super().instantiate_trainer(**kwargs)
+
+    def after_validate(self) -> None:
+        """Print what the evaluation found and write it to ``validate.json`` in the run directory."""
+        evaluate = self._get(self.config_init, "evaluate")
+        if not self.trainer.is_global_zero or evaluate.results is None:
+            return
+        metrics = evaluate.results.summary() | {f"dream/{k}": v for k, v in evaluate.errors.items()}
+        path = self.run_dir / "validate.json"
+        report = {"env": self.experiment, "checkpoint": str(self.plan.checkpoint), "metrics": metrics}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        for name, value in metrics.items():
+            print(f"  {name:<32} {value:.6g}")
+        print(f"validate: {path}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -767,15 +796,17 @@ def main(argv: list[str]) -> int:
     """
     for noisy in ("lightning.pytorch", "lightning.fabric"):  # seeds, devices, litlogger advertisements
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*treespec.*",
-        ".*ended before the epoch ended.*",  # online training has no epochs, tickets make it exact
-        ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs fewer of them
-    ):
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     try:
         TrainingCLI(make_plan(argv), run_callbacks())
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise CheckpointError(
+            "the checkpoint's model has other parts or sizes than this configuration (see above)\n"
+            "Go on without the files that change the model, or without --ckpt_path"
+        ) from error
     return 0

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,9 +53,15 @@ def fit(directory, logger, updates, before_update=lambda update: None, ckpt_path
     """Train and return the updates done and the seconds that the logging calls let them take."""
     record = RunRecord(directory, "model: {}\n", logger)
     trainer = Trainer(
-        default_root_dir=directory, logger=[CsvLogger(directory), logger], callbacks=[record], max_steps=updates,
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+        default_root_dir=directory,
+        logger=[CsvLogger(directory), logger],
+        callbacks=[record],
+        max_steps=updates,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     began = time.monotonic()
     trainer.fit(Small(before_update), ckpt_path=ckpt_path, weights_only=True)
     trainer.save_checkpoint(directory / "last.ckpt")
@@ -72,16 +79,35 @@ def test_csv_rows_grow_columns_and_keep_exact_steps(tmp_path):
 
 
 def test_csv_of_a_resumed_run_drops_the_rows_that_come_again(tmp_path):
-    for step in (10, 20, 30):
-        CsvLogger(tmp_path).log_metrics({"a": step}, step=step)
+    killed = CsvLogger(tmp_path)
+    for update in range(1, 6):  # two updates per environment step
+        killed.log_metrics({"step/grad": update, "a": update}, step=update // 2)
+        if update in (2, 5):
+            killed.log_metrics({"eval/return": update}, step=update // 2)
     resumed = CsvLogger(tmp_path)
-    resumed.log_metrics({"a": -20}, step=20)
-    resumed.log_metrics({"a": -20}, step=20)
-    assert [row["a"] for row in rows(tmp_path / "metrics.csv")] == ["10.0", "-20.0", "-20.0"]
+    for update in (3, 4):
+        resumed.log_metrics({"step/grad": update, "a": -update}, step=update // 2)
+    found = rows(tmp_path / "metrics.csv")
+    assert [row["a"] or row["eval/return"] for row in found] == ["1.0", "2.0", "2.0", "-3.0", "-4.0"]
 
 
-def test_sqlite_gets_every_number_and_a_resume_goes_on_in_the_same_run(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlruns.db"
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory):
+    """An empty MLflow database; making one runs some fifty migrations."""
+    path = tmp_path_factory.mktemp("store") / "mlruns.db"
+    _ = SafeMLFlowLogger("x", tracking_uri=f"sqlite:///{path}").experiment
+    return path
+
+
+@pytest.fixture
+def store(migrated, tmp_path):
+    """URI of a database of its own for each test."""
+    shutil.copy(migrated, tmp_path / "mlruns.db")
+    return f"sqlite:///{tmp_path}/mlruns.db"
+
+
+def test_sqlite_gets_every_number_and_a_resume_goes_on_in_the_same_run(tmp_path, store):
+    uri = store
     first = SafeMLFlowLogger("CartPole-v1", "one", uri)
     fit(tmp_path / "run", first, 5)
     assert first.experiment.get_run(first.run_id).info.status == "FINISHED"
@@ -101,8 +127,8 @@ def test_sqlite_gets_every_number_and_a_resume_goes_on_in_the_same_run(tmp_path)
     assert record["versions"] == versions()
 
 
-def test_a_changed_parameter_of_a_resumed_run_becomes_a_tag(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlruns.db"
+def test_a_changed_parameter_of_a_resumed_run_becomes_a_tag(store):
+    uri = store
     first = SafeMLFlowLogger("x", tracking_uri=uri)
     first.log_hyperparams({"lr": 1e-3, "sizes": {"units": 8}, "_instantiator": "none"})
     first.log_metrics({"dream/reward_gap@15": 1.0}, step=3)  # MLflow refuses '@'
@@ -117,8 +143,8 @@ def test_a_changed_parameter_of_a_resumed_run_becomes_a_tag(tmp_path):
     assert history(second, "dream/reward_gap_15") == [(3, 1.0)]
 
 
-def test_a_run_that_is_gone_is_replaced_by_a_new_one(tmp_path):
-    logger = SafeMLFlowLogger("x", tracking_uri=f"sqlite:///{tmp_path}/mlruns.db", run_id="0" * 32)
+def test_a_run_that_is_gone_is_replaced_by_a_new_one(store):
+    logger = SafeMLFlowLogger("x", tracking_uri=store, run_id="0" * 32)
     with pytest.warns(UserWarning, match="a new run begins"):
         logger.log_metrics({"a": 1}, step=1)
     logger.finalize()
@@ -241,9 +267,9 @@ def test_a_missing_store_is_an_error_at_the_start(uri):
     assert time.monotonic() - began < 30
 
 
-def test_the_environment_variable_names_the_store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    assert SafeMLFlowLogger("x").tracking_uri == f"sqlite:///{tmp_path}/other.db"
+def test_the_environment_variable_names_the_store(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert SafeMLFlowLogger("x").tracking_uri == store
 
 
 def test_the_git_state_names_a_commit_or_nothing():

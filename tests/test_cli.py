@@ -1,0 +1,238 @@
+"""The command line from end to end, on CartPole with a tiny model."""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import lit_wm
+from lit_wm import __version__
+from lit_wm.cli import main
+from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE
+from lit_wm.training_cli import merge, shorten
+
+CARTPOLE = ["--config", "dreamer_cartpole", "--config", "overlay/debug"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished training of three updates: its run directory."""
+    folder = tmp_path_factory.mktemp("cli")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["fit", *CARTPOLE, "--name", "first", "--model.actent", "1e-3"]) == 0
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "CartPole-v1" / "first"
+
+
+@pytest.fixture
+def at_run(run, monkeypatch):
+    """The same, with the working directory where the training was started."""
+    monkeypatch.chdir(run.parents[2])
+    return run
+
+
+def csv_steps(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return [int(row["step/grad"].removesuffix(".0")) for row in csv.DictReader(file) if row["step/grad"]]
+
+
+def printed_config(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *argv, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["presets"]])
+def test_light_verbs_answer_within_a_second_and_load_no_torch(argv):
+    code = f"""
+import sys
+from lit_wm.cli import main
+main({argv})
+assert not {{'torch', 'lightning'}} & set(sys.modules)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    # Processor time: the wall clock of a busy machine would fail for other reasons.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_version_and_presets_say_what_the_package_holds(capsys):
+    assert main(["--version"]) == 0
+    assert main(["presets"]) == 0
+    printed = capsys.readouterr().out
+    assert f"lit-wm {__version__}" in printed
+    for name in DREAMERV3:
+        assert name in printed
+    for count in DREAMERV3_PARAMETERS_IMAGE.values():
+        assert f"{count:,}" in printed
+
+
+def test_no_verb_prints_the_help_and_fails(capsys):
+    assert main([]) == 2
+    assert "usage: lit-wm" in capsys.readouterr().out
+
+
+def test_a_broken_pipe_is_no_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m lit_wm presets | head -c 1", shell=True, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_later_files_win_over_earlier_and_flags_over_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("model: {init_args: {lr: 1e-3, warmup: 7}}\ntrainer: {max_steps: 1}")
+    Path("b.yaml").write_text("model: {init_args: {lr: 2e-3}}\ntrainer: {max_steps: 2}")
+    files = ["--config", "dreamer_cartpole", "--config", "a.yaml", "--config=b.yaml"]
+    config = printed_config(capsys, "--trainer.max_steps", "3", *files)
+    model = config["model"]["init_args"]
+    assert (model["lr"], model["warmup"], model["deter"]) == (2e-3, 7, 256)
+    assert config["trainer"]["max_steps"] == 3
+    assert config["data"]["init_args"]["env"] == "CartPole-v1"
+
+
+def test_the_defaults_fit_online_training(capsys):
+    trainer = printed_config(capsys, "--data.env", "CartPole-v1")["trainer"]
+    assert trainer["max_epochs"] == -1
+    assert trainer["num_sanity_val_steps"] == 0
+    assert trainer["check_val_every_n_epoch"] is None
+    assert trainer["use_distributed_sampler"] is False
+
+
+def test_another_class_drops_the_arguments_of_the_former():
+    low = {"model": {"class_path": "a.A", "init_args": {"x": 1}}, "trainer": {"max_steps": 1}}
+    assert merge(low, {"model": {"init_args": {"y": 2}}})["model"]["init_args"] == {"x": 1, "y": 2}
+    assert merge(low, {"model": {"class_path": "b.B"}})["model"] == {"class_path": "b.B"}
+    assert low["model"]["init_args"] == {"x": 1}
+
+
+def test_long_parser_messages_shrink_to_their_cause():
+    message = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Subtypes: [typing.Literal[64, 32], typing.Literal['bf16-mixed', '32-true'], <class 'NoneType'>]
+  Errors:
+    - Expected a typing.Literal[64, 32]
+    - Expected a typing.Literal['bf16-mixed', '32-true']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: bf16-mixd"""
+    assert shorten(message).splitlines() == [
+        "trainer.precision: got 'bf16-mixd'; did you mean 'bf16-mixed'?",
+        "Expected: 64, 32, bf16-mixed, 32-true",
+    ]
+
+
+def test_a_run_directory_holds_all_that_made_the_run(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["actent"] == 1e-3
+    assert config["seed_everything"] == 0
+    assert "spaces" not in config["model"]["init_args"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    assert csv_steps(run)[-1] == 3
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.parents[2]}/mlruns.db")
+    tracked = client.get_run(record["mlflow"]["run_id"])
+    assert client.get_experiment(tracked.info.experiment_id).name == "CartPole-v1"
+    assert tracked.info.run_name == "first"
+    assert tracked.data.metrics["step/grad"] == 3
+    assert tracked.data.params["actent"] == "0.001"
+
+
+def test_the_checkpoint_is_plain_data(run):
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["spaces"]["action"]["action"]["classes"] == 2
+
+
+def test_last_goes_on_in_its_run_with_its_configuration_under_the_flags(at_run, capsys):
+    with torch.random.fork_rng():
+        assert main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "trainer.max_steps: 5 (the checkpoint's run had 3)" in printed
+    assert "actent" not in printed  # unchanged: not a difference
+    assert csv_steps(at_run) == [1, 2, 3, 4, 5]
+    assert torch.load(at_run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert yaml.safe_load((at_run / "config.yaml").read_text())["model"]["init_args"]["actent"] == 1e-3
+    before = json.loads((at_run / "run.json").read_text())["mlflow"]["run_id"]
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlruns.db")
+    assert [m.value for m in client.get_metric_history(before, "step/grad")][-1] == 5
+
+
+def test_a_new_name_begins_a_new_run_from_the_checkpoint(at_run):
+    argv = ["fit", "--config", "dreamer_cartpole", "--config", "overlay/debug", "--ckpt_path", "last"]
+    assert main([*argv, "--name", "second", "--trainer.max_steps", "6", "--trainer.logger", "false"]) == 0
+    second = at_run.parent / "second"
+    assert csv_steps(second)[-1] == 6
+    assert "mlflow" not in json.loads((second / "run.json").read_text())
+
+
+def test_a_run_is_never_overwritten(at_run, capsys):
+    assert main(["fit", *CARTPOLE, "--name", "first"]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_another_size_than_the_checkpoints_is_an_error(at_run, capsys):
+    argv = [
+        "fit",
+        "--ckpt_path",
+        str(at_run),
+        "--trainer.max_steps",
+        "9",
+        "--name",
+        "third",
+        "--model.units",
+        "24",
+    ]
+    assert main(argv) == 1
+    assert "other parts or sizes" in capsys.readouterr().err
+
+
+def test_validate_test_and_predict_each_leave_their_file(at_run, capsys):
+    assert main(["validate", "--ckpt_path", str(at_run)]) == 0
+    assert main(["test", "--ckpt_path", str(at_run / "checkpoints" / "best.ckpt")]) == 0
+    assert main(["predict", "--ckpt_path", str(at_run)]) == 0
+    assert "eval/return" in capsys.readouterr().out
+    assert json.loads((at_run / "validate.json").read_text())["metrics"]["eval/episodes"] == 1
+    test = json.loads((at_run / "test.json").read_text())
+    assert (
+        test["metrics"]["test/return_low"]
+        <= test["metrics"]["test/return"]
+        <= test["metrics"]["test/return_high"]
+    )
+    with np.load(at_run / "episodes.npz", allow_pickle=False) as episodes:
+        assert episodes["action/action"].shape[0] == episodes["reward"].shape[0] > 1
+
+
+def test_two_processes_train_save_and_resume(tmp_path):
+    root = str(Path(lit_wm.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    first = [*CARTPOLE, "--trainer.devices", "2", "--trainer.logger", "false", "--name", "two"]
+    for more in (first, ["--ckpt_path", "last", "--trainer.max_steps", "5"]):
+        command = [sys.executable, "-m", "lit_wm", "fit", *more]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "CartPole-v1" / "two"
+    assert csv_steps(run) == [1, 2, 3, 4, 5]
+    assert len(list(run.glob("checkpoints/resume-*/rank*.pt"))) == 2

@@ -1,0 +1,36 @@
+"""Every configuration file trains: three updates with the debug overlay on a CPU."""
+
+from pathlib import Path
+
+import pytest
+
+from lit_wm.cli import main
+from lit_wm.training_cli import config_folders, load_yaml
+
+FOLDER = config_folders()[0]
+BASE = {"demo": "dreamer_atari", "demo_hour": "dreamer_atari", "official_atari": "dreamer_atari"}
+FILES = sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_configuration_runs(name, tmp_path, monkeypatch):
+    if "atari" in name or Path(name).stem in BASE:
+        pytest.importorskip("ale_py", reason="needs the extra 'atari'")
+    monkeypatch.chdir(tmp_path)
+    layers = [name, "overlay/debug.yaml"]
+    if name.startswith("overlay/"):
+        layers = [BASE.get(Path(name).stem, "dreamer_cartpole") + ".yaml", *layers]
+    # Neither the tracking nor the promises of the demo are at stake here.
+    flags = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
+    if Path(name).stem == "bf16":
+        flags += ["--trainer.precision", "bf16-mixed"]
+    assert main(["fit", *(word for layer in layers for word in ("--config", layer)), *flags]) == 0
+    assert list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_first_comment_is_the_command(name):
+    text = (FOLDER / name).read_text()
+    assert text.startswith("# lit-wm fit --config configs/")
+    assert f"configs/{name}" in text.splitlines()[0]
+    assert load_yaml(FOLDER / name)
