@@ -24,6 +24,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_wm.callbacks.evaluate import data_of
 from lit_wm.errors import CheckpointError, ConfigError
 
 AGREE_EVERY = (
@@ -100,7 +102,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Fix the folder: the run directory's, whatever the loggers think."""
         if self.dirpath is None:
             self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero and stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -218,9 +222,8 @@ class ResumableCheckpoint(ModelCheckpoint):
                 self._folder = None
         else:
             rank_zero_warn(f"checkpoint: {problem or 'another process failed'}; last.ckpt stays as it was")
-            name = None
         if trainer.is_global_zero:
-            self._clean(name)
+            self._clean(name if self._saved_at == updates else None)
 
     def _write_folder(self, trainer: pl.Trainer, pl_module: Any, name: str) -> str | None:
         """Write ``resume-...`` whole; what went wrong in this process, or None."""
@@ -247,7 +250,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         return None
 
     def _write_rank(self, trainer: pl.Trainer, pl_module: Any, folder: Path, rank: int) -> None:
-        data: Any = trainer.datamodule
+        data = data_of(trainer)
         state = {
             "rank": rank,
             "module": pl_module.rank_state_dict(),
@@ -357,10 +360,10 @@ class ResumableCheckpoint(ModelCheckpoint):
         return folder
 
     def _restore(self, trainer: pl.Trainer, pl_module: Any, folder: Path) -> None:
-        rank, data = trainer.global_rank, trainer.datamodule
+        rank, data = trainer.global_rank, data_of(trainer)
         state = torch.load(folder / f"rank{rank}.pt", map_location="cpu", weights_only=True)
-        data.restore_replay(folder / f"replay{rank}")  # type: ignore[attr-defined]
-        data.load_rank_state_dict(state["data"])  # type: ignore[attr-defined]
+        data.restore_replay(folder / f"replay{rank}")
+        data.load_rank_state_dict(state["data"])
         pl_module.load_rank_state_dict(state["module"])
         set_random_state(state["random"])
         trainer.strategy.barrier("resumed")
@@ -368,12 +371,18 @@ class ResumableCheckpoint(ModelCheckpoint):
 
 def random_state() -> dict[str, Any]:
     """State of the global random numbers of torch, CUDA, numpy and Python; tensors and plain values only."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     version, words, spare = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
         "python": [version, list(words), spare],
     }
 

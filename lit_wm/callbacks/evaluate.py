@@ -201,13 +201,16 @@ def run_episodes(
     total, length = np.zeros(num), np.zeros(num, np.int64)
 
     obs = _tensors(env.reset(seed=[seed + i for i in range(num)])[0])
-    is_first, state, prev_action = np.ones(num, bool), None, None
+    is_first, state = np.ones(num, bool), None
+    prev_action: Tensors | None = None
     carry: State | None = None  # the state before the current observation, on the CPU
     flags = {"reward": np.zeros(num), "terminated": np.zeros(num, bool), "truncated": np.zeros(num, bool)}
 
     def keep(i: int, action: Tensors, last: bool) -> None:
         """Store the current observation of environment i, with the action that follows it."""
         if windows:
+            assert carry is not None
+            assert prev_action is not None
             before = carry[i].map(torch.zeros_like if is_first[i] else torch.clone)
             recorder.add(i, obs, prev_action, bool(is_first[i]), before, last)
         if record:
@@ -340,6 +343,7 @@ class Evaluate(pl.Callback):
         self.results: EpisodeResults | None = None
         self.errors: dict[str, float] = {}
         self.prediction: Tensors | None = None
+        self._measured_at = -1  # updates
         self._env: Any = None
         self._env_count = 0
 
@@ -358,7 +362,7 @@ class Evaluate(pl.Callback):
             noise = NoiseStreams(seed, rank, module.device)
             results = run_episodes(
                 lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
-                self._open_env(trainer.datamodule, mine, world),
+                self._open_env(data_of(trainer), mine, world),
                 mine,
                 seed + 10_000 * rank,
                 device=module.device,
@@ -390,20 +394,28 @@ class Evaluate(pl.Callback):
 
     def _foresee(self, trainer: pl.Trainer, module: Any, seed: int) -> dict[str, float]:
         """Errors on the windows of the last run; each process looks at its own, loggers take rank 0's."""
-        self.errors, self.prediction = {}, None
+        self.errors, self.prediction, self._measured_at = {}, None, int(module.updates)
         if self.results is not None and self.results.windows is not None:
             self.errors, self.prediction = foresight(
                 module.model,
                 self.results.windows.to(module.device),
-                mean_frames(trainer.datamodule),
+                mean_frames(data_of(trainer)),
                 noise=NoiseStreams(seed, 0, module.device),
             )
         return {f"dream/{name}": value for name, value in self.errors.items()}
 
+    def catch_up(self, trainer: pl.Trainer, module: Any) -> None:
+        """Measure the present weights, unless the last evaluation did; on its windows if it has any."""
+        if self._measured_at == int(module.updates):
+            return
+        if self.results is None:
+            self.results = self.run(trainer, module, self.episodes, self.seed)
+        self._foresee(trainer, module, self.seed)
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Play, measure, log."""
-        if trainer.sanity_checking:
-            return
+        if trainer.sanity_checking or getattr(trainer.checkpoint_callback, "interrupted", False):
+            return  # whoever has pressed Ctrl-C does not want to wait for episodes
         self.results = self.run(trainer, pl_module, self.episodes, self.seed)
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
         self._log(trainer, pl_module, metrics, "eval/return")
@@ -420,9 +432,9 @@ class Evaluate(pl.Callback):
     def _write_test(self, trainer: pl.Trainer, module: Any, seed: int, metrics: dict[str, float]) -> None:
         assert self.results is not None
         report = {
-            "env": trainer.datamodule.env,  # type: ignore[attr-defined]
+            "env": data_of(trainer).env,
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            "env_steps": int(trainer.datamodule.env_steps),  # type: ignore[attr-defined]
+            "env_steps": int(data_of(trainer).env_steps),
             "updates": int(module.updates),
             "seed": seed,
             "metrics": metrics,
@@ -449,11 +461,16 @@ class Evaluate(pl.Callback):
     def _log(self, trainer: pl.Trainer, module: Any, metrics: dict[str, float], watch: str) -> None:
         # Loggers get integers as steps (a metric called "step" would be rounded to float32); `log` feeds only
         # checkpointing and early stopping.
-        step = int(trainer.datamodule.env_steps)  # type: ignore[attr-defined]
+        step = int(data_of(trainer).env_steps)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
         if watch in metrics:
             module.log(watch, metrics[watch], logger=False, prog_bar=False, sync_dist=False)
+
+
+def data_of(trainer: pl.Trainer) -> Any:
+    """The data module of a trainer; Lightning sets this attribute without declaring it."""
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def mean_frames(data: Any) -> dict[str, Tensor] | None:
@@ -477,7 +494,7 @@ def write_episodes(path: str | Path, rows: list[dict[str, np.ndarray]]) -> Path:
 
     def save(part: Path) -> None:
         with open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     return write_atomic(Path(path), save)
 
