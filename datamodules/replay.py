@@ -57,6 +57,8 @@ NO_LATENT = 255  # class index of a row that has no latent; its one-hot vector i
 LAYOUT = 1  # version of the snapshot files
 _FLAT = ("next", "is_init", "valid")  # columns of shape [1] that are written and read here as numbers
 _WIDE = ("observation", "latent")  # columns with a file of their own
+# Not gathered for windows: nothing reads them there.
+_UNREAD = frozenset({("next", "done"), ("episode",), ("step",), ("source",), ("task",)})
 _BLOCK = 1 << 24  # bytes copied or checked at a time
 
 
@@ -109,18 +111,29 @@ def _dtype(spec: Spec) -> torch.dtype:
     return getattr(torch, spec.dtype)
 
 
-def _unpack(record: Tensor, specs: Mapping[Key, Spec]) -> dict[Key, Tensor]:
-    """The small columns as views of their bytes. (..., bytes) -> (..., *shape) each."""
-    columns, at = {}, 0
-    # Wide types first, so that each column begins at a multiple of its own size.
-    for key, spec in sorted(specs.items(), key=lambda item: -_dtype(item[1]).itemsize):
-        if key[0] not in _WIDE:
-            size = _bytes(spec)
-            columns[key] = (
-                record[..., at : at + size].view(_dtype(spec)).view(*record.shape[:-1], *spec.shape)
-            )
-            at += size
-    return columns
+class _Record:
+    """Where the small columns lie in the bytes of a row; wide types come first, so that all are aligned."""
+
+    def __init__(self, specs: Mapping[Key, Spec]):
+        self.places: list[tuple[Key, torch.dtype, int, tuple[int, ...]]] = []
+        at = 0
+        for key, spec in sorted(specs.items(), key=lambda item: -_dtype(item[1]).itemsize):
+            if key[0] not in _WIDE:
+                self.places.append((key, _dtype(spec), at // _dtype(spec).itemsize, spec.shape))
+                at += _bytes(spec)
+        self.dtypes = {dtype for _, dtype, _, _ in self.places}
+
+    def unpack(self, record: Tensor, without: frozenset[Key] = frozenset()) -> dict[Key, Tensor]:
+        """The columns as views of the bytes. (..., bytes) -> (..., *shape) each."""
+        typed = {dtype: record.view(dtype) for dtype in self.dtypes}
+        columns = {}
+        for key, dtype, at, shape in self.places:
+            if key not in without:
+                part = typed[dtype][..., at : at + prod(shape)]
+                columns[key] = (
+                    part if len(shape) == 1 else part.unflatten(-1, shape) if shape else part[..., 0]
+                )
+        return columns
 
 
 def _raw(x: Tensor) -> np.ndarray:
@@ -170,7 +183,8 @@ class RowStorage(Storage):
             self._blocks[name] = block.as_subclass(Tensor)
             # Stays ours even if another run replaces the name.
             self._handles[name] = open(self.files[name], "rb")  # noqa: SIM115
-        self.columns = _unpack(self._blocks["row"], specs)
+        self._record = _Record(specs)
+        self.columns = self._record.unpack(self._blocks["row"])
         for key, spec in specs.items():
             if key[0] in _WIDE:
                 self.columns[key] = self._blocks[".".join(key)].view(_dtype(spec)).view(-1, *spec.shape)
@@ -209,13 +223,13 @@ class RowStorage(Storage):
 
         Returns:
             For windows a TensorDict of batch size B: observations (B, T, ...) of the rows after the lead,
-            latents (B, ...) of the last lead row, where training starts, and all other columns (B, lead + T,
-            ...). For single rows a TensorDict with every column.
+            latents (B, ...) of the last lead row, where training starts, and action, reward and flags
+            (B, lead + T, ...). For single rows a TensorDict with every column.
         """
         if not isinstance(index, Tensor) or index.ndim != 2:
             return self.data[index]
         record = self._blocks["row"].index_select(0, index.reshape(-1))
-        columns = _unpack(record.view(*index.shape, -1), self.specs)
+        columns = self._record.unpack(record.view(*index.shape, -1), _UNREAD)
         trained, carry = index[:, self.lead :], index[:, self.lead - 1]
         for key in self.specs:
             if key[0] == "observation":

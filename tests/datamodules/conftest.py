@@ -13,10 +13,10 @@ LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=
 
 
 class Play:
-    """Random episodes written into a replay, and beside it the stream of steps as the official driver emits it.
+    """Random episodes written into a replay, and beside it the steps as the official driver emits them.
 
-    The observation is (stream, position, x) with x' = (3 x + action) mod 997, so it shows where it belongs and which
-    action led to it.
+    The observation is (stream, position, x) with x' = (3 x + action) mod 997, so it shows where it belongs
+    and which action led to it.
     """
 
     def __init__(self, replay: RowReplay, seed: int, mean_length: float = 6.0):

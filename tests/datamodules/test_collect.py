@@ -14,7 +14,7 @@ CARTPOLE = Spaces({"obs": Spec("float32", (4,))}, {"action": Spec("int32", (), 2
 
 
 class Policy:
-    """Recurrent and random: the action depends on all observations of the episode and on a stream of noise."""
+    """Recurrent and random: the action depends on all observations of the episode and on noise."""
 
     def __init__(self, seed=0):
         self.generator = torch.Generator().manual_seed(seed)

@@ -124,7 +124,7 @@ def test_resuming_is_bitwise_with_eviction_under_way(tmp_path):
     trainer.fit(module, datamodule=data)
     assert part.steps + module.steps == whole.steps
     together = [x for batch in part.seen + module.seen for x in batch]
-    # A write-back numbers its update; the resumed module counts from one again, so its carries are not compared here.
+    # A write-back numbers its update; the resumed module counts from one again: no carries.
     for i, (a, b) in enumerate(zip(together, (x for batch in whole.seen for x in batch), strict=True)):
         if i // 8 < 71 or i % 8 != 6:
             assert torch.equal(a, b), i

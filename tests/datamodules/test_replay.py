@@ -30,8 +30,8 @@ def windows(replay, batch, length=None, mode="train"):
 
 @few
 @given(
-    seed=st.integers(0, 10**6), steps=st.integers(1, 90), streams=st.integers(1, 4), context=st.integers(0, 2),
-    length=st.integers(1, 6),
+    seed=st.integers(0, 10**6), steps=st.integers(1, 90), streams=st.integers(1, 4),
+    context=st.integers(0, 2), length=st.integers(1, 6),
 )  # fmt: skip
 def test_a_sampled_window_is_consecutive_live_rows_of_one_stream(
     make_replay, play, seed, steps, streams, context, length
@@ -71,10 +71,20 @@ def test_a_sampled_window_is_consecutive_live_rows_of_one_stream(
                     assert outcome["reward"] == after["reward"]
                     assert outcome["terminated"] == after["is_terminal"]
                     assert outcome["truncated"] == after["timeout"]
-                    assert outcome["done"] == after["is_last"]
             carry = game.steps[stream][max(start - 1, live[stream].start)]
             assert rows["latent", "deter"][b].tolist() == carry["deter"].tolist()
             assert rows["latent", "stoch"][b].tolist() == carry["stoch"].tolist()
+
+
+def test_done_is_the_union_and_the_task_columns_are_zero(make_replay, play):
+    replay = make_replay()
+    play(replay, 0).run(60)
+    rows = replay.storage.get(torch.arange(len(replay)))
+    outcome = rows["next"]
+    assert torch.equal(outcome["done"], outcome["terminated"] | outcome["truncated"])
+    assert outcome["done"].any()
+    assert not rows["source"].any()
+    assert not rows["task"].any()
 
 
 @few

@@ -11,7 +11,7 @@ LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=
 
 
 def reference(log, start, context, length, time_limit_is_terminal):
-    """The batch row that the official data contract gives, written step by step from the driver's transitions.
+    """The batch row that the official data contract gives, made step by step from the driver's transitions.
 
     ``log`` is what the driver emitted, ``start`` the position of the first trained step.
     """
@@ -37,8 +37,8 @@ def reference(log, start, context, length, time_limit_is_terminal):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), steps=st.integers(12, 90), context=st.integers(0, 3), length=st.integers(1, 8),
-    timeouts=st.booleans(), mean=st.sampled_from([2.0, 5.0, 30.0]), broken=st.booleans(),
+    seed=st.integers(0, 10**6), steps=st.integers(12, 90), context=st.integers(0, 3),
+    length=st.integers(1, 8), timeouts=st.booleans(), mean=st.sampled_from([2.0, 5.0, 30.0]), broken=st.booleans(),
 )  # fmt: skip
 def test_the_dreamer_view_equals_the_official_contract(
     make_replay, play, seed, steps, context, length, timeouts, mean, broken
