@@ -123,7 +123,7 @@ class CsvLogger(Logger):
                 self._columns = next(csv.reader(file), None) or ["step"]
 
         def before(old: dict[str, str]) -> bool:
-            """Several updates can share one environment step, so their own counter decides if there is one."""
+            """Several updates can share one environment step, so their own counter decides if present."""
             if old.get("step/grad") and "step/grad" in first:
                 return float(old["step/grad"]) < first["step/grad"]
             return bool(old["step"]) and int(old["step"]) <= first["step"]
@@ -565,7 +565,8 @@ class RunRecord(Callback):
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)
         git = git_state() or {}
-        known = {"versions": versions(), "git": git, "command": sys.argv, "processes": trainer.world_size}
+        known: dict[str, Any] = {"versions": versions(), "git": git or None, "command": sys.argv}
+        known["processes"] = trainer.world_size
         if self.logger is not None:
             self.logger.start()
             known["mlflow"] = {"run_id": self.logger.run_id, "uri": self.logger.tracking_uri}
