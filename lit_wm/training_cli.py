@@ -775,6 +775,18 @@ class TrainingCLI(LightningCLI):
         return {**kwargs, "weights_only": True}
 
 
+def check_datamodules() -> None:
+    """``python -m`` puts the working directory first, and many projects have a folder of this name."""
+    import datamodules
+
+    if "ReplayDataModule" not in getattr(datamodules, "__all__", ()):
+        where = getattr(datamodules, "__file__", None) or next(iter(datamodules.__path__))
+        raise ConfigError(
+            f"'{where}' hides the package 'datamodules' of lit-wm\n"
+            "Start with 'lit-wm' instead of 'python -m lit_wm', or from another directory"
+        )
+
+
 def run_callbacks() -> dict[str, type[Callback]]:
     """The callbacks of every run with their configuration groups."""
     from lit_wm.callbacks import DreamVideo, Evaluate, ResumableCheckpoint, RLProgressBar
@@ -798,6 +810,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    check_datamodules()
     try:
         TrainingCLI(make_plan(argv), run_callbacks())
     except MisconfigurationException as error:

@@ -223,6 +223,17 @@ def test_validate_test_and_predict_each_leave_their_file(at_run, capsys):
         assert episodes["action/action"].shape[0] == episodes["reward"].shape[0] > 1
 
 
+def test_a_folder_that_hides_the_data_modules_is_named(tmp_path):
+    (tmp_path / "datamodules").mkdir()
+    (tmp_path / "datamodules" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(lit_wm.__file__).parents[1])}
+    command = [sys.executable, "-m", "lit_wm", "fit", *CARTPOLE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "hides the package 'datamodules'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_two_processes_train_save_and_resume(tmp_path):
     root = str(Path(lit_wm.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
