@@ -9,7 +9,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) -e
 # Small networks run fastest on one thread each.
 ENV = OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
-FAST_TESTS = tests/contracts tests/test_errors.py tests/test_returns.py tests/test_distributions.py tests/test_optim.py
+FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.py tests/test_returns.py \
+	tests/test_distributions.py tests/test_optim.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-hour test test-all check bench clean
