@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from gymnasium.spaces import Dict as DictSpace
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from datamodules.replay import RowReplay, counter_rng
@@ -51,7 +51,7 @@ class Collector:
 
     def __init__(
         self,
-        env: VectorEnv,
+        env: SyncVectorEnv | AsyncVectorEnv,
         spaces: Spaces,
         replay: RowReplay,
         seed: int = 0,
@@ -155,7 +155,7 @@ class Collector:
             out[key] = torch.as_tensor(value).to(like[key])
         return out
 
-    def _seeds(self) -> list[int]:
+    def _seeds(self) -> list[int | None]:
         """Environment seeds: the documented ones at the start, others when environments start again later."""
         if self.env_steps == 0:
             return [self.seed + 10_000 * self.rank + i for i in range(self.env.num_envs)]

@@ -25,7 +25,7 @@ from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.types import Batch, Spaces, State
 
 if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
+    from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
     from datamodules.collect import Collector
     from datamodules.replay import RowReplay
@@ -175,7 +175,7 @@ class ReplayDataModule(LightningDataModule):
         """Environment frames per env step, for the x-axis of published curves."""
         return int(suite_defaults(self.env, **self.env_options)["repeat"])
 
-    def make_envs(self, num_envs: int, seeds: list[int]) -> VectorEnv:
+    def make_envs(self, num_envs: int, seeds: list[int]) -> SyncVectorEnv | AsyncVectorEnv:
         """A vector environment with this module's id and options."""
         return make_vector_env(self.env, num_envs, seeds, self.vectorization, **self.env_options)
 
@@ -201,6 +201,7 @@ class ReplayDataModule(LightningDataModule):
 
         trainer = self.trainer
         assert trainer is not None
+        module: Any = trainer.lightning_module
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
         num_envs, self.local_batch = self._share("num_envs"), self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
@@ -213,7 +214,7 @@ class ReplayDataModule(LightningDataModule):
             self.capacity // self.world_size,
             num_envs,
             root / f"rank{self.rank}",
-            trainer.lightning_module.latent_specs(),
+            module.latent_specs(),
             self.replay_context + self.batch_length,
             self.replay_context,
             self.seed,

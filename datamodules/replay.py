@@ -36,6 +36,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
+from datamodules.views import NO_LATENT
 from lit_wm.errors import CheckpointError, ConfigError, DataError
 from lit_wm.noise import stream_seed
 from lit_wm.types import Spaces, Spec
@@ -53,7 +54,6 @@ multiprocessing.set_start_method(_start_method, force=True)
 Key = tuple[str, ...]
 Array = np.ndarray | Tensor
 
-NO_LATENT = 255  # class index of a row that has no latent; its one-hot vector is zero
 LAYOUT = 1  # version of the snapshot files
 _FLAT = ("next", "is_init", "valid")  # columns of shape [1] that are written and read here as numbers
 _WIDE = ("observation", "latent")  # columns with a file of their own

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_wm.types import Batch, Spec, State, Tensors
 
-NO_LATENT = 255
+NO_LATENT = 255  # class index where there is no latent; its one-hot vector is zero
 
 
 def class_index(stoch: Tensor) -> Tensor:

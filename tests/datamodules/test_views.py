@@ -38,7 +38,8 @@ def reference(log, start, context, length, time_limit_is_terminal):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6), steps=st.integers(12, 90), context=st.integers(0, 3),
-    length=st.integers(1, 8), timeouts=st.booleans(), mean=st.sampled_from([2.0, 5.0, 30.0]), broken=st.booleans(),
+    length=st.integers(1, 8), timeouts=st.booleans(), broken=st.booleans(),
+    mean=st.sampled_from([2.0, 5.0, 30.0]),
 )  # fmt: skip
 def test_the_dreamer_view_equals_the_official_contract(
     make_replay, play, seed, steps, context, length, timeouts, mean, broken
