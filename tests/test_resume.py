@@ -22,7 +22,7 @@ WORLDS = {
 
 
 def train(root, env, told=None):
-    """Train to UPDATES in ``root``, from its last checkpoint if there is one; ``told`` hears of each update."""
+    """Train to UPDATES in ``root``, from its last checkpoint if any; ``told`` hears of each update."""
     torch.set_num_threads(1)
     pl.seed_everything(3)
     data = ReplayDataModule(
@@ -55,7 +55,7 @@ def train(root, env, told=None):
 
 
 def run(root, env, kill_at=None):
-    """:func:`train` in a process of its own, killed as soon as it tells of update ``kill_at``. Its exit code."""
+    """:func:`train` in a process of its own, killed when it tells of update ``kill_at``; its exit code."""
     fork = multiprocessing.get_context("fork")
     told, inside = fork.Pipe(duplex=False)
     process = fork.Process(target=train, args=(root, env, inside))

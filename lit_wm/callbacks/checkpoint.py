@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_wm.callbacks.evaluate import data_of
 from lit_wm.errors import CheckpointError, ConfigError
@@ -79,18 +79,23 @@ class ResumableCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, save_last=True)
         self.every_n_minutes, self.every_n_updates = every_n_minutes, every_n_updates
         self.keep_every_n_updates = keep_every_n_updates
-        self.interrupted = False
         self._folder: str | None = None  # named by the file being written
         self._pending: Path | None = None  # folder to restore before the first batch
         self._saved_at = -1  # updates of the newest last.ckpt
         self._saved_when = time.monotonic()
         self._signal: int | None = None
+        self._alone, self._agreed = True, False
         self._handlers: dict[int, Any] = {}
 
     @property
     def state_key(self) -> str:
         """One name whatever the arguments, so that changing a cadence does not lose the state."""
         return "ResumableCheckpoint"
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal ends this training; of several processes, once all of them know."""
+        return self._agreed or (self._alone and self._signal is not None)
 
     @property
     def folder(self) -> Path:
@@ -105,6 +110,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        self._alone = trainer.world_size == 1
         if trainer.is_global_zero and stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -129,7 +135,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         if stop or late or (self.every_n_updates and updates % self.every_n_updates == 0):
             self.save_last_now(trainer, pl_module)
         if stop:
-            self.interrupted = trainer.should_stop = True
+            self._agreed = trainer.should_stop = True
 
     def _agree(self, trainer: pl.Trainer, updates: int) -> tuple[bool, bool]:
         """Whether to stop, and whether the newest checkpoint is too old; equal in all processes."""
@@ -164,11 +170,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Save ``last``."""
         if int(pl_module.updates) != self._saved_at:
             self.save_last_now(trainer, pl_module)
-        if self.interrupted:
-            name = signal.Signals(self._signal).name if self._signal is not None else "a signal"
-            rank_zero_info(
-                f"stopped by {name} after update {int(pl_module.updates)}, saved {self.last_model_path}"
-            )
+        if self.stopping and trainer.is_global_zero:
+            print(f"stopped after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
         self._unlisten()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -180,7 +183,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._unlisten()
 
     def _listen(self) -> None:
-        self.interrupted, self._signal = False, None
+        self._signal, self._agreed = None, False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)

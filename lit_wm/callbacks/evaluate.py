@@ -175,6 +175,7 @@ def run_episodes(
     windows: int = 0,
     window_length: int = 32,
     record: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> EpisodeResults:
     """Play whole episodes and count them fairly.
 
@@ -191,6 +192,7 @@ def run_episodes(
         windows: keep up to this many windows, a uniform sample over all episodes.
         window_length: frames in a window.
         record: keep all rows of all episodes.
+        stop: asked at every step; True ends it with the episodes finished so far.
     """
     num = env.num_envs
     share = np.array([episodes // num + (i < episodes % num) for i in range(num)])
@@ -223,7 +225,7 @@ def run_episodes(
             rows[i].append({k: np.stack(v) for k, v in tracks[i].items()})
             tracks[i] = {}
 
-    while (share > 0).any():
+    while (share > 0).any() and not (stop is not None and stop()):
         action, state = policy(
             {k: v.to(device) for k, v in obs.items()}, state, torch.from_numpy(is_first).to(device)
         )
@@ -343,7 +345,7 @@ class Evaluate(pl.Callback):
         self.results: EpisodeResults | None = None
         self.errors: dict[str, float] = {}
         self.prediction: Tensors | None = None
-        self._measured_at = -1  # updates
+        self.measured_at = -1  # updates when errors and prediction were taken
         self._env: Any = None
         self._env_count = 0
 
@@ -370,6 +372,7 @@ class Evaluate(pl.Callback):
                 windows=0 if record else self.windows,
                 window_length=self.window_length,
                 record=record,
+                stop=lambda: leaving(trainer),
             )
         return results if world == 1 else _gather(results, -(-episodes // world), trainer)
 
@@ -394,7 +397,7 @@ class Evaluate(pl.Callback):
 
     def _foresee(self, trainer: pl.Trainer, module: Any, seed: int) -> dict[str, float]:
         """Errors on the windows of the last run; each process looks at its own, loggers take rank 0's."""
-        self.errors, self.prediction, self._measured_at = {}, None, int(module.updates)
+        self.errors, self.prediction, self.measured_at = {}, None, int(module.updates)
         if self.results is not None and self.results.windows is not None:
             self.errors, self.prediction = foresight(
                 module.model,
@@ -406,7 +409,7 @@ class Evaluate(pl.Callback):
 
     def catch_up(self, trainer: pl.Trainer, module: Any) -> None:
         """Measure the present weights, unless the last evaluation did; on its windows if it has any."""
-        if self._measured_at == int(module.updates):
+        if self.measured_at == int(module.updates) or leaving(trainer):
             return
         if self.results is None:
             self.results = self.run(trainer, module, self.episodes, self.seed)
@@ -414,9 +417,12 @@ class Evaluate(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Play, measure, log."""
-        if trainer.sanity_checking or getattr(trainer.checkpoint_callback, "interrupted", False):
-            return  # whoever has pressed Ctrl-C does not want to wait for episodes
-        self.results = self.run(trainer, pl_module, self.episodes, self.seed)
+        if trainer.sanity_checking or leaving(trainer):
+            return
+        results = self.run(trainer, pl_module, self.episodes, self.seed)
+        if leaving(trainer):
+            return  # broken off: its numbers would be of too few and too short episodes
+        self.results = results
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
         self._log(trainer, pl_module, metrics, "eval/return")
 
@@ -471,6 +477,11 @@ class Evaluate(pl.Callback):
 def data_of(trainer: pl.Trainer) -> Any:
     """The data module of a trainer; Lightning sets this attribute without declaring it."""
     return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def leaving(trainer: pl.Trainer) -> bool:
+    """Whether somebody has pressed Ctrl-C, and does not want to wait for episodes."""
+    return bool(getattr(trainer.checkpoint_callback, "stopping", False))
 
 
 def mean_frames(data: Any) -> dict[str, Tensor] | None:

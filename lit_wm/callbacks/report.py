@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lit_wm.callbacks.checkpoint import ResumableCheckpoint
-from lit_wm.callbacks.evaluate import Evaluate, data_of
+from lit_wm.callbacks.evaluate import Evaluate, data_of, leaving
 from lit_wm.callbacks.video import DreamVideo, find
 from lit_wm.errors import LitWMError
 
@@ -42,7 +42,7 @@ class DemoReport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measure the final weights, if the last evaluation did not."""
         evaluate = find(trainer, Evaluate)
-        if evaluate is not None and not getattr(trainer.checkpoint_callback, "interrupted", False):
+        if evaluate is not None:
             evaluate.catch_up(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -51,7 +51,7 @@ class DemoReport(pl.Callback):
         Raises:
             DemoError: a ratio is too high or could not be measured.
         """
-        if getattr(trainer.checkpoint_callback, "interrupted", False):
+        if leaving(trainer):
             return
         evaluate = find(trainer, Evaluate)
         errors = {} if evaluate is None else evaluate.errors

@@ -40,7 +40,7 @@ class DreamVideo(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Show what the final weights dream."""
         evaluate = find(trainer, Evaluate)
-        if evaluate is not None and not getattr(trainer.checkpoint_callback, "interrupted", False):
+        if evaluate is not None:
             evaluate.catch_up(trainer, pl_module)
             self._make(trainer, pl_module)
 
@@ -57,7 +57,7 @@ class DreamVideo(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, module: Any, env_steps: int) -> None:
         evaluate = find(trainer, Evaluate)
-        if evaluate is None or evaluate.prediction is None:
+        if evaluate is None or evaluate.prediction is None or evaluate.measured_at != int(module.updates):
             return
         assert evaluate.results is not None
         assert evaluate.results.windows is not None

@@ -68,6 +68,12 @@ def test_long_episodes_are_cut_and_counted_as_truncated():
     assert not any(results.terminated)
 
 
+def test_asked_to_stop_it_ends_with_what_is_finished():
+    asked = iter(range(10_000))
+    results = play(episodes=50, num_envs=2, stop=lambda: next(asked) == 60)
+    assert 1 <= len(results.returns) < 50
+
+
 def test_recorded_rows_replay_in_a_fresh_environment(tmp_path):
     results = play(episodes=2, num_envs=1, record=True)
     rows = results.rows[0]
