@@ -330,6 +330,22 @@ class ReplayDataModule(LightningDataModule):
         finished, collector.finished = collector.finished, []
         return finished
 
+    def pop_metrics(self) -> dict[str, float]:
+        """Scalars of this process since the last call: mean ``train/return`` and ``train/length`` if an episode
+        finished, and the counts ``step/episodes``, ``replay/rows`` and ``replay/stale_rows``."""
+        collector, replay, _ = self._open()
+        metrics = {
+            "step/episodes": float(collector.episodes),
+            "replay/rows": float(len(replay)),
+            "replay/stale_rows": float(replay.stale_rows),
+        }
+        if finished := self.pop_finished():
+            for name, values in zip(
+                ("train/return", "train/length"), zip(*finished, strict=True), strict=True
+            ):
+                metrics[name] = sum(values) / len(values)
+        return metrics
+
     def mean_frames(self) -> dict[str, Tensor]:
         """Mean of all frames that this process collected for training, per image key, float64 in 0..255."""
         here = self.collector.mean_frames() if self.collector else {}

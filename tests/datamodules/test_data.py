@@ -159,6 +159,17 @@ def test_a_report_does_not_change_what_training_sees(tmp_path):
     data.close()
 
 
+def test_metrics_count_each_episode_once(tmp_path):
+    _, data, _ = fit(tmp_path, updates=100)
+    finished = list(data.collector.finished)
+    metrics = data.pop_metrics()
+    assert metrics["train/return"] == metrics["train/length"] == sum(r for r, _ in finished) / len(finished)
+    assert metrics["step/episodes"] == len(finished)
+    assert metrics["replay/rows"] == len(data.replay)
+    assert "train/return" not in data.pop_metrics()
+    data.close()
+
+
 def test_counters_and_mean_frames_survive_without_the_rest(tmp_path):
     _, data, _ = fit(tmp_path, updates=30)
     state, steps = data.state_dict(), data.env_steps
@@ -211,7 +222,7 @@ def test_processes_that_cannot_share_are_refused(tmp_path):
     data = data_of(tmp_path, num_envs=3)
 
     class Two:
-        world_size, global_rank = 2, 0
+        world_size, global_rank, lightning_module = 2, 0, None
 
     data.trainer = Two()
     with pytest.raises(ConfigError, match="data.num_envs is 3, which 2 processes cannot share"):
