@@ -331,8 +331,11 @@ class ReplayDataModule(LightningDataModule):
         return finished
 
     def pop_metrics(self) -> dict[str, float]:
-        """Scalars of this process since the last call: mean ``train/return`` and ``train/length`` if an episode
-        finished, and the counts ``step/episodes``, ``replay/rows`` and ``replay/stale_rows``."""
+        """Scalars of this process: counts, and means over the episodes finished since the last call.
+
+        ``step/episodes``, ``replay/rows``, ``replay/stale_rows``; ``train/return`` and ``train/length`` if
+        an episode has finished.
+        """
         collector, replay, _ = self._open()
         metrics = {
             "step/episodes": float(collector.episodes),
