@@ -56,8 +56,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints; None is ``checkpoints`` in the run directory.
         monitor: metric that decides what is best, from the callback metrics.
         mode: whether the best is the ``"max"`` or the ``"min"`` of it.
-        every_n_minutes: save ``last`` when the newest one is this old; 0 never does. It is also saved at the
-        end.
+        every_n_minutes: save ``last`` when the newest one is this old; 0 never does. Each save copies the
+        replay
+            and needs its disk space twice for a moment. ``last`` is also saved at the end.
         every_n_updates: save ``last`` every so many updates; None leaves it to the clock.
         keep_every_n_updates: keep a checkpoint every so many updates; None keeps none.
     """
@@ -67,7 +68,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         dirpath: str | None = None,
         monitor: str = "eval/return",
         mode: str = "max",
-        every_n_minutes: float = 15.0,
+        every_n_minutes: float = 30.0,
         every_n_updates: int | None = None,
         keep_every_n_updates: int | None = None,
     ):
@@ -170,7 +171,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Save ``last``."""
         if int(pl_module.updates) != self._saved_at:
             self.save_last_now(trainer, pl_module)
-        if self.stopping and trainer.is_global_zero:
+        if self.stopping and trainer.is_global_zero and not trainer.fast_dev_run:
             print(f"stopped after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
         self._unlisten()
 
@@ -211,6 +212,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         If any process cannot write its part, e.g. for lack of disk, the former pair stays and training goes
         on.
         """
+        if trainer.fast_dev_run:
+            return
         updates = int(pl_module.updates)
         token = trainer.strategy.broadcast(os.urandom(4).hex())
         name = f"resume-{updates:09d}-{token}"
@@ -268,6 +271,8 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         """Write Lightning's checkpoint in one step; all processes call this."""
+        if trainer.fast_dev_run:
+            return
         part = path.with_name(f".{path.name}")
         trainer.save_checkpoint(part, weights_only=False)
         if trainer.is_global_zero:

@@ -302,14 +302,14 @@ def foresight(
 
 
 class Evaluate(pl.Callback):
-    """Evaluation episodes at every validation, the final protocol in ``test``, recorded episodes in
-    ``predict``.
+    """Play episodes at every validation; the final protocol in ``test``; record episodes in ``predict``.
 
-    Needs a data module with ``env``, ``env_options``, ``vectorization``, ``eval_envs`` and ``env_steps``.
-    Metrics go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
+    Uses ``make_envs``, ``eval_envs``, ``env``, ``env_steps`` and ``mean_frames`` of the data module. Metrics
+    go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
     ``eval/return_low`` and ``eval/return_high`` (95 % interval of the mean), ``eval/length``,
     ``eval/episodes``, and the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
-    monitored. With several processes each plays its share with seeds of its own.
+    monitored. Every validation meets the same seeds. With several processes each plays its share with seeds
+    of its own.
 
     Args:
         episodes: episodes of a validation.

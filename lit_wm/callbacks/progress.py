@@ -57,7 +57,8 @@ class RLProgressBar(ProgressBar):
         """The first update can take a while: the replay fills first."""
         self._history.clear()
         self._shown = float("-inf")
-        self._show("filling the replay ...", time.monotonic())
+        if not int(pl_module.updates):
+            self._show("filling the replay ...", float("-inf"))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -70,13 +71,14 @@ class RLProgressBar(ProgressBar):
         self._history.append((now, int(pl_module.env_steps), int(pl_module.updates)))
         while len(self._history) > 2 and now - self._history[0][0] > self.window_s:
             self._history.popleft()
-        if now - self._shown >= (self.refresh_s if self._file.isatty() else self.log_every_s):
+        if self._is_due(now):
             self._show(self.line(trainer), now)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Evaluation makes no updates: say what is going on."""
-        if trainer.training or trainer.state.fn == "fit":
-            self._show(self.line(trainer) + " | evaluating ...", time.monotonic())
+        now = time.monotonic()
+        if trainer.state.fn == "fit" and (self._file.isatty() or self._is_due(now)):
+            self._show(self.line(trainer) + " | evaluating ...", now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Leave the last line standing."""
@@ -113,6 +115,9 @@ class RLProgressBar(ProgressBar):
         if left:
             parts.append(f"ETA {timedelta(seconds=round(max(0.0, min(left))))}")
         return " | ".join(parts)
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._shown >= (self.refresh_s if self._file.isatty() else self.log_every_s)
 
     def _show(self, line: str, now: float) -> None:
         self._shown = now

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from lit_wm.callbacks.checkpoint import ResumableCheckpoint, random_state, set_random_state
 from lit_wm.errors import CheckpointError, ConfigError
@@ -169,6 +170,52 @@ def test_a_full_disk_keeps_the_former_pair_and_training_goes_on(make_trainer, tm
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["resume"]["updates"] == 5
     assert [p.name for p in (tmp_path / "checkpoints").glob("*resume-*")] == [saved["resume"]["folder"]]
+
+
+def two_processes(root, updates):
+    """Train in two gloo processes; runs in a process of its own, as the launcher forks."""
+    torch.set_num_threads(1)
+    checkpoint = ResumableCheckpoint(every_n_updates=4, every_n_minutes=0)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    options = {
+        "accelerator": "cpu",
+        "devices": 2,
+        "strategy": strategy,
+        "logger": False,
+        "limit_val_batches": 0,
+    }
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = tiny.pl.Trainer(
+        default_root_dir=root, max_epochs=-1, max_steps=updates, callbacks=[checkpoint], **options, **quiet
+    )
+    last = root / "checkpoints" / "last.ckpt"
+    tiny.pl.seed_everything(5)
+    ckpt = last if last.exists() else None
+    trainer.fit(Ranked(), tiny.TinyData(), ckpt_path=ckpt, weights_only=True)
+
+
+class Ranked(tiny.TinyModule):
+    """Every process has noise of its own."""
+
+    def setup(self, stage):
+        self.noise = tiny.NoiseStreams(3, self.trainer.global_rank)
+
+
+def test_each_of_two_processes_goes_on_with_its_own_part(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    parts = {}
+    for root, budgets in ((tmp_path / "whole", [10]), (tmp_path / "parts", [6, 10])):
+        for updates in budgets:
+            process = fork.Process(target=two_processes, args=(root, updates))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+        folder = next((root / "checkpoints").glob("resume-*"))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert (manifest["updates"], manifest["world_size"]) == (10, 2)
+        parts[root.name] = [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    assert equal(parts["whole"], parts["parts"])
+    assert not equal(parts["whole"][0]["module"], parts["whole"][1]["module"])
 
 
 @pytest.fixture
