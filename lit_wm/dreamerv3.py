@@ -22,6 +22,7 @@ from lit_wm.distributions import (
     two_hot_mean,
     unimix,
 )
+from lit_wm.errors import ConfigError
 from lit_wm.functional import symexp
 from lit_wm.module import WorldModelModule
 from lit_wm.nets.coders import Decoder, Encoder, greedy
@@ -178,8 +179,10 @@ class DreamerV3Module(WorldModelModule):
         batch = self.draw(batch)
         carry = self.model.start_carry(batch, self.last_carry)
 
-        out = self.model.loss(batch, carry, self.noise, self.trained)
-        self.optimise(out.total)  # backward, gradients of all processes, AGC, LaProp
+        # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay float32.
+        with torch.autocast(self.device.type, enabled=False):
+            out = self.model.loss(batch, carry, self.noise, self.trained)
+            self.optimise(out.total)  # backward, gradients of all processes, AGC, LaProp
         if self.trained["critic"]:
             self.model.update_slow_critic()
 
@@ -256,9 +259,13 @@ class DreamerV3(WorldModel):
         self.imag_length, self.imag_last, self.horizon, self.contdisc = imag_length, imag_last, horizon, contdisc
         self.lam, self.actent, self.slowreg, self.slowtar = lam, actent, slowreg, slowtar
         self.slow_rate, self.free_nats, self.mix = slow_rate, free_nats, mix
+        clash = sorted(spaces.obs.keys() & LOSS_SCALES.keys())
+        if clash:
+            raise ConfigError(f"observation keys {clash} are names of losses; rename them in the environment")
         unknown = (loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
         if unknown:
-            raise ValueError(f"unknown loss_scales {sorted(unknown)}; known: {sorted(LOSS_SCALES.keys() | spaces.obs.keys())}")
+            known = sorted(LOSS_SCALES.keys() | spaces.obs.keys())
+            raise ConfigError(f"unknown model.loss_scales {sorted(unknown)}; known: {', '.join(known)}")
         scales = LOSS_SCALES | (loss_scales or {})
         self.loss_scales = {k: scales.get(k, scales["rec"]) for k in spaces.obs} | scales
         self.loss_scales.pop("rec")

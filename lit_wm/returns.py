@@ -7,9 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def lambda_return(
-    reward: Tensor, cont: Tensor, boot: Tensor, lam: float | Tensor, first_boot: Tensor | None = None
-) -> Tensor:
+def lambda_return(reward: Tensor, cont: Tensor, boot: Tensor, lam: float | Tensor) -> Tensor:
     """Lambda-return over imagined or replayed steps.
 
     R[t] = r[t+1] + cont[t+1] * ((1 - lam[t+1]) * boot[t+1] + lam[t+1] * R[t+1]), and R[T-1] = boot[T-1].
@@ -53,6 +51,7 @@ class ReturnNorm(nn.Module):
     lo: Tensor
     hi: Tensor
     corr: Tensor
+    percentiles: Tensor
 
     def __init__(
         self,
@@ -66,10 +65,12 @@ class ReturnNorm(nn.Module):
         super().__init__()
         if impl not in ("perc", "meanstd", "none"):
             raise ValueError(f"return_norm is {impl!r}; expected 'perc', 'meanstd' or 'none'")
-        self.impl, self.rate, self.limit, self.low, self.high, self.debias = impl, rate, limit, low, high, debias
+        self.impl, self.rate, self.limit, self.debias = impl, rate, limit, debias
         self.register_buffer("lo", torch.zeros(()))  # low percentile, or mean
         self.register_buffer("hi", torch.zeros(()))  # high percentile, or mean square
         self.register_buffer("corr", torch.zeros(()))  # what a constant 1 has come to
+        # On the device once and for all: copying them there in every update would synchronise with it.
+        self.register_buffer("percentiles", torch.tensor([low, high]), persistent=False)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -80,7 +81,7 @@ class ReturnNorm(nn.Module):
             dist.all_gather(parts, flat)
             flat = torch.cat(parts)
         if self.impl == "perc":
-            lo, hi = torch.quantile(flat, torch.tensor([self.low, self.high], device=flat.device))
+            lo, hi = torch.quantile(flat, self.percentiles)
         else:
             lo, hi = flat.mean(), flat.square().mean()
         for old, new in ((self.lo, lo), (self.hi, hi), (self.corr, torch.ones_like(self.corr))):

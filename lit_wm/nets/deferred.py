@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 
+Uses = list[tuple[int, Tensor, Tensor]]  # number of the backward pass, input, gradient of the output
+
+
 class DeferredWeights:
     """Hands out weights whose gradients are computed when the backward pass has left the scan.
 
     Use ``w = tape.hold(weight)`` once before the scan and ``tape.matmul(x, w)`` in it, for (N, I) @ (I, O) or
-    (G, N, I) @ (G, I, O). One tape serves one forward and one backward pass.
+    (G, N, I) @ (G, I, O). One tape serves one forward pass.
     """
 
     def hold(self, weight: Tensor) -> Tensor:
         """A stand-in for ``weight`` that collects its uses."""
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return weight
-        uses: list[tuple[Tensor, Tensor]] = []
+        uses: Uses = []
         held = _Hold.apply(weight, uses)
         held.uses = uses
         return held
@@ -36,17 +39,27 @@ class DeferredWeights:
         return torch.matmul(x, weight) if uses is None else _Matmul.apply(x, weight, uses)
 
 
+def _of_this_pass(uses: Uses) -> Uses:
+    """``uses`` without those of an earlier backward pass that went through the scan but did not want the weight."""
+    if uses and uses[0][0] != torch._C._current_graph_task_id():
+        uses.clear()
+    return uses
+
+
 class _Hold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, uses: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, uses: Uses) -> Tensor:
         ctx.uses = uses
         ctx.set_materialize_grads(False)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None]:
-        inputs, grads = zip(*ctx.uses, strict=True)
-        ctx.uses.clear()
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        uses = _of_this_pass(ctx.uses)
+        if not uses:
+            return grad, None
+        inputs, grads = zip(*((x, g) for _, x, g in uses), strict=True)
+        uses.clear()
         # (N, I) and (G, N, I) alike: join along the rows.
         weight_grad = torch.matmul(torch.cat(inputs, -2).transpose(-2, -1), torch.cat(grads, -2))
         return weight_grad if grad is None else weight_grad + grad, None
@@ -54,7 +67,7 @@ class _Hold(torch.autograd.Function):
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, uses: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, uses: Uses) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.uses = uses
         return torch.matmul(x, weight)
@@ -62,5 +75,5 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.uses.append((x, grad))
+        _of_this_pass(ctx.uses).append((torch._C._current_graph_task_id(), x, grad))
         return torch.matmul(grad, weight.transpose(-2, -1)), None, None

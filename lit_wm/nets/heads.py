@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,8 @@ class ActionDist(NamedTuple):
         """Smallest and largest entropy that this policy can have."""
         dims = self.spec.size // (self.spec.classes or 1)
         if self.spec.is_discrete:
-            return 0.0, dims * float(torch.log(torch.tensor(float(self.spec.classes or 1))))
-        lo, hi = (float(dists.normal_entropy(torch.tensor(s))) for s in (dists.MIN_STD, dists.MAX_STD))
+            return 0.0, dims * math.log(self.spec.classes or 1)
+        lo, hi = (0.5 * math.log(2 * math.pi * math.e * std**2) for std in (dists.MIN_STD, dists.MAX_STD))
         return dims * lo, dims * hi
 
     def sample(self, noise: Noise, stream: str, t: int = 0) -> Tensor:

@@ -149,6 +149,10 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         with torch.no_grad():
             trunc_normal_in_(self.weight, kernel * kernel * inputs)
+        # On the device once and for all: copying it there in every update would synchronise with it.
+        self.register_buffer("taps", torch.tensor(_PHASE_TAPS), persistent=False)
+
+    taps: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, in) -> (N, H, W, out)."""
@@ -181,20 +185,16 @@ class Conv(nn.Module):
         k = self.weight.shape[-1]
         if k != 5:
             raise ValueError(f"upsampled() is written for 5x5 kernels, this one is {k}x{k}")
-        taps = _PHASE_TAPS.to(self.weight)
-        weight = torch.einsum("aiy,oryx,bjx->aborij", taps, self.weight, taps)
+        weight = torch.einsum("aiy,oryx,bjx->aborij", self.taps, self.weight, self.taps)
         n, h, w, _ = x.shape
         y = _conv_nhwc(x, weight.flatten(0, 2), self.bias.repeat(4), 1)
         return y.reshape(n, h, w, 2, 2, -1)
 
 
 # Taps of a 5-wide kernel that fall on the same source pixel after nearest 2x upsampling: [phase, 3 pixels, 5 taps].
-_PHASE_TAPS = torch.tensor(
-    [
-        [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
-        [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]],
-    ],
-    dtype=torch.float32,
+_PHASE_TAPS = (
+    ((1.0, 1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0, 0.0), (0.0, 0.0, 0.0, 0.0, 1.0)),
+    ((1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0, 1.0)),
 )
 
 
