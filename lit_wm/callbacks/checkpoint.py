@@ -85,7 +85,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._saved_at = -1  # updates of the newest last.ckpt
         self._saved_when = time.monotonic()
         self._signal: int | None = None
-        self._alone, self._agreed = True, False
+        self._alone, self._agreed, self._dry = True, False, False
         self._handlers: dict[int, Any] = {}
 
     @property
@@ -112,6 +112,7 @@ class ResumableCheckpoint(ModelCheckpoint):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         self._alone = trainer.world_size == 1
+        self._dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         if trainer.is_global_zero and stage == "fit":
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -171,7 +172,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Save ``last``."""
         if int(pl_module.updates) != self._saved_at:
             self.save_last_now(trainer, pl_module)
-        if self.stopping and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.stopping and trainer.is_global_zero and not self._dry:
             print(f"stopped after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
         self._unlisten()
 
@@ -212,7 +213,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         If any process cannot write its part, e.g. for lack of disk, the former pair stays and training goes
         on.
         """
-        if trainer.fast_dev_run:
+        if self._dry:
             return
         updates = int(pl_module.updates)
         token = trainer.strategy.broadcast(os.urandom(4).hex())
@@ -271,7 +272,7 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
         """Write Lightning's checkpoint in one step; all processes call this."""
-        if trainer.fast_dev_run:
+        if self._dry:
             return
         part = path.with_name(f".{path.name}")
         trainer.save_checkpoint(part, weights_only=False)

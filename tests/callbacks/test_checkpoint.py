@@ -141,6 +141,12 @@ def test_best_follows_the_monitored_metric_and_survives_a_resume(make_trainer, t
     assert checkpoint.best_model_path == str(tmp_path / "checkpoints" / "best.ckpt")
 
 
+def test_a_dry_run_saves_nothing(make_trainer, tmp_path):
+    trainer = make_trainer(ResumableCheckpoint(every_n_updates=1), max_steps=3, fast_dev_run=True)
+    trainer.fit(tiny.TinyModule(), tiny.TinyData())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_the_clock_saves_too(make_trainer, tmp_path):
     saved = []
 
