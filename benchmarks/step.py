@@ -1,12 +1,14 @@
 """Time of one DreamerV3 update and its share of this machine's matrix-product rate.
 
-    python benchmarks/step.py [CASE ...] [--precision 32-true|bf16-mixed] [--threads N] [--repeats N] [--out FILE]
+    python benchmarks/step.py [CASE ...] [--precision 32-true|bf16-mixed] [--threads N] [--repeats N] [--out
+    FILE]
 
-Cases are PRESET/KIND, e.g. size12m/vector; default: size1m/vector size12m/vector size12m/image. A batch is 16 x 64
-steps of random data, already in memory; an update is loss, backward, clipping, three optimizers and the slow critic.
-GFLOP are those of the algorithm by formula (matrix products and convolutions, 2 per multiply-add; the derivation is
-below), whatever the code executes. The peak is a 2048-cube float32 product timed between the updates, in this process.
-Times are process CPU time with one thread, wall time otherwise; medians.
+Cases are PRESET/KIND, e.g. size12m/vector; default: size1m/vector size12m/vector size12m/image. A batch is 16
+x 64 steps of random data, already in memory; an update is loss, backward, clipping, three optimizers and the
+slow critic. GFLOP are those of the algorithm by formula (matrix products and convolutions, 2 per
+multiply-add; the derivation is below), whatever the code executes. The peak is a 2048-cube float32 product
+timed between the updates, in this process. Times are process CPU time with one thread, wall time otherwise;
+medians.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def spaces(kind: str) -> Spaces:
 
 
 def flops(preset: str, kind: str, horizon: int = 15, rows: int = BATCH * LENGTH) -> float:
-    """Arithmetic of one update: forward once, backward twice for what is trained, roll-out without backward."""
+    """Arithmetic of one update: backward twice forward for what is trained, roll-out without backward."""
     s = dreamerv3_sizes(preset)
     D, h, S, C, d, u, g = (s[k] for k in ("deter", "hidden", "stoch", "classes", "depth", "units", "blocks"))
     SC, F, V = S * C, D + S * C, 39
@@ -76,7 +78,14 @@ def make_update(preset: str, kind: str, precision: str) -> tuple[DreamerV3, Call
     else:
         obs = torch.randint(0, 256, (B, T, 64, 64, 3), dtype=torch.uint8)
         action = torch.randint(0, 18, (B, T))
-    batch = Batch({"obs": obs}, {"action": action}, torch.randn(B, T), first, torch.zeros_like(first), torch.zeros_like(first))
+    batch = Batch(
+        {"obs": obs},
+        {"action": action},
+        torch.randn(B, T),
+        first,
+        torch.zeros_like(first),
+        torch.zeros_like(first),
+    )
     optimizers = [LaProp(model.group(name)) for name in ("world_model", "actor", "critic")]
     noise = NoiseStreams()
 
@@ -112,7 +121,9 @@ def measure(case: str, precision: str, threads: int, repeats: int) -> dict[str, 
         "case": case,
         "precision": precision,
         "threads": threads,
-        "parameters": sum(p.numel() for name in ("world_model", "actor", "critic") for p in model.group(name)),
+        "parameters": sum(
+            p.numel() for name in ("world_model", "actor", "critic") for p in model.group(name)
+        ),
         "GFLOP": round(gflop, 1),
         "ms_median": round(1000 * seconds, 1),
         "ms_min": round(1000 * min(steps), 1),
@@ -126,7 +137,9 @@ def measure(case: str, precision: str, threads: int, repeats: int) -> dict[str, 
 
 def main() -> None:
     """Print the table, and append it with commit, versions and machine to a JSON-lines file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", default=CASES)
     parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
     parser.add_argument("--threads", type=int, default=1)
@@ -135,14 +148,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    columns = ("case", "precision", "threads", "GFLOP", "ms_median", "ms_min", "ms_max", "GFLOP/s", "peak_GFLOP/s", "share", "peak_rss_MB")
+    columns = (
+        "case",
+        "precision",
+        "threads",
+        "GFLOP",
+        "ms_median",
+        "ms_min",
+        "ms_max",
+        "GFLOP/s",
+        "peak_GFLOP/s",
+        "share",
+        "peak_rss_MB",
+    )
     print("  ".join(f"{c:>13}" for c in columns))
     for case in args.cases:
         row = measure(case, args.precision, args.threads, args.repeats)
         print("  ".join(f"{row[c]!s:>13}" for c in columns), flush=True)
         if args.out:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-            row |= {"note": args.note, "commit": commit, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+            commit = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+            row |= {
+                "note": args.note,
+                "commit": commit,
+                "torch": torch.__version__,
+                "machine": platform.processor() or platform.machine(),
+            }
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

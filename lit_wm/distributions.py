@@ -1,7 +1,7 @@
 """Output distributions as plain functions on tensors: no objects, no validation, no host synchronisation.
 
-Logits enter in float32. Categorical samples are exponential races: ``argmax(p / e)`` with e ~ Exp(1) draws from p, and
-equals the Gumbel trick ``argmax(ln p + g)`` with g = -ln e.
+Logits enter in float32. Categorical samples are exponential races: ``argmax(p / e)`` with e ~ Exp(1) draws
+from p, and equals the Gumbel trick ``argmax(ln p + g)`` with g = -ln e.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Unimix(torch.autograd.Function):
 
 
 def unimix(logits: Tensor, mix: float) -> Tensor:
-    """Probabilities of a categorical mixed with the uniform one: (1-mix) softmax + mix/C. (..., C) float32."""
+    """Probabilities (1-mix) softmax + mix/C of a categorical mixed with the uniform one. (..., C) float32"""
     return _Unimix.apply(logits.float(), mix)
 
 
@@ -48,7 +48,9 @@ def categorical_index(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the one-hot sample. Backward: the gradient goes to the probabilities, as onehot + p - sg(p) does."""
+    """Forward: the one-hot sample. Backward: the gradient goes to the probabilities, as onehot + p - sg(p)
+    does.
+    """
 
     @staticmethod
     def forward(ctx: Any, probs: Tensor, onehot: Tensor) -> Tensor:
@@ -129,15 +131,17 @@ def symexp_bins(n: int = 255) -> Tensor:
 def two_hot_mean(probs: Tensor, bins: Tensor) -> Tensor:
     """Expected value of probabilities over mirrored ``bins``. (..., n) -> (...)
 
-    Mirror entries are paired before the sum, so that a uniform distribution gives exactly 0 although the outer bins
-    are of the order of 1e8.
+    Mirror entries are paired before the sum, so that a uniform distribution gives exactly 0 although the
+    outer bins are of the order of 1e8.
     """
     n, half = bins.shape[0], bins.shape[0] // 2
     return ((probs[..., n - half :] - probs[..., :half].flip(-1)) * bins[n - half :]).sum(-1)
 
 
 def two_hot_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Neighbouring bins of ``target`` and their weights: (below, above, w_below, w_above), each like ``target``."""
+    """Neighbouring bins of ``target`` and their weights: (below, above, w_below, w_above), each like
+    ``target``.
+    """
     n = bins.shape[0]
     above = torch.searchsorted(bins, target.contiguous(), right=True)
     below = (above - 1).clamp_(0, n - 1)

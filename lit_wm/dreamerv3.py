@@ -1,8 +1,9 @@
 """DreamerV3 (Hafner et al. 2025, "Mastering diverse control tasks through world models").
 
-Read top to bottom: :meth:`DreamerV3Module.training_step` is one gradient step, :meth:`DreamerV3.loss` shows its three
-parts in the paper's order, and the loss functions follow in call order. Equal to the official code (danijar/dreamerv3)
-up to float32 rounding; ``docs/parity.md`` lists what is compared and every knowing deviation.
+Read top to bottom: :meth:`DreamerV3Module.training_step` is one gradient step, :meth:`DreamerV3.loss` shows
+its three parts in the paper's order, and the loss functions follow in call order. Equal to the official code
+(danijar/dreamerv3) up to float32 rounding; ``docs/parity.md`` lists what is compared and every knowing
+deviation.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class DreamerV3Module(WorldModelModule):
         return_norm: scale of the advantages: ``perc`` (5th to 95th percentile), ``meanstd`` or ``none``.
         free_nats: KL below which dyn and rep give no gradient.
         mix: share of the uniform distribution in the latents.
-        loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation key.
+        loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation
+            key.
         lr: learning rate.
         warmup: updates over which it rises from 0.
         agc: adaptive gradient clipping, largest gradient norm as a share of the parameter norm.
@@ -89,6 +91,8 @@ class DreamerV3Module(WorldModelModule):
         log_every: updates between two lines of metrics.
         seed: seed of the noise streams.
     """
+
+    model: DreamerV3
 
     def __init__(
         self,
@@ -171,7 +175,8 @@ class DreamerV3Module(WorldModelModule):
         return [LaProp(self.model.group(name), **options) for name in self.trained]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One gradient step. All losses see the same old weights; then the three optimizers step; then the slow critic.
+        """One gradient step. All losses see the same old weights; then the three optimizers step; then the
+        slow critic.
 
         Args:
             batch: a :class:`Batch`, or a ticket that draws one (collecting from the environment as needed).
@@ -179,7 +184,8 @@ class DreamerV3Module(WorldModelModule):
         batch = self.draw(batch)
         carry = self.model.start_carry(batch, self.last_carry)
 
-        # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay float32.
+        # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay
+        # float32.
         with torch.autocast(self.device.type, enabled=False):
             out = self.model.loss(batch, carry, self.noise, self.trained)
             self.optimise(out.total)  # backward, gradients of all processes, AGC, LaProp
@@ -226,7 +232,9 @@ class LossOutput:
 
 
 class DreamerV3(WorldModel):
-    """The networks, the losses and the verbs, free of Lightning. See :class:`DreamerV3Module` for the arguments."""
+    """The networks, the losses and the verbs, free of Lightning. See :class:`DreamerV3Module` for the
+    arguments.
+    """
 
     def __init__(
         self,
@@ -256,7 +264,8 @@ class DreamerV3(WorldModel):
         loss_scales: dict[str, float] | None = None,
     ):
         super().__init__(spaces)
-        self.imag_length, self.imag_last, self.horizon, self.contdisc = imag_length, imag_last, horizon, contdisc
+        self.imag_length, self.imag_last = imag_length, imag_last
+        self.horizon, self.contdisc = horizon, contdisc
         self.lam, self.actent, self.slowreg, self.slowtar = lam, actent, slowreg, slowtar
         self.slow_rate, self.free_nats, self.mix = slow_rate, free_nats, mix
         clash = sorted(spaces.obs.keys() & LOSS_SCALES.keys())
@@ -298,7 +307,9 @@ class DreamerV3(WorldModel):
 
     # --- The loss, in the paper's order -------------------------------------------------------------
 
-    def loss(self, batch: Batch, carry: State, noise: Noise, trained: dict[str, bool] | None = None) -> LossOutput:
+    def loss(
+        self, batch: Batch, carry: State, noise: Noise, trained: dict[str, bool] | None = None
+    ) -> LossOutput:
         """All losses of one batch at the current weights.
 
         Args:
@@ -313,7 +324,9 @@ class DreamerV3(WorldModel):
         # 1. World model: what happened? --------------------------------------------------------------
         with torch.set_grad_enabled(trained["world_model"] and torch.is_grad_enabled()):
             tokens = self.enc(batch.obs, dtype)  # (B, T, E)
-            post, post_logit = self.dyn.observe(tokens, self.previous_action(batch), batch.is_first, carry, noise)
+            post, post_logit = self.dyn.observe(
+                tokens, self.previous_action(batch), batch.is_first, carry, noise
+            )
             prior_logit = self.dyn.prior(post.deter)  # (B, T, S, C)
             feat = self.feat(post)  # (B, T, F)
             kl, metrics = self.kl_losses(post_logit, prior_logit)
@@ -336,7 +349,9 @@ class DreamerV3(WorldModel):
             losses["value"] = self.value_loss(dream).mean(0).view(starts)  # (B, K)
 
             # 3. Replay value: keep the critic honest on real data -------------------------------------
-            losses["repval"], out.replay_returns = self.replay_value_loss(batch, feat, dream.returns[0].view(starts))
+            losses["repval"], out.replay_returns = self.replay_value_loss(
+                batch, feat, dream.returns[0].view(starts)
+            )
             metrics |= self.dream_metrics(dream, offset, scale)
 
         if not trained["world_model"]:
@@ -352,9 +367,11 @@ class DreamerV3(WorldModel):
         return out
 
     def kl_losses(self, post_logit: Tensor, prior_logit: Tensor) -> tuple[Tensors, Tensors]:
-        """dyn pulls the prior towards the posterior, rep the posterior towards the prior; both with free nats.
+        """dyn pulls the prior towards the posterior, rep the posterior towards the prior; both with free
+        nats.
 
-        (B, T, S, C) raw logits -> losses (B, T), entropy metrics. KL, like the samples, uses the mixed logits.
+        (B, T, S, C) raw logits -> losses (B, T), entropy metrics. KL, like the samples, uses the mixed
+        logits.
         """
         post, prior = unimix(post_logit, self.mix), unimix(prior_logit, self.mix)
         log_post, log_prior = post.log(), prior.log()
@@ -372,8 +389,8 @@ class DreamerV3(WorldModel):
     def dream(self, post: State, noise: Noise) -> Dream:
         """Imagine H steps with the policy from every posterior state, then value them. post (B, T, ...).
 
-        The roll-out needs no autograd; the policy and the critic are evaluated again on all its features at once, this
-        time with autograd.
+        The roll-out needs no autograd; the policy and the critic are evaluated again on all its features at
+        once, this time with autograd.
         """
         last = self.imag_last or post.deter.shape[1]
         start = post.map(lambda x: x[:, -last:].flatten(0, 1))  # (N, ...)
@@ -410,20 +427,25 @@ class DreamerV3(WorldModel):
         )
 
     def policy_loss(self, dream: Dream) -> Tensor:
-        """REINFORCE with the scaled advantage and an entropy bonus, for discrete and continuous actions alike. (H, N)"""
+        """REINFORCE with the scaled advantage and an entropy bonus, for discrete and continuous actions
+        alike. (H, N)
+        """
         log_prob: Tensor | float = 0.0
         entropy: Tensor | float = 0.0
         for k, dist in dream.policy.items():
             log_prob = log_prob + dist.log_prob(torch.stack([a[k] for a in dream.actions]))
             entropy = entropy + dist.entropy()
-        return -dream.weight[:-1] * (log_prob * dream.advantage + self.actent * entropy)
+        advantage: Tensor = dream.advantage  # type: ignore[assignment]
+        return -dream.weight[:-1] * (log_prob * advantage + self.actent * entropy)
 
     def value_loss(self, dream: Dream) -> Tensor:
         """Two-hot cross-entropy to the returns and to the slow critic. (H, N)"""
         loss = self.critic_loss(dream.value_logits, dream.returns, dream.slow[:-1], dream.value_log_probs)
         return dream.weight[:-1] * loss
 
-    def critic_loss(self, logits: Tensor, target: Tensor, slow: Tensor, log_probs: Tensor | None = None) -> Tensor:
+    def critic_loss(
+        self, logits: Tensor, target: Tensor, slow: Tensor, log_probs: Tensor | None = None
+    ) -> Tensor:
         """L(logits, target) + slowreg * L(logits, slow). (..., bins), (...) -> (...)"""
         if self.slowreg == 1.0:
             return two_hot_loss(logits, self.bins, target, slow, log_probs=log_probs)
@@ -431,7 +453,8 @@ class DreamerV3(WorldModel):
         return loss + self.slowreg * two_hot_loss(logits, self.bins, slow, log_probs=log_probs)
 
     def replay_value_loss(self, batch: Batch, feat: Tensor, boot: Tensor) -> tuple[Tensor, Tensor]:
-        """Critic loss on replayed steps, whose returns fall back on imagined ones; it trains the world model too.
+        """Critic loss on replayed steps, whose returns fall back on imagined ones; it trains the world model
+        too.
 
         feat (B, T, F), boot (B, K): first imagined return of the last K steps -> loss and returns (B, K-1).
         """
@@ -445,7 +468,9 @@ class DreamerV3(WorldModel):
         return (1 - last[:, :-1]) * loss, returns
 
     def continue_target(self, batch: Batch) -> Tensor:
-        """1 for a step after which the episode goes on, 0 for a terminal one; times gamma with ``contdisc``. (B, T)"""
+        """1 for a step after which the episode goes on, 0 for a terminal one; times gamma with ``contdisc``.
+        (B, T)
+        """
         gamma = 1 - 1 / self.horizon if self.contdisc else 1.0
         return (~batch.is_terminal).float() * gamma
 
@@ -479,7 +504,8 @@ class DreamerV3(WorldModel):
     @torch.no_grad()
     def update_slow_critic(self) -> None:
         """slow <- slow_rate * critic + (1 - slow_rate) * slow."""
-        slow, fast = list(self.slowval.parameters()), list(self.val.parameters())
+        slow: list[Tensor] = list(self.slowval.parameters())
+        fast: list[Tensor] = list(self.val.parameters())
         torch._foreach_mul_(slow, 1 - self.slow_rate)
         torch._foreach_add_(slow, fast, alpha=self.slow_rate)
 
@@ -496,7 +522,9 @@ class DreamerV3(WorldModel):
         return flat * (~batch.is_first).unsqueeze(-1).to(flat.dtype)
 
     def start_carry(self, batch: Batch, last: State | None) -> State:
-        """State before the batch: zeros, the stored latent, or where ``consecutive`` the end of the previous batch."""
+        """State before the batch: zeros, the stored latent, or where ``consecutive`` the end of the previous
+        batch.
+        """
         carry = self.initial(batch.reward.shape[0]) if batch.carry is None else batch.carry
         if batch.consecutive is not None and last is not None:
             go_on = batch.consecutive
@@ -543,7 +571,11 @@ class DreamerV3(WorldModel):
         B = obs[next(iter(self.spaces.obs))].shape[0]
         if spec.shape and obs[next(iter(self.spaces.obs))].ndim != len(spec.shape) + 1:
             raise ValueError("encode takes one step (batch, ...), not a sequence")
-        first = torch.ones(B, dtype=torch.bool, device=self.device) if is_first is None else is_first.to(self.device)
+        first = (
+            torch.ones(B, dtype=torch.bool, device=self.device)
+            if is_first is None
+            else is_first.to(self.device)
+        )
         if is_first is None and state is not None:
             first = torch.zeros_like(first)
         state = self.initial(B) if state is None else state
@@ -565,7 +597,9 @@ class DreamerV3(WorldModel):
         mode: str = "eval",
         noise: Noise | None = None,
     ) -> tuple[Tensors, State]:
-        """Filter ``obs`` and sample an action; evaluation samples too, as the reference does. Actions (B, ...) by key."""
+        """Filter ``obs`` and sample an action; evaluation samples too, as the reference does. Actions (B,
+        ...) by key.
+        """
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
         state = self.encode(obs, state, None, is_first, noise)
@@ -579,7 +613,7 @@ class DreamerV3(WorldModel):
         horizon: int | None = None,
         noise: Noise | None = None,
     ) -> Trajectory:
-        """Roll out given actions (B, H, ...), or the policy for ``horizon`` steps (default ``imag_length``)."""
+        """Roll out given actions (B, H, ...), or the policy for ``horizon`` (or ``imag_length``) steps."""
         noise = noise or self.noise
         given = None if actions is None else self.action_dict(actions)
         steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
@@ -607,7 +641,9 @@ class DreamerV3(WorldModel):
         )
 
     def decode(self, state: State) -> Tensors:
-        """Expected observations: images in 0 ... 1 in their stored layout, vectors in their own units, class indices."""
+        """Expected observations: images in 0 ... 1 in their stored layout, vectors in their own units, class
+        indices.
+        """
         out = greedy(self.dec(state.deter, state.stoch.to(state.deter.dtype).flatten(-2)), self.spaces.obs)  # type: ignore[union-attr]
         for k, spec in self.spaces.obs.items():
             if spec.is_image:
@@ -631,9 +667,10 @@ class DreamerV3(WorldModel):
         """Zeros of every action key."""
         return {
             k: torch.zeros(
-                batch_size, *s.shape, dtype=torch.int64 if s.is_discrete else torch.float32, device=self.device
+                batch_size,
+                *s.shape,
+                dtype=torch.int64 if s.is_discrete else torch.float32,
+                device=self.device,
             )
             for k, s in self.spaces.action.items()
         }
-
-

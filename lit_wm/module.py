@@ -1,4 +1,6 @@
-"""What the Lightning modules of all world models share: counting, synchronising, stepping, logging. No losses."""
+"""What the Lightning modules of all world models share: counting, synchronising, stepping, logging. No
+losses.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from lit_wm.world_model import WorldModel
 class WorldModelModule(pl.LightningModule):
     """Base of the modules. A sub-class sets ``model`` and ``trained``, and writes ``training_step``.
 
-    Counters: ``updates`` counts gradient steps and equals ``trainer.global_step``; environment steps belong to the
-    data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at environment steps.
+    Counters: ``updates`` counts gradient steps and equals ``trainer.global_step``; environment steps belong
+        to the
+    data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at environment
+    steps.
     """
 
     model: WorldModel
@@ -46,7 +50,9 @@ class WorldModelModule(pl.LightningModule):
     _grad_norm: Tensor
 
     def draw(self, batch: Any) -> Batch:
-        """The batch itself, or what its ticket draws: collecting first, if the train ratio owes environment steps."""
+        """The batch itself, or what its ticket draws: collecting first, if the train ratio owes environment
+        steps.
+        """
         return batch if isinstance(batch, Batch) else cast(Batch, batch(self))
 
     def optimise(self, total: Tensor) -> None:
@@ -114,8 +120,8 @@ class WorldModelModule(pl.LightningModule):
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(
-                f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. float16 needs a loss scaler, "
-                "which gives wrong gradients with several optimizers"
+                f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. float16 needs "
+                "a loss scaler, which gives wrong gradients with several optimizers"
             )
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
         self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
@@ -190,9 +196,16 @@ class WorldModelModule(pl.LightningModule):
 
     @torch.inference_mode()
     def policy(
-        self, obs: Tensors, state: State | None = None, is_first: Tensor | None = None, mode: str = "train", noise: Any = None
+        self,
+        obs: Tensors,
+        state: State | None = None,
+        is_first: Tensor | None = None,
+        mode: str = "train",
+        noise: Any = None,
     ) -> tuple[Tensors, State]:
-        """``act`` as collectors and evaluators call it: no autograd, no autocast, any device in, actions on the CPU."""
+        """``act`` as collectors and evaluators call it: no autograd, no autocast, any device in, actions on
+        the CPU.
+        """
         with torch.autocast(self.device.type, enabled=False):
             action, state = self.model.act(obs, state, is_first, mode, noise)
         return {k: v.cpu() for k, v in action.items()}, state
@@ -202,8 +215,8 @@ class WorldModelModule(pl.LightningModule):
 def uncounted(opt: LightningOptimizer) -> Iterator[None]:
     """Steps of ``opt`` in here leave ``trainer.global_step`` alone.
 
-    Lightning counts through two hooks that it installs on the optimizers anew for every batch, so they are replaced
-    for the time of the step only.
+    Lightning counts through two hooks that it installs on the optimizers anew for every batch, so they are
+    replaced for the time of the step only.
     """
     before, after = opt._on_before_step, opt._on_after_step
     opt._on_before_step = opt._on_after_step = lambda: None
@@ -221,7 +234,8 @@ def _counted() -> Iterator[None]:
 def sync_gradients(opt: torch.optim.Optimizer) -> None:
     """Average the gradients of all processes in one flat all-reduce; nothing to do on one.
 
-    DDP would synchronise only inside its own backward hooks, which manual optimisation with a plain backward bypasses.
+    DDP would synchronise only inside its own backward hooks, which manual optimisation with a plain backward
+    bypasses.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return

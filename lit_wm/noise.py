@@ -1,8 +1,8 @@
 """Named streams of random numbers.
 
-Every place that draws noise has a stream of its own, seeded from (seed, rank, name). Adding a part to a model never
-changes what the other parts draw, a checkpoint stores each stream, and a test replays recorded noise by handing in
-another object with the same two methods.
+Every place that draws noise has a stream of its own, seeded from (seed, rank, name). Adding a part to a model
+never changes what the other parts draw, a checkpoint stores each stream, and a test replays recorded noise by
+handing in another object with the same two methods.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class NoiseStreams:
         return self._generators[name]
 
     def exponential(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
-        """Exp(1) noise, float32. ``argmax(p / noise)`` is a sample of the categorical p (the Gumbel trick)."""
-        # -ln(u) of uniform u in [0, 1): five times faster than Tensor.exponential_ on a CPU. It may be infinite (that
-        # class loses the race) but never 0, with which a class of probability 0 would win it.
+        """Exp(1) noise, float32. ``argmax(p / noise)`` samples the categorical p (the Gumbel trick)."""
+        # -ln(u) of uniform u in [0, 1): five times faster than Tensor.exponential_ on a CPU. It may be inf
+        # (that class loses the race) but never 0, with which a class of probability 0 would win it.
         return torch.rand(shape, device=self.device, generator=self.generator(name)).log_().neg_()
 
     def normal(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:

@@ -29,8 +29,8 @@ def clip_agc_(params: list[Tensor], grads: list[Tensor], clip: float, floor: flo
 class LaProp(torch.optim.Optimizer):
     """LaProp: normalise the gradient by its RMS first, then average the normalised gradients.
 
-    The momentum holds no learning rate, so a warm-up does not echo in it. The first update has learning rate 0 when
-    there is a warm-up.
+    The momentum holds no learning rate, so a warm-up does not echo in it. The first update has learning rate
+    0 when there is a warm-up.
 
     Args:
         lr: learning rate after the warm-up.
@@ -38,7 +38,8 @@ class LaProp(torch.optim.Optimizer):
         eps: added to the RMS. 1e-20 lets parameters with tiny gradients move at full speed.
         agc: largest gradient norm as a share of the parameter norm; 0 turns the clipping off.
         warmup: updates over which the learning rate rises linearly from 0.
-        schedule: after the warm-up ``"const"``, or ``"linear"`` / ``"cosine"`` down to their floor at ``anneal`` updates.
+        schedule: after the warm-up ``"const"``, or ``"linear"`` / ``"cosine"`` down to their floor at
+            ``anneal`` updates.
         anneal: update at which a falling schedule ends.
         weight_decay: decoupled decay of parameters with more than one axis (kernels).
         nesterov: add the newest gradient to the momentum once more.
@@ -62,7 +63,9 @@ class LaProp(torch.optim.Optimizer):
         if schedule not in ("const", "linear", "cosine"):
             raise ValueError(f"schedule is {schedule!r}; expected 'const', 'linear' or 'cosine'")
         if schedule != "const" and anneal <= warmup:
-            raise ValueError(f"schedule {schedule!r} needs anneal > warmup, got anneal={anneal}, warmup={warmup}")
+            raise ValueError(
+                f"schedule {schedule!r} needs anneal > warmup, got anneal={anneal}, warmup={warmup}"
+            )
         defaults = {
             "lr": lr,
             "betas": tuple(betas),

@@ -38,8 +38,8 @@ class ReturnNorm(nn.Module):
     With several processes the statistics are those of the values of all of them.
 
     Args:
-        impl: ``"perc"`` = range from the 5th to the 95th percentile, ``"meanstd"`` = mean and standard deviation,
-            ``"none"`` = 0 and 1.
+        impl: ``"perc"`` = range from the 5th to the 95th percentile, ``"meanstd"`` = mean and standard
+            deviation, ``"none"`` = 0 and 1.
         rate: share of the new statistic in each update.
         limit: smallest scale, so that small returns are not blown up.
         low, high: percentiles as fractions.

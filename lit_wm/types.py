@@ -31,9 +31,11 @@ class Spec:
     """One observation or action entry of a space.
 
     Args:
-        dtype: ``"uint8"`` for images, ``"float32"`` for vectors and continuous actions, ``"int32"`` for discrete.
+        dtype: ``"uint8"`` for images, ``"float32"`` for vectors and continuous actions, ``"int32"`` for
+            discrete.
         shape: shape of one step, without batch and time. Images are (H, W, C) or (C, H, W).
-        classes: number of classes of a discrete entry, one count for all elements of ``shape``; None otherwise.
+        classes: number of classes of a discrete entry, one count for all elements of ``shape``; None
+            otherwise.
     """
 
     dtype: str
@@ -154,7 +156,9 @@ class State:
 
 
 class States:
-    """A sequence of states over time: ``states[t]`` is the (B, ...) state at time t, ``states.stacked`` all of them."""
+    """A sequence of states over time: ``states[t]`` is the (B, ...) state at time t, ``states.stacked`` all
+    of them.
+    """
 
     def __init__(self, stacked: State):
         self.stacked = stacked  # (B, H+1, ...)
@@ -174,7 +178,8 @@ class Trajectory:
         states: H+1 states, the start first.
         actions: the H actions that lead from one state to the next, by key.          (B, H, ...)
         rewards: predicted reward received on arriving at states 1..H.                (B, H)
-        continues: predicted probability that the episode goes on, times the discount if the model folds it in,
+        continues: predicted probability that the episode goes on, times the discount if the model folds it
+            in,
             at states 1..H.                                                           (B, H)
     """
 

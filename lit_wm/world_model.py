@@ -12,8 +12,8 @@ from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
 
 class WorldModel(nn.Module, ABC):
-    """Base of the models. All verbs are batch first and take no gradient decisions: wrap them in ``torch.no_grad()``
-    or ``torch.inference_mode()`` where none is wanted.
+    """Base of the models. All verbs are batch first and take no gradient decisions: wrap them in
+    ``torch.no_grad()`` or ``torch.inference_mode()`` where none is wanted.
 
     Attributes:
         spaces: observation and action entries.
@@ -38,12 +38,18 @@ class WorldModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(
-        self, obs: Tensors, state: State | None = None, action: Tensors | None = None, is_first: Tensor | None = None
+        self,
+        obs: Tensors,
+        state: State | None = None,
+        action: Tensors | None = None,
+        is_first: Tensor | None = None,
     ) -> State:
         """One filtering step: the state after ``action`` was executed in ``state`` and ``obs`` was seen."""
 
     @abstractmethod
-    def imagine(self, state: State, actions: Tensors | Tensor | None = None, horizon: int | None = None) -> Trajectory:
+    def imagine(
+        self, state: State, actions: Tensors | Tensor | None = None, horizon: int | None = None
+    ) -> Trajectory:
         """Roll out given actions (B, H, ...), or the policy for ``horizon`` steps."""
 
     @abstractmethod
@@ -73,7 +79,9 @@ class WorldModel(nn.Module, ABC):
         """A bare tensor stands for the only action key."""
         if isinstance(actions, Tensor):
             if len(self.spaces.action) != 1:
-                raise ValueError(f"this model has the action keys {sorted(self.spaces.action)}: pass a dict of tensors")
+                raise ValueError(
+                    f"this model has the action keys {sorted(self.spaces.action)}: pass a dict of tensors"
+                )
             actions = {next(iter(self.spaces.action)): actions}
         if actions.keys() != self.spaces.action.keys():
             raise ValueError(f"action keys are {sorted(actions)}, expected {sorted(self.spaces.action)}")
@@ -83,7 +91,9 @@ class WorldModel(nn.Module, ABC):
         """A bare tensor stands for the only observation key; shapes and keys are checked."""
         if isinstance(obs, Tensor):
             if len(self.spaces.obs) != 1:
-                raise ValueError(f"this model has the observation keys {sorted(self.spaces.obs)}: pass a dict of tensors")
+                raise ValueError(
+                    f"this model has the observation keys {sorted(self.spaces.obs)}: pass a dict of tensors"
+                )
             obs = {next(iter(self.spaces.obs)): obs}
         missing = self.spaces.obs.keys() - obs.keys()
         if missing:
@@ -91,12 +101,13 @@ class WorldModel(nn.Module, ABC):
         for k, spec in self.spaces.obs.items():
             shape = tuple(obs[k].shape[obs[k].ndim - len(spec.shape) :])
             if shape != spec.shape or obs[k].ndim == len(spec.shape):
-                raise ValueError(
-                    f"observation {k!r} has shape {tuple(obs[k].shape)}; expected (batch, {', '.join(map(str, spec.shape))})"
-                )
+                expected = ", ".join(map(str, ("batch", *spec.shape)))
+                raise ValueError(f"observation {k!r} has shape {tuple(obs[k].shape)}; expected ({expected})")
         return {k: obs[k].to(self.device) for k in self.spaces.obs}
 
     def __repr__(self) -> str:
         parts = {n: sum(p.numel() for p in m.parameters()) for n, m in self.named_children()}
         lines = [f"  {n:<10}{c:>14,}" for n, c in parts.items() if c]
-        return "\n".join([f"{type(self).__name__}(", *lines, f"  {'total':<10}{sum(parts.values()):>14,}", ")"])
+        return "\n".join(
+            [f"{type(self).__name__}(", *lines, f"  {'total':<10}{sum(parts.values()):>14,}", ")"]
+        )

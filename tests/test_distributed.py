@@ -20,7 +20,9 @@ SIZES = {"deter": 32, "hidden": 16, "stoch": 4, "classes": 4, "depth": 2, "units
 
 
 class SharedNoise:
-    """The noise of one rank: its rows of noise that is drawn for the whole batch, so that ranks can be compared."""
+    """The noise of one rank: its rows of noise that is drawn for the whole batch, so that ranks can be
+    compared.
+    """
 
     def __init__(self, update: int, rank: int, world: int):
         self.update, self.rank, self.world = update, rank, world
@@ -51,7 +53,10 @@ class Feed(pl.Callback):
                     self.grads.setdefault(name, p.grad.clone())
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        torch.save({"state": module.state_dict(), "grads": self.grads}, self.folder / f"rank{trainer.global_rank}of{trainer.world_size}.pt")
+        torch.save(
+            {"state": module.state_dict(), "grads": self.grads},
+            self.folder / f"rank{trainer.global_rank}of{trainer.world_size}.pt",
+        )
 
 
 class Data(pl.LightningDataModule):
@@ -80,7 +85,9 @@ class Data(pl.LightningDataModule):
 def make_module() -> DreamerV3Module:
     """Random weights everywhere: heads that start at zero would leave gradients of rounding size."""
     torch.manual_seed(0)
-    module = DreamerV3Module(SPACES.to_plain(), "debug", **SIZES, imag_length=H, lr=4e-5, warmup=1, log_every=1)
+    module = DreamerV3Module(
+        SPACES.to_plain(), "debug", **SIZES, imag_length=H, lr=4e-5, warmup=1, log_every=1
+    )
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -89,7 +96,9 @@ def make_module() -> DreamerV3Module:
 
 def train(folder: Path, devices: int) -> None:
     module = make_module()
-    strategy = ReplicatedStrategy(start_method="fork", process_group_backend="gloo") if devices > 1 else "auto"
+    strategy = (
+        ReplicatedStrategy(start_method="fork", process_group_backend="gloo") if devices > 1 else "auto"
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,

@@ -1,6 +1,7 @@
 """Parameters of the official DreamerV3 (danijar/dreamerv3) to ours and back.
 
-The module tree has the official names, so only leaves are renamed: ``enc/cnn0/kernel`` is ``enc.cnn0.weight``. Linear
+The module tree has the official names, so only leaves are renamed: ``enc/cnn0/kernel`` is
+    ``enc.cnn0.weight``. Linear
 kernels keep their (in, out) layout; convolution kernels go from (k, k, in, out) to (out, in, k, k).
 """
 

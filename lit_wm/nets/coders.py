@@ -22,13 +22,16 @@ def image_grid(specs: dict[str, Spec], outer: bool = False) -> tuple[int, int] |
     """Height and width of the innermost feature map, None without images.
 
     Raises:
-        ConfigError: if sizes differ or do not fit the halvings (four, three with ``outer``) down to 3 ... 16 pixels.
+        ConfigError: if sizes differ or do not fit the halvings (four, three with ``outer``) down to 3 ... 16
+            pixels.
     """
     sizes = {k: s.hwc[:2] for k, s in specs.items() if s.is_image}
     if not sizes:
         return None
     if len(set(sizes.values())) > 1:
-        raise ConfigError(f"image observations must share one height and width, got {sizes}; resize them in the environment")
+        raise ConfigError(
+            f"image observations must share one height and width, got {sizes}; resize them in the environment"
+        )
     (height, width) = next(iter(sizes.values()))
     stride = 2 ** (len(MULTS) - outer)
     if any(n % stride or not 3 <= n // stride <= 16 for n in (height, width)):
@@ -166,14 +169,16 @@ class Decoder(nn.Module):
             self.imgout = Conv(channels, sum(specs[k].hwc[2] for k in self.image_keys))
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensors:
-        """(..., D), (..., S*C) -> by key: symlog-space mean of a vector, logits of a discrete entry, (..., H, W, C) mean
-        of an image in 0 ... 1 whatever its stored layout."""
+        """(..., D), (..., S*C) -> by key: symlog-space mean of a vector, logits of a discrete entry, (..., H,
+        W, C) mean of an image in 0 ... 1 whatever its stored layout.
+        """
         lead = deter.shape[:-1]
         out: Tensors = {}
         if self.vector_keys:
             x = self.mlp(torch.cat([stoch, deter], -1))
             for k in self.vector_keys:
-                spec, (layer,) = self.specs[k], self.vec[module_key(k)].values()  # type: ignore[misc]
+                spec = self.specs[k]
+                layer = self.vec[module_key(k)]["logits" if spec.is_discrete else "pred"]  # type: ignore[index]
                 shape = (*spec.shape, spec.classes) if spec.is_discrete else spec.shape
                 out[k] = layer(x).float().view(*lead, *shape)
         if self.image_keys:
@@ -205,7 +210,12 @@ class Decoder(nn.Module):
         """(N, D), (N, S*C) -> (N, H, W, C) in 0 ... 1."""
         (h, w), g, channels = self.minres, self.bspace, self.depth * MULTS[-1]
         # Each block of the deterministic state owns a slice of the channels.
-        y0 = self.sp0(deter).view(-1, g, h, w, channels // g).permute(0, 2, 3, 1, 4).reshape(-1, h, w, channels)
+        y0 = (
+            self.sp0(deter)
+            .view(-1, g, h, w, channels // g)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(-1, h, w, channels)
+        )
         y1 = self.sp2(self.sp1norm(self.sp1(stoch))).view(-1, h, w, channels)
         x = self.spnorm(y0 + y1)
         for i in reversed(range(len(MULTS) - 1)):
@@ -222,5 +232,3 @@ class Decoder(nn.Module):
 def greedy(out: Tensors, specs: dict[str, Spec]) -> Tensors:
     """Decoder outputs with the logits of discrete entries replaced by the most likely class."""
     return {k: v.argmax(-1) if specs[k].is_discrete else v for k, v in out.items()}
-
-

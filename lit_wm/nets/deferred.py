@@ -1,8 +1,11 @@
 """Weight gradients of a recurrent scan, computed once after all its steps.
 
-In a scan over T steps with a small batch, autograd multiplies and accumulates a full-size weight gradient at every
-step: T products with an inner size of B. The gradient of a matrix depends only on all inputs and all output gradients,
-so they are collected and multiplied once, with an inner size of B*T. Same sums, better order, far less memory traffic.
+In a scan over T steps with a small batch, autograd multiplies and accumulates a full-size weight gradient at
+every
+step: T products with an inner size of B. The gradient of a matrix depends only on all inputs and all output
+    gradients,
+so they are collected and multiplied once, with an inner size of B*T. Same sums, better order, far less memory
+traffic.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 
 Uses = list[tuple[int, Tensor, Tensor]]  # number of the backward pass, input, gradient of the output
 
@@ -40,7 +42,9 @@ class DeferredWeights:
 
 
 def _of_this_pass(uses: Uses) -> Uses:
-    """``uses`` without those of an earlier backward pass that went through the scan but did not want the weight."""
+    """``uses`` without those of an earlier backward pass that went through the scan but did not want the
+    weight.
+    """
     if uses and uses[0][0] != torch._C._current_graph_task_id():
         uses.clear()
     return uses

@@ -46,13 +46,17 @@ class Head(nn.Module):
 
 
 def batched_heads(feat: Tensor, heads: list[Head]) -> list[Tensor]:
-    """Outputs of several heads; their first layers, the widest, are one matrix product. (..., F) -> (..., outputs)."""
+    """Outputs of several heads; their first layers, the widest, are one matrix product. (..., F) -> (...,
+    outputs).
+    """
     firsts = stacked_linear(feat, [h.mlp.layer(0)[0] for h in heads])
     return [h.from_first(x) for h, x in zip(heads, firsts, strict=True)]
 
 
 class ActionDist(NamedTuple):
-    """Policy output of one action key: ``log_p`` (..., C) of a discrete one, ``mean`` and ``std`` (..., A) otherwise."""
+    """Policy output of one action key: ``log_p`` (..., C) of a discrete one, ``mean`` and ``std`` (..., A)
+    otherwise.
+    """
 
     spec: Spec
     log_p: Tensor | None = None
@@ -63,10 +67,8 @@ class ActionDist(NamedTuple):
         """Log-probability of ``action``, summed over all its dimensions. (...)"""
         if self.log_p is not None:
             return _sum_dims(dists.categorical_log_prob(self.log_p, action), self.spec)
-        x, mean, std = (v.flatten(-len(self.spec.shape)) if len(self.spec.shape) > 1 else v for v in (action, self.mean, self.std))
-        return dists.normal_log_prob(x, mean, std) if self.spec.shape else dists.normal_log_prob(
-            x.unsqueeze(-1), mean.unsqueeze(-1), std.unsqueeze(-1)
-        )
+        x, mean, std = (_as_vector(v, self.spec) for v in (action, self.mean, self.std))  # type: ignore[arg-type]
+        return dists.normal_log_prob(x, mean, std)
 
     def entropy(self) -> Tensor:
         """Entropy in nats, summed over all dimensions. (...)"""
@@ -85,9 +87,16 @@ class ActionDist(NamedTuple):
     def sample(self, noise: Noise, stream: str, t: int = 0) -> Tensor:
         """A sample: int64 indices or unclipped float32 values. (..., *shape)"""
         if self.log_p is not None:
-            return dists.categorical_index(self.log_p.exp(), noise.exponential(stream, tuple(self.log_p.shape), t))
+            return dists.categorical_index(
+                self.log_p.exp(), noise.exponential(stream, tuple(self.log_p.shape), t)
+            )
         eps = noise.normal(stream, tuple(self.mean.shape), t)  # type: ignore[union-attr]
         return self.mean + self.std * eps  # type: ignore[operator]
+
+
+def _as_vector(x: Tensor, spec: Spec) -> Tensor:
+    """(..., *shape) -> (..., A)."""
+    return x.flatten(-len(spec.shape)) if spec.shape else x.unsqueeze(-1)
 
 
 def _sum_dims(x: Tensor, spec: Spec) -> Tensor:
@@ -95,7 +104,7 @@ def _sum_dims(x: Tensor, spec: Spec) -> Tensor:
 
 
 class PolicyHead(nn.Module):
-    """MLP and one output per action key: logits of a discrete key, raw mean and stddev of a continuous one."""
+    """MLP and one output per action key: logits of a discrete, raw mean and stddev of a continuous one."""
 
     def __init__(self, inputs: int, units: int, layers: int, specs: dict[str, Spec], outscale: float = 0.01):
         super().__init__()

@@ -1,8 +1,9 @@
 """Layers shared by all networks, with the reference's layouts and initialisation.
 
-Parameters are float32; a layer computes in the dtype of its input. Kernels are stored as the reference stores them:
-linear (in, out), block-linear (G, in/G, out/G); convolutions are (out, in, k, k) as torch wants them. Images travel as
-(N, H, W, C), so that norms run over the contiguous axis and convolutions see channels-last memory.
+Parameters are float32; a layer computes in the dtype of its input. Kernels are stored as the reference stores
+them: linear (in, out), block-linear (G, in/G, out/G); convolutions are (out, in, k, k) as torch wants them.
+Images travel as (N, H, W, C), so that norms run over the contiguous axis and convolutions see channels-last
+memory.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class BlockLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, blocks: int):
         super().__init__()
         if inputs % blocks or outputs % blocks:
-            raise ValueError(f"BlockLinear({inputs}, {outputs}): both sizes must be divisible by blocks={blocks}")
+            raise ValueError(
+                f"BlockLinear({inputs}, {outputs}): both sizes must be divisible by blocks={blocks}"
+            )
         self.blocks = blocks
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -163,11 +166,15 @@ class Conv(nn.Module):
         return F.max_pool2d(self(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
     def strided(self, x: Tensor) -> Tensor:
-        """Convolution with stride 2, SAME: one pixel of padding before, two after. (N, H, W, in) -> (N, H/2, W/2, out)."""
+        """Convolution with stride 2, SAME: one pixel of padding before, two after. (N, H, W, in) -> (N, H/2,
+        W/2, out).
+        """
         return _conv_nhwc(F.pad(x, (0, 0, 1, 2, 1, 2)), self.weight, self.bias, 0, stride=2)
 
     def transposed(self, x: Tensor) -> Tensor:
-        """Convolution of the image with zeros between its pixels, which sit at odd places. -> (N, 2H, 2W, out)."""
+        """Convolution of the image with zeros between its pixels, which sit at odd places. -> (N, 2H, 2W,
+        out).
+        """
         n, h, w, c = x.shape
         sparse = x.new_zeros(n, h, 2, w, 2, c)
         sparse[:, :, 1, :, 1] = x
@@ -176,9 +183,9 @@ class Conv(nn.Module):
     def upsampled(self, x: Tensor) -> Tensor:
         """Nearest 2x upsampling, then the convolution, as the four phases of each input pixel.
 
-        An output pixel of phase (a, b) sees only 3x3 different input pixels, each weighted by a sum of 5x5 taps. So
-        one 3x3 convolution with four times the channels at the low resolution gives the same result (up to the order
-        of the sums) for 36 % of the arithmetic, and the upsampled image is never built.
+        An output pixel of phase (a, b) sees only 3x3 different input pixels, each weighted by a sum of 5x5
+        taps. So one 3x3 convolution with four times the channels at the low resolution gives the same result
+        (up to the order of the sums) for 36 % of the arithmetic, and the upsampled image is never built.
 
         (N, H, W, in) -> (N, H, W, 2, 2, out); :func:`merge_phases` arranges the pixels.
         """
@@ -191,7 +198,8 @@ class Conv(nn.Module):
         return y.reshape(n, h, w, 2, 2, -1)
 
 
-# Taps of a 5-wide kernel that fall on the same source pixel after nearest 2x upsampling: [phase, 3 pixels, 5 taps].
+# Taps of a 5-wide kernel that fall on the same source pixel after nearest 2x upsampling: [phase, 3 pixels, 5
+# taps].
 _PHASE_TAPS = (
     ((1.0, 1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0, 0.0), (0.0, 0.0, 0.0, 0.0, 1.0)),
     ((1.0, 0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0, 1.0)),

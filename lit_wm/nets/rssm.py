@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lit_wm.distributions import straight_through, unimix
 from lit_wm.nets.deferred import DeferredWeights
-from lit_wm.nets.layers import MLP, BlockLinear, Linear, RMSNorm, _NormSiLU, from_blocks, to_blocks
+from lit_wm.nets.layers import BlockLinear, Linear, RMSNorm, _NormSiLU, from_blocks, to_blocks
 from lit_wm.noise import Noise
 from lit_wm.types import State, Tensors
-
 
 Policy = Callable[[Tensor, int], tuple[Tensors, Tensor]]
 
@@ -63,7 +62,10 @@ class RSSM(nn.Module):
         self.dynin0, self.dynin0norm = Linear(deter, hidden), RMSNorm(hidden)
         self.dynin1, self.dynin1norm = Linear(flat, hidden), RMSNorm(hidden)
         self.dynin2, self.dynin2norm = Linear(action, hidden), RMSNorm(hidden)
-        self.dynhid0, self.dynhid0norm = BlockLinear(deter + 3 * hidden * blocks, deter, blocks), RMSNorm(deter)
+        self.dynhid0, self.dynhid0norm = (
+            BlockLinear(deter + 3 * hidden * blocks, deter, blocks),
+            RMSNorm(deter),
+        )
         self.dyngru = BlockLinear(deter, 3 * deter, blocks)
         self.prior0, self.prior0norm = Linear(deter, hidden), RMSNorm(hidden)
         self.prior1, self.prior1norm = Linear(hidden, hidden), RMSNorm(hidden)
@@ -173,7 +175,9 @@ class RSSM(nn.Module):
     # --- The recurrent core ------------------------------------------------------------------------
 
     def core_weights(self, dtype: torch.dtype, tape: DeferredWeights | None = None) -> CoreWeights:
-        """Cast and split the recurrent weights; ``tape`` defers the gradients of the matrices to one product each."""
+        """Cast and split the recurrent weights; ``tape`` defers the gradients of the matrices to one product
+        each.
+        """
         hold = (lambda x: x) if tape is None else tape.hold
         size = self.deter // self.blocks
         hid = self.dynhid0.weight.to(dtype)  # (G, D/G + 3h, D/G)
@@ -191,13 +195,12 @@ class RSSM(nn.Module):
         )
         return w
 
-    def _core(
-        self, w: CoreWeights, deter: Tensor, stoch: Tensor, action_in: Tensor, flat: Tensor
-    ) -> Tensor:
-        """Block GRU step. deter (G, N, D/G) and the same as flat (N, D), stoch (N, S*C), action_in (N, h) -> (G, N, D/G).
+    def _core(self, w: CoreWeights, deter: Tensor, stoch: Tensor, action_in: Tensor, flat: Tensor) -> Tensor:
+        """Block GRU step. deter (G, N, D/G) and the same as flat (N, D), stoch (N, S*C), action_in (N, h) ->
+        (G, N, D/G).
 
-        The inputs of all blocks share concat(x0, x1, x2), so their part of the hidden layer is one dense product; only
-        the deterministic part is block-wise.
+        The inputs of all blocks share concat(x0, x1, x2), so their part of the hidden layer is one dense
+        product; only the deterministic part is block-wise.
         """
         matmul = DeferredWeights.matmul
         x0 = _NormSiLU.apply(matmul(flat, w.in0) + w.in0_bias, self.dynin0norm.scale)

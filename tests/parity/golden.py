@@ -1,4 +1,4 @@
-"""Reading golden sets: every array is tracked, and counts as used only when a numeric comparison has read it."""
+"""Golden sets: every array is tracked, and counts as used only when a numeric comparison has read it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,17 @@ class Arrays:
         return [k.removeprefix(prefix) for k in self.data if k.startswith(prefix)]
 
     def compare(self, name: str, ours: Any, rtol: float = FORWARD, atol: float = 0.0) -> None:
-        """Assert that ``ours`` equals the array: exactly if it holds integers, else within rtol of its largest entry."""
+        """Assert that ``ours`` equals the array: exactly if it holds integers, else within rtol of its
+        largest entry.
+        """
         theirs = self.data[name]
         ours = ours.detach().cpu().numpy() if isinstance(ours, Tensor) else np.asarray(ours)
         where = f"{self.path.name}:{name}"
         assert ours.shape == theirs.shape, f"{where}: shape {ours.shape}, golden {theirs.shape}"
         if theirs.dtype.kind in "biu":
-            assert np.array_equal(ours, theirs), f"{where}: {(ours != theirs).sum()} of {theirs.size} entries differ"
+            assert np.array_equal(ours, theirs), (
+                f"{where}: {(ours != theirs).sum()} of {theirs.size} entries differ"
+            )
         else:
             assert np.array_equal(np.isfinite(ours), np.isfinite(theirs)), f"{where}: not finite"
             limit = max(atol, rtol * float(np.abs(theirs).max(initial=0.0)))
@@ -52,12 +56,15 @@ class Arrays:
         self.used.add(name)
 
     def compare_pixels(self, name: str, ours: Tensor) -> None:
-        """Assert that at most one pixel in a thousand is off, by one level: a float within rounding of a whole number
-        may be truncated to the pixel value next to it."""
+        """Assert that at most one pixel in a thousand is off, by one level: a float within rounding of a
+        whole number may be truncated to the pixel value next to it.
+        """
         theirs = self.tensor(name)
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, f"{name}: {ours.shape}, {theirs.shape}"
+        assert ours.shape == theirs.shape, f"{name}: {ours.shape}, golden {theirs.shape}"
+        assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype}, golden {theirs.dtype}"
         error = (ours.int() - theirs.int()).abs()
-        assert error.max() <= 1 and (error > 0).float().mean() < 1e-3, f"{name}: {(error > 0).sum()} pixels differ"
+        assert error.max() <= 1, f"{name}: a pixel is off by {error.max()}"
+        assert (error > 0).float().mean() < 1e-3, f"{name}: {(error > 0).sum()} pixels differ"
         self.used.add(name)
 
     def unused(self) -> list[str]:
@@ -71,7 +78,9 @@ class GoldenSet:
     def __init__(self, directory: Path, name: str):
         self.name = name
         self.meta = json.loads((directory / f"{name}_meta.json").read_text())
-        self.files = {p.stem.removeprefix(f"{name}_"): Arrays(p) for p in sorted(directory.glob(f"{name}_*.npz"))}
+        self.files = {
+            p.stem.removeprefix(f"{name}_"): Arrays(p) for p in sorted(directory.glob(f"{name}_*.npz"))
+        }
 
     def __getattr__(self, name: str) -> Arrays:
         try:
@@ -93,7 +102,8 @@ class ReplayedNoise:
     """Hands out recorded noise by stream name, and can say what it has handed out.
 
     Args:
-        tapes: ``name -> (kind, array)`` with kind "gumbel" or "normal". A tape of a roll-out has its time on ``axis``.
+        tapes: ``name -> (kind, array)`` with kind "gumbel" or "normal". A tape of a roll-out has its time on
+            ``axis``.
     """
 
     def __init__(self, tapes: dict[str, tuple[Tensor, int | None]]):
@@ -109,7 +119,12 @@ class ReplayedNoise:
         return self._serve(name, shape, t, lambda x: x, lambda x: x)
 
     def _serve(
-        self, name: str, shape: tuple[int, ...], t: int, to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        t: int,
+        to: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor], Tensor],
     ) -> Tensor:
         tape, axis = self.tapes[name]
         served = self.served[name]
