@@ -1,34 +1,74 @@
-"""Every preset has exactly the parameters of the official code."""
+"""Parameter counts of the presets, equal to the official code's to the digit."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
 from lit_wm.dreamerv3 import DreamerV3
 from lit_wm.errors import ConfigError
-from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, DREAMERV3_PARAMETERS_VECTOR, dreamerv3_sizes
+from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE, DREAMERV3_PARAMETERS_VECTOR, dreamerv3_sizes
 from lit_wm.types import Spaces, Spec
 
-IMAGE = Spaces({"image": Spec("uint8", (64, 64, 3))}, {"action": Spec("int32", (), classes=18)})
-VECTOR = Spaces({"vector": Spec("float32", (39,))}, {"action": Spec("float32", (6,))})
+IMAGE = Spaces({"image": Spec("uint8", (64, 64, 3))}, {"action": Spec("int32", (), 18)})
+VECTOR = Spaces({"obs": Spec("float32", (39,))}, {"action": Spec("float32", (6,))})
+PARTS = ("enc", "dyn", "dec", "rew", "con", "pol", "val")
+# Parts of the official code by shape evaluation, for an image with 18 discrete actions and for a vector with 6 continuous.
+IMAGE_PARTS = {
+    "size1m": (14_304, 377_472, 80_595, 57_663, 41_153, 50_706, 66_111),
+    "size12m": (220_416, 5_982_720, 1_272_003, 721_407, 656_129, 792_594, 853_503),
+    "size25m": (493_824, 13_446_912, 2_857_635, 1_573_503, 1_475_713, 1_778_706, 1_869_951),
+    "size50m": (876_032, 23_892_992, 5_076_355, 2_753_279, 2_622_977, 3_158_034, 3_279_615),
+    "size100m": (1_966_848, 53_730_816, 11_413_059, 6_095_871, 5_900_545, 7_096_338, 7_278_591),
+    "size200m": (3_492_864, 95_496_192, 20_282_115, 10_749_183, 10_488_833, 12_607_506, 12_850_431),
+    "size400m": (7_850_496, 214_809_600, 45_617_283, 23_987_967, 23_597_569, 28_348_434, 28_712_703),
+}
+VECTOR_PARTS = {
+    "size1m": (11_072, 364_416, 52_071, 57_663, 41_153, 50_316, 66_111),
+    "size12m": (142_592, 5_783_040, 797_991, 721_407, 656_129, 791_052, 853_503),
+    "size25m": (312_192, 12_999_936, 1_786_791, 1_573_503, 1_475_713, 1_776_396, 1_869_951),
+    "size50m": (547_328, 23_100_416, 3_168_807, 2_753_279, 2_622_977, 3_154_956, 3_279_615),
+    "size100m": (1_214_208, 51_952_128, 7_112_487, 6_095_871, 5_900_545, 7_091_724, 7_278_591),
+    "size200m": (2_143_232, 92_338_176, 12_629_031, 10_749_183, 10_488_833, 12_601_356, 12_850_431),
+    "size400m": (4_787_712, 207_713_280, 28_380_711, 23_987_967, 23_597_569, 28_339_212, 28_712_703),
+}
+CASES = {"image": (IMAGE, IMAGE_PARTS, DREAMERV3_PARAMETERS_IMAGE), "vector": (VECTOR, VECTOR_PARTS, DREAMERV3_PARAMETERS_VECTOR)}
 
 
-def parameters(preset, spaces):
-    with torch.device("meta"):  # shapes only: size400m would take gigabytes
+@pytest.mark.parametrize("preset", list(IMAGE_PARTS))
+@pytest.mark.parametrize("kind", list(CASES))
+def test_parameters_are_the_official_ones(kind: str, preset: str) -> None:
+    spaces, parts, totals = CASES[kind]
+    with torch.device("meta"):
         model = DreamerV3(spaces, **dreamerv3_sizes(preset))
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("slowval"))
+    counts = tuple(sum(p.numel() for p in getattr(model, name).parameters()) for name in PARTS)
+    assert counts == parts[preset]
+    trained = sum(p.numel() for name in ("world_model", "actor", "critic") for p in model.group(name))
+    assert trained == totals[preset] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("preset", DREAMERV3_PARAMETERS_IMAGE)
-def test_parameter_counts_equal_the_official_ones(preset):
-    assert parameters(preset, IMAGE) == DREAMERV3_PARAMETERS_IMAGE[preset]
-    assert parameters(preset, VECTOR) == DREAMERV3_PARAMETERS_VECTOR[preset]
+def test_every_full_preset_is_checked() -> None:
+    assert set(DREAMERV3) - {"debug"} == set(IMAGE_PARTS) == set(VECTOR_PARTS)
 
 
-def test_an_override_replaces_its_entry():
-    assert dreamerv3_sizes("size1m", units=128, deter=None)["units"] == 128
-    assert dreamerv3_sizes("size1m", units=128, deter=None)["deter"] == 512
+@pytest.mark.parametrize("kind", list(CASES))
+def test_debug_builds_and_is_small(kind: str) -> None:
+    model = DreamerV3(CASES[kind][0], **dreamerv3_sizes("debug"))
+    assert sum(p.numel() for p in model.parameters()) < 150_000
 
 
-def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match="size12m"):
-        dreamerv3_sizes("size13m")
+def test_an_override_replaces_its_entry_and_none_does_not() -> None:
+    assert dreamerv3_sizes("size1m", units=7, depth=None) == dict(DREAMERV3["size1m"]) | {"units": 7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "size12"}, "did you mean 'size12m'"),
+        ({"preset": "size1m", "units": 0}, "must be at least 1"),
+        ({"preset": "size1m", "blocks": 7}, "deter=512 must be divisible"),
+    ],
+)
+def test_impossible_sizes_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dreamerv3_sizes(**arguments)
