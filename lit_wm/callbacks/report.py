@@ -40,10 +40,12 @@ class DemoReport(pl.Callback):
         self.max_ratio, self.max_moving_ratio, self.full_config = max_ratio, max_moving_ratio, full_config
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Measure the final weights, if the last evaluation did not."""
-        evaluate = find(trainer, Evaluate)
+        """Measure the final weights and show their dream, if the last evaluation did not."""
+        evaluate, video = find(trainer, Evaluate), find(trainer, DreamVideo)
         if evaluate is not None:
             evaluate.catch_up(trainer, pl_module)
+            if video is not None:
+                video.make(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Print, then check the promise.

@@ -15,7 +15,7 @@ from lit_wm.openloop import video_grid, write_gif
 
 
 class DreamVideo(pl.Callback):
-    """After every evaluation and at the end of training, write a GIF of open-loop dreams on held-out windows.
+    """After every evaluation, write a GIF of open-loop dreams on held-out windows.
 
     Each column is one window: truth above dream above error, green border while the model sees the frames
     (half of the window), red while it dreams. Files are ``videos/dream-ENVSTEPS.gif`` in the run directory
@@ -35,17 +35,11 @@ class DreamVideo(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Show what the evaluation has just seen."""
         if not trainer.sanity_checking:
-            self._make(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Show what the final weights dream."""
-        evaluate = find(trainer, Evaluate)
-        if evaluate is not None:
-            evaluate.catch_up(trainer, pl_module)
-            self._make(trainer, pl_module)
+            self.make(trainer, pl_module)
 
     @rank_zero_only
-    def _make(self, trainer: pl.Trainer, module: Any) -> None:
+    def make(self, trainer: pl.Trainer, module: Any) -> None:
+        """Show what the evaluation has measured, once."""
         now = (int(module.updates), int(data_of(trainer).env_steps))
         if now == self._made_at:
             return

@@ -96,13 +96,16 @@ def test_evaluation_leaves_training_as_it_was(make_trainer):
     assert all(torch.equal(with_it[k], without[k]) for k in with_it)
 
 
-def test_dream_videos_are_written_at_evaluation_and_at_the_end(make_trainer, tmp_path):
+def test_dream_videos_are_written_at_evaluation_and_for_the_report(make_trainer, tmp_path):
     logger = Artifacts()
     video = DreamVideo(rows=3)
     fit(make_trainer, video, max_steps=5, logger=logger)
     names = sorted(p.name for p in (tmp_path / "videos").iterdir())
+    assert names == ["dream-000000002.gif", "dream-000000004.gif"]  # no evaluation of its own at the end
+    fit(make_trainer, video := DreamVideo(rows=3), DemoReport(), max_steps=5, logger=logger)
+    names = sorted(p.name for p in (tmp_path / "videos").iterdir())
     assert names == ["dream-000000002.gif", "dream-000000004.gif", "dream-000000005.gif"]
-    assert [folder for _, folder in logger.paths] == ["videos"] * 3
+    assert [folder for _, folder in logger.paths] == ["videos"] * 5
     assert video.paths == [tmp_path / "videos" / names[-1]]
     height, width, _ = read_spaces(ENV).obs["image"].hwc
     with Image.open(video.paths[0]) as gif:
