@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -135,6 +136,24 @@ def measure(case: str, precision: str, threads: int, repeats: int) -> dict[str, 
     }
 
 
+def provenance() -> dict[str, object]:
+    """What a figure needs to be repeated: commit, versions, machine and how busy it was."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "bf16_instructions": any("avx512_bf16" in line for line in lines),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
 def main() -> None:
     """Print the table, and append it with commit, versions and machine to a JSON-lines file."""
     parser = argparse.ArgumentParser(
@@ -166,17 +185,8 @@ def main() -> None:
         row = measure(case, args.precision, args.threads, args.repeats)
         print("  ".join(f"{row[c]!s:>13}" for c in columns), flush=True)
         if args.out:
-            commit = subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip()
-            row |= {
-                "note": args.note,
-                "commit": commit,
-                "torch": torch.__version__,
-                "machine": platform.processor() or platform.machine(),
-            }
             with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | provenance() | {"note": args.note}) + "\n")
 
 
 if __name__ == "__main__":

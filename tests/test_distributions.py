@@ -118,7 +118,17 @@ def test_bins_are_mirrored_and_ascend(n: int) -> None:
     assert (bins == 0).sum() == (1 if n % 2 else 2)
 
 
-ODD = [0.0, -0.0, 1e9, -1e9, float(BINS[0]), float(BINS[-1]), float(BINS[3]), float(BINS[127]), float(BINS[128])]
+ODD = [
+    0.0,
+    -0.0,
+    1e9,
+    -1e9,
+    float(BINS[0]),
+    float(BINS[-1]),
+    float(BINS[3]),
+    float(BINS[127]),
+    float(BINS[128]),
+]
 
 
 @pytest.mark.parametrize("n", [40, 255])

@@ -45,7 +45,9 @@ def make_batch(spaces: Spaces = VECTOR, B: int = 3, T: int = 6, seed: int = 0) -
     def entry(spec: Spec) -> Tensor:
         if spec.is_image or spec.is_discrete:
             dtype = torch.uint8 if spec.is_image else torch.int64
-            return torch.randint(0, spec.classes or 256, (B, T, *spec.shape), generator=generator, dtype=dtype)
+            return torch.randint(
+                0, spec.classes or 256, (B, T, *spec.shape), generator=generator, dtype=dtype
+            )
         return torch.randn(B, T, *spec.shape, generator=generator)
 
     flags = torch.rand(3, B, T, generator=generator) < 0.1
@@ -76,7 +78,9 @@ class History(pl.Callback):
         self.metrics.append(dict(module.latest))
 
 
-def fit(module: DreamerV3Module, folder: Path, batches: list[Batch], precision: str = "32-true") -> tuple[pl.Trainer, History]:
+def fit(
+    module: DreamerV3Module, folder: Path, batches: list[Batch], precision: str = "32-true"
+) -> tuple[pl.Trainer, History]:
     history = History()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -126,7 +130,7 @@ def test_the_loss_runs_on_tensors_without_values(spaces: Spaces) -> None:
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where a step would wait for the device: reading values, data-dependent shapes, copies from the host."""
+    """Fails where a step would wait for the device: values read, data-dependent shapes, copies from the host."""
 
     READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "item")
 
@@ -135,10 +139,17 @@ class NoSync(TorchDispatchMode):
         name = func.name().removeprefix("aten::").split(".")[0]
         tensors = [a for a in args if isinstance(a, Tensor)]
         on_device = any(t.device.type == "meta" for t in tensors)
-        if on_device and (name in self.READS or (name == "index" and any(t.dtype == torch.bool for t in args[1] if t is not None))):
+        if on_device and (
+            name in self.READS
+            or (name == "index" and any(t.dtype == torch.bool for t in args[1] if t is not None))
+        ):
             raise AssertionError(f"{func} reads the device")
         target = kwargs.get("device")
-        if name == "_to_copy" and target is not None and any(t.device.type != torch.device(target).type for t in tensors):
+        if (
+            name == "_to_copy"
+            and target is not None
+            and any(t.device.type != torch.device(target).type for t in tensors)
+        ):
             raise AssertionError(f"{func} copies between host and device")
         if name == "copy_" and args[0].device.type != args[1].device.type:
             raise AssertionError(f"{func} copies between host and device")
@@ -176,7 +187,8 @@ def test_a_whole_update_never_waits_for_the_device(spaces: Spaces, precision: to
 
 
 @pytest.mark.parametrize(
-    "read", [lambda x: x.item(), lambda x: bool(x), lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0]]
+    "read",
+    [lambda x: x.item(), lambda x: bool(x), lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: x[x > 0]],
 )
 def test_the_detector_detects(read: Any) -> None:
     with pytest.raises(AssertionError, match="reads the device|copies between"), NoSync():
@@ -208,7 +220,9 @@ def test_three_optimizers_equal_one_joint_optimizer_bit_for_bit(tmp_path: Path) 
         optimizer.zero_grad()
         model.update_slow_critic()
         carry = out.post.at(-1).detach()
-    for (name, ours), want in zip(module.model.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, ours), want in zip(
+        module.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, want), name
 
 
@@ -216,7 +230,9 @@ def test_one_update_is_one_global_step(tmp_path: Path) -> None:
     module = make_module()
     trainer, _ = fit(module, tmp_path, [make_batch(seed=i) for i in range(3)])
     assert trainer.global_step == module.updates == int(module.updates_done) == 3
-    assert {int(s["step"]) for o in module.optimizers(use_pl_optimizer=False) for s in o.state.values()} == {3}
+    assert {int(s["step"]) for o in module.optimizers(use_pl_optimizer=False) for s in o.state.values()} == {
+        3
+    }
 
 
 @pytest.mark.parametrize("frozen", [("world_model",), ("actor",), ("critic",), ("world_model", "critic")])
@@ -241,7 +257,9 @@ def reached(loss: str) -> set[str]:
     model = make_module(MIXED, free_nats=0.0).model
     batch = make_batch(MIXED)
     model.loss(batch, model.initial(3), NoiseStreams()).losses[loss].mean().backward()
-    return {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
+    return {
+        n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()
+    }
 
 
 @pytest.mark.parametrize(
@@ -346,7 +364,8 @@ def test_fresh_latents_are_handed_back(tmp_path: Path) -> None:
     module = make_module()
     fit(module, tmp_path, [batch])
     (state,) = written
-    assert state.deter.shape == (3, 6, 32) and not state.deter.requires_grad
+    assert state.deter.shape == (3, 6, 32)
+    assert not state.deter.requires_grad
     assert torch.equal(state.at(-1).deter, module.last_carry.deter)
 
 
@@ -372,7 +391,14 @@ def test_in_bfloat16_all_losses_and_logits_stay_float32() -> None:
     model.compute_dtype = torch.bfloat16
     out = model.loss(make_batch(MIXED), model.initial(3), NoiseStreams())
     assert out.post.deter.dtype == out.feat.dtype == torch.bfloat16
-    numbers = [out.total, out.post_logit, out.prior_logit, out.dream.value_logits, out.dream.returns, *out.losses.values()]
+    numbers = [
+        out.total,
+        out.post_logit,
+        out.prior_logit,
+        out.dream.value_logits,
+        out.dream.returns,
+        *out.losses.values(),
+    ]
     assert {v.dtype for v in numbers} == {torch.float32}
 
 
@@ -410,6 +436,8 @@ def test_a_checkpoint_loads_without_pickle_and_answers_the_same(tmp_path: Path) 
         with torch.no_grad():
             action, state = m.act(obs)
             dream = m.imagine(state, horizon=3)
-            results.append([*action.values(), state.deter, dream.rewards, *m.decode(state).values(), m.q(state, action)])
+            results.append(
+                [*action.values(), state.deter, dream.rewards, *m.decode(state).values(), m.q(state, action)]
+            )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -13,7 +13,9 @@ from torch import nn
 from lit_wm.optim import LaProp, clip_agc_, learning_rate
 
 
-def slow_laprop(start: torch.Tensor, grads: list[torch.Tensor], lr: float, warmup: int, agc: float = 0.3) -> torch.Tensor:
+def slow_laprop(
+    start: torch.Tensor, grads: list[torch.Tensor], lr: float, warmup: int, agc: float = 0.3
+) -> torch.Tensor:
     p, v, m = start.double(), 0.0, 0.0
     for n, g in enumerate(grads, 1):
         g = g.double()
@@ -75,7 +77,14 @@ def test_agc_bounds_the_gradient_by_the_parameter(grad: float, param: float) -> 
 
 @pytest.mark.parametrize(
     ("schedule", "n", "factor"),
-    [("const", 1, 0.0), ("const", 6, 0.5), ("const", 10**6, 1.0), ("linear", 61, 0.55), ("linear", 10**6, 0.1), ("cosine", 61, 0.5)],
+    [
+        ("const", 1, 0.0),
+        ("const", 6, 0.5),
+        ("const", 10**6, 1.0),
+        ("linear", 61, 0.55),
+        ("linear", 10**6, 0.1),
+        ("cosine", 61, 0.5),
+    ],
 )
 def test_learning_rate(schedule: str, n: int, factor: float) -> None:
     group = {"lr": 1e-3, "warmup": 10, "anneal": 110, "schedule": schedule}

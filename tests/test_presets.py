@@ -13,7 +13,7 @@ from lit_wm.types import Spaces, Spec
 IMAGE = Spaces({"image": Spec("uint8", (64, 64, 3))}, {"action": Spec("int32", (), 18)})
 VECTOR = Spaces({"obs": Spec("float32", (39,))}, {"action": Spec("float32", (6,))})
 PARTS = ("enc", "dyn", "dec", "rew", "con", "pol", "val")
-# Parts of the official code by shape evaluation, for an image with 18 discrete actions and for a vector with 6 continuous.
+# Parts of the official code: for an image with 18 discrete actions, for a vector with 6 continuous ones.
 IMAGE_PARTS = {
     "size1m": (14_304, 377_472, 80_595, 57_663, 41_153, 50_706, 66_111),
     "size12m": (220_416, 5_982_720, 1_272_003, 721_407, 656_129, 792_594, 853_503),
@@ -32,7 +32,10 @@ VECTOR_PARTS = {
     "size200m": (2_143_232, 92_338_176, 12_629_031, 10_749_183, 10_488_833, 12_601_356, 12_850_431),
     "size400m": (4_787_712, 207_713_280, 28_380_711, 23_987_967, 23_597_569, 28_339_212, 28_712_703),
 }
-CASES = {"image": (IMAGE, IMAGE_PARTS, DREAMERV3_PARAMETERS_IMAGE), "vector": (VECTOR, VECTOR_PARTS, DREAMERV3_PARAMETERS_VECTOR)}
+CASES = {
+    "image": (IMAGE, IMAGE_PARTS, DREAMERV3_PARAMETERS_IMAGE),
+    "vector": (VECTOR, VECTOR_PARTS, DREAMERV3_PARAMETERS_VECTOR),
+}
 
 
 @pytest.mark.parametrize("preset", list(IMAGE_PARTS))

@@ -36,7 +36,10 @@ def test_the_first_reward_was_received_before_and_does_not_count() -> None:
 def test_nothing_flows_back_over_the_end_of_an_episode() -> None:
     reward, boot = torch.zeros(1, 4), torch.zeros(1, 4)
     reward[0, 3] = boot[0, 3] = 5.0
-    assert lambda_return(reward, torch.tensor([[1.0, 1.0, 0.0, 1.0]]), boot, 0.95)[0, :2].tolist() == [0.0, 0.0]
+    assert lambda_return(reward, torch.tensor([[1.0, 1.0, 0.0, 1.0]]), boot, 0.95)[0, :2].tolist() == [
+        0.0,
+        0.0,
+    ]
 
 
 def test_percentiles_move_by_the_rate_and_start_at_zero() -> None:

@@ -67,7 +67,7 @@ def test_verbs_follow_each_other_on_any_spaces(spaces: Spaces) -> None:
     action, state = model.act(values(spaces.obs, B))
     assert shapes(action) == {k: (B, *s.shape) for k, s in spaces.action.items()}
     for k, s in spaces.action.items():
-        assert not s.is_discrete or (0 <= action[k].min() and action[k].max() < s.classes)
+        assert not s.is_discrete or (action[k].min() >= 0 and action[k].max() < s.classes)
     dream = model.imagine(state)
     assert shapes(dream.actions) == {k: (B, 4, *s.shape) for k, s in spaces.action.items()}
     assert dream.rewards.shape == dream.continues.shape == (B, 4)
@@ -83,8 +83,12 @@ def test_acting_filters_with_the_action_it_chose_before() -> None:
     obs = values(MIXED.obs, B, seed=2)
     acted = model.act(obs, state, noise=NoiseStreams(5))[1]
     encoded = model.encode(obs, State(state.deter, state.stoch), action, noise=NoiseStreams(5))
-    assert torch.equal(acted.deter, encoded.deter) and torch.equal(acted.stoch, encoded.stoch)
-    other = {k: (v + 1) % MIXED.action[k].classes if MIXED.action[k].is_discrete else v / 3 for k, v in action.items()}
+    assert torch.equal(acted.deter, encoded.deter)
+    assert torch.equal(acted.stoch, encoded.stoch)
+    other = {
+        k: (v + 1) % MIXED.action[k].classes if MIXED.action[k].is_discrete else v / 3
+        for k, v in action.items()
+    }
     assert not torch.equal(model.encode(obs, state, other, noise=NoiseStreams(5)).deter, encoded.deter)
 
 
@@ -186,7 +190,10 @@ def test_in_bfloat16_states_are_bfloat16_and_predictions_float32() -> None:
         (lambda m: m.encode({"obs": torch.zeros(B, 4)}), r"shape \(3, 4\); expected \(batch, 5\)"),
         (lambda m: m.encode({"obs": torch.zeros(5)}), r"shape \(5,\); expected \(batch, 5\)"),
         (lambda m: m.encode({"obs": torch.zeros(B, 2, 5)}), "not a sequence"),
-        (lambda m: m.imagine(m.initial(B), {"move": torch.zeros(B, 2)}), r"action keys are \['move'\], expected \['action'\]"),
+        (
+            lambda m: m.imagine(m.initial(B), {"move": torch.zeros(B, 2)}),
+            r"action keys are \['move'\], expected \['action'\]",
+        ),
         (lambda m: m.act({"obs": torch.zeros(B, 5)}, mode="greedy"), "expected 'train' or 'eval'"),
         (lambda m: build(MIXED).encode(torch.zeros(B, 5)), "pass a dict"),
     ],

@@ -39,7 +39,8 @@ def test_rectangles_of_any_channels_come_back_in_their_shape(options: dict[str, 
     assert encoder({"image": pixels(2, 3, 64, 96, channels)}).shape == (2, 3, encoder.token_size)
     out = decoder(*state(2, 3))["image"]
     assert out.shape == (2, 3, 64, 96, channels)
-    assert out.min() > 0 and out.max() < 1
+    assert out.min() > 0
+    assert out.max() < 1
 
 
 def test_channels_first_and_last_give_the_same_tokens_and_losses() -> None:
@@ -49,7 +50,9 @@ def test_channels_first_and_last_give_the_same_tokens_and_losses() -> None:
         b.load_state_dict(a.state_dict())
     other = image.movedim(-1, -3).contiguous()
     torch.testing.assert_close(first[0]({"x": other}), last[0]({"x": image}))
-    torch.testing.assert_close(first[1].losses(*state(2, 3), {"x": other}), last[1].losses(*state(2, 3), {"x": image}))
+    torch.testing.assert_close(
+        first[1].losses(*state(2, 3), {"x": other}), last[1].losses(*state(2, 3), {"x": image})
+    )
 
 
 def test_two_images_enter_sorted_and_leave_in_the_order_of_the_environment() -> None:
@@ -63,8 +66,10 @@ def test_two_images_enter_sorted_and_leave_in_the_order_of_the_environment() -> 
     assert torch.equal(encoder(obs), encoder(obs | {"left": obs["left"] * 0}))
     assert not torch.equal(encoder(obs), encoder(obs | {"right": obs["right"] * 0}))
     out = decoder(*state(1))
-    assert out["right"].shape == (1, 64, 64, 3) and out["right"].min() > 0.99
-    assert out["left"].shape == (1, 64, 64, 1) and out["left"].max() < 0.01
+    assert out["right"].shape == (1, 64, 64, 3)
+    assert out["right"].min() > 0.99
+    assert out["left"].shape == (1, 64, 64, 1)
+    assert out["left"].max() < 0.01
 
 
 def test_the_image_loss_is_the_squared_error_to_the_pixels_as_fractions() -> None:
@@ -72,7 +77,9 @@ def test_the_image_loss_is_the_squared_error_to_the_pixels_as_fractions() -> Non
     image = pixels(2, 1, 64, 64, 3)
     mean = decoder(*state(2, 1))["x"]
     want = (mean.double() - image.double() / 255).square().sum((-3, -2, -1))
-    torch.testing.assert_close(decoder.losses(*state(2, 1), {"x": image})["x"].double(), want, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        decoder.losses(*state(2, 1), {"x": image})["x"].double(), want, rtol=1e-5, atol=1e-3
+    )
 
 
 def test_images_of_unequal_size_are_refused() -> None:
@@ -100,8 +107,16 @@ MIXED = {
 
 def mixed(*lead: int) -> Tensors:
     generator = torch.Generator().manual_seed(3)
-    out = {k: torch.randn(*lead, *s.shape, generator=generator) * 5 for k, s in MIXED.items() if not s.is_discrete}
-    out |= {k: torch.randint(0, s.classes, (*lead, *s.shape), generator=generator) for k, s in MIXED.items() if s.is_discrete}
+    out = {
+        k: torch.randn(*lead, *s.shape, generator=generator) * 5
+        for k, s in MIXED.items()
+        if not s.is_discrete
+    }
+    out |= {
+        k: torch.randint(0, s.classes, (*lead, *s.shape), generator=generator)
+        for k, s in MIXED.items()
+        if s.is_discrete
+    }
     return out
 
 
@@ -114,7 +129,10 @@ def test_every_kind_of_entry_reaches_the_token(key: str) -> None:
 
 def test_the_vector_input_is_sorted_and_squashed() -> None:
     encoder, obs = make(MIXED)[0], mixed(2)
-    flat = {k: (discrete_one_hot(v, MIXED[k], torch.float32) if MIXED[k].is_discrete else symlog(v)).view(2, -1) for k, v in obs.items()}
+    flat = {
+        k: (discrete_one_hot(v, MIXED[k], torch.float32) if MIXED[k].is_discrete else symlog(v)).view(2, -1)
+        for k, v in obs.items()
+    }
     x = torch.cat([flat[k] for k in sorted(MIXED)], -1)
     for i in range(3):
         x = getattr(encoder, f"mlp{i}norm")(getattr(encoder, f"mlp{i}")(x))

@@ -13,7 +13,9 @@ from lit_wm.nets.deferred import DeferredWeights
 STEPS = 4
 
 
-def scan(x: Tensor, weight: Tensor, bias: Tensor, matmul: Callable[[Tensor, Tensor], Tensor], uses: int) -> Tensor:
+def scan(
+    x: Tensor, weight: Tensor, bias: Tensor, matmul: Callable[[Tensor, Tensor], Tensor], uses: int
+) -> Tensor:
     """A recurrence that uses the weight in its first ``uses`` steps."""
     for t in range(STEPS):
         x = torch.tanh((matmul(x, weight) if t < uses else x) + bias)
@@ -49,7 +51,9 @@ def test_gradients_equal_plain_autograd(blocks: int, uses: int) -> None:
 def test_a_use_outside_the_products_counts_too() -> None:
     x, weight, _ = parts(0)
     held = DeferredWeights().hold(weight)
-    (ours,) = torch.autograd.grad((DeferredWeights.matmul(x, held) @ held).sum() + held.square().sum(), weight)
+    (ours,) = torch.autograd.grad(
+        (DeferredWeights.matmul(x, held) @ held).sum() + held.square().sum(), weight
+    )
     (want,) = torch.autograd.grad((x @ weight @ weight).sum() + weight.square().sum(), weight)
     torch.testing.assert_close(ours, want)
 
@@ -68,7 +72,7 @@ def test_a_second_pass_gives_the_same_gradient() -> None:
 
 
 def test_a_pass_that_wants_only_the_input_leaves_nothing_behind() -> None:
-    """It runs through the products as well, and what it collects there must not be added to the next gradient."""
+    """It runs through the products too; what it collects must not be added to the next gradient."""
     x, weight, bias = parts(0)
     out = scan(x, DeferredWeights().hold(weight), bias, DeferredWeights.matmul, STEPS).sum()
     (want,) = torch.autograd.grad(scan(x, weight, bias, torch.matmul, STEPS).sum(), weight)

@@ -43,7 +43,8 @@ def test_log_prob_and_entropy_are_sums_over_the_dimensions(key: str) -> None:
 def test_the_entropy_range_holds_every_entropy(key: str) -> None:
     dist = policy(50)[key]
     lo, hi = dist.entropy_range()
-    assert lo <= dist.entropy().min() and dist.entropy().max() <= hi + 1e-5
+    assert lo <= dist.entropy().min()
+    assert dist.entropy().max() <= hi + 1e-5
     if dist.spec.is_discrete:
         uniform = ActionDist(dist.spec, log_p=torch.zeros_like(dist.log_p).log_softmax(-1))
         assert uniform.entropy()[0].item() == pytest.approx(hi, rel=1e-5)
@@ -75,7 +76,9 @@ def test_outputs_are_float32_in_bfloat16() -> None:
     head = Head(6, 8, 1, 3, "out", 1.0)
     assert head(torch.randn(2, 6).bfloat16()).dtype == torch.float32
     dist = PolicyHead(6, 8, 1, ACTIONS)(torch.randn(2, 6).bfloat16())
-    assert {v.dtype for d in dist.values() for v in (d.log_p, d.mean, d.std) if v is not None} == {torch.float32}
+    assert {v.dtype for d in dist.values() for v in (d.log_p, d.mean, d.std) if v is not None} == {
+        torch.float32
+    }
 
 
 def test_zero_outscale_starts_uniform() -> None:

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_wm.nets.layers import MLP, BlockLinear, Conv, Linear, RMSNorm, from_blocks, merge_phases, stacked_linear, to_blocks
+from lit_wm.nets.layers import (
+    MLP,
+    BlockLinear,
+    Conv,
+    Linear,
+    RMSNorm,
+    from_blocks,
+    merge_phases,
+    stacked_linear,
+    to_blocks,
+)
 
 
 def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
@@ -115,7 +125,8 @@ def test_an_mlp_can_go_on_after_its_first_product() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "fan_in"), [(Linear(900, 300), 900), (BlockLinear(1024, 1024, 8), 1024), (Conv(64, 96), 25 * 64)]
+    ("layer", "fan_in"),
+    [(Linear(900, 300), 900), (BlockLinear(1024, 1024, 8), 1024), (Conv(64, 96), 25 * 64)],
 )
 def test_kernels_start_truncated_with_the_fan_of_the_whole_layer(layer: torch.nn.Module, fan_in: int) -> None:
     sigma = 1 / math.sqrt(fan_in)

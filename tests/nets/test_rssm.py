@@ -29,7 +29,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, State]:
     tokens, action = torch.randn(B, T, E, generator=generator), 3 * torch.randn(B, T, A, generator=generator)
     first = torch.zeros(B, T, dtype=torch.bool)
     first[0, 2] = first[1, 0] = True
-    carry = State(torch.randn(B, D, generator=generator), F.one_hot(torch.ones(B, S, dtype=torch.long), C).float())
+    carry = State(
+        torch.randn(B, D, generator=generator), F.one_hot(torch.ones(B, S, dtype=torch.long), C).float()
+    )
     return tokens, action * ~first.unsqueeze(-1), first, carry
 
 
@@ -49,7 +51,9 @@ def plain_core(model: RSSM, deter: Tensor, stoch: Tensor, action: Tensor) -> Ten
         ],
         -1,
     )
-    blocks = [torch.cat([part, x], -1) @ w for part, w in zip(deter.chunk(G, -1), model.dynhid0.weight, strict=True)]
+    blocks = [
+        torch.cat([part, x], -1) @ w for part, w in zip(deter.chunk(G, -1), model.dynhid0.weight, strict=True)
+    ]
     x = torch.cat(blocks, -1) + model.dynhid0.bias
     x = F.silu(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-4) * model.dynhid0norm.scale)
     out = []
@@ -64,7 +68,9 @@ def plain_core(model: RSSM, deter: Tensor, stoch: Tensor, action: Tensor) -> Ten
 
 def test_a_step_is_the_definition(rssm: RSSM) -> None:
     _, action, _, carry = inputs()
-    torch.testing.assert_close(rssm.step(carry, action[:, 1]), plain_core(rssm, carry.deter, carry.stoch, action[:, 1]))
+    torch.testing.assert_close(
+        rssm.step(carry, action[:, 1]), plain_core(rssm, carry.deter, carry.stoch, action[:, 1])
+    )
 
 
 def test_observing_a_sequence_equals_single_steps_with_all_gradients(rssm: RSSM) -> None:
@@ -86,7 +92,9 @@ def test_observing_a_sequence_equals_single_steps_with_all_gradients(rssm: RSSM)
     cotangent = torch.randn(B, T, S, C)
     params = [p for n, p in rssm.named_parameters() if not n.startswith("prior")]
     ours = torch.autograd.grad((logits * cotangent).sum() + states.deter.sum(), params)
-    want = torch.autograd.grad((torch.stack(wanted, 1) * cotangent).sum() + torch.stack(deters, 1).sum(), params)
+    want = torch.autograd.grad(
+        (torch.stack(wanted, 1) * cotangent).sum() + torch.stack(deters, 1).sum(), params
+    )
     for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
@@ -116,11 +124,15 @@ def test_imagination_equals_single_steps(rssm: RSSM) -> None:
     _, action, _, start = inputs()
     feats = torch.empty(T + 1, B, D + S * C)
     with torch.no_grad():
-        actions = rssm.imagine_into(feats, start, lambda feat, t: ({"a": feat[:, :1]}, action[:, t] + feat[:, :1]), NoiseStreams())
+        actions = rssm.imagine_into(
+            feats, start, lambda feat, t: ({"a": feat[:, :1]}, action[:, t] + feat[:, :1]), NoiseStreams()
+        )
         noise, state = NoiseStreams(), start
         for t in range(T):
             deter = plain_core(rssm, state.deter, state.stoch, action[:, t] + state.deter[:, :1])
-            state = State(deter, rssm.sample(rssm.prior(deter), noise.exponential("prior", (B, S, C), t), torch.float32))
+            state = State(
+                deter, rssm.sample(rssm.prior(deter), noise.exponential("prior", (B, S, C), t), torch.float32)
+            )
             want = torch.cat([state.deter, state.stoch.flatten(-2)], -1)
             torch.testing.assert_close(feats[t + 1], want, rtol=1e-4, atol=1e-5)
     assert len(actions) == T
@@ -128,7 +140,9 @@ def test_imagination_equals_single_steps(rssm: RSSM) -> None:
 
 def test_actions_beyond_one_are_scaled_down(rssm: RSSM) -> None:
     action = torch.tensor([[3.0, -0.5, -4.0, 1.0]])
-    torch.testing.assert_close(rssm.action_input(action), rssm.action_input(torch.tensor([[1.0, -0.5, -1.0, 1.0]])))
+    torch.testing.assert_close(
+        rssm.action_input(action), rssm.action_input(torch.tensor([[1.0, -0.5, -1.0, 1.0]]))
+    )
 
 
 def test_blocks_must_divide_the_state() -> None:
