@@ -130,7 +130,7 @@ def test_the_loss_runs_on_tensors_without_values(spaces: Spaces) -> None:
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where a step would wait for the device: values read, data-dependent shapes, copies from the host."""
+    """Fails where a step would wait for the device: values read, shapes that depend on data, copies."""
 
     READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "item")
 
