@@ -1,6 +1,6 @@
 # `make` alone prints the targets. Every target makes .venv if it is absent and installs only what it needs.
 #   make test PYTHON=python3.12                                   another interpreter (>= 3.11)
-#   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu   another build of torch
+#   make test TORCH_INDEX_URL=URL   another build of torch
 VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
