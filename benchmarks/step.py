@@ -66,8 +66,8 @@ def flops(preset: str, kind: str, horizon: int = 15, rows: int = BATCH * LENGTH)
     return 2.0 * rows * (world + roll + imagined)
 
 
-def make_update(preset: str, kind: str, precision: str) -> tuple[DreamerV3, Callable[[], None]]:
-    """A model and its update on fixed random data."""
+def make_update(preset: str, kind: str, precision: str) -> tuple[DreamerV3, Callable[[], torch.Tensor]]:
+    """A model and its update on fixed random data; an update returns its total loss."""
     torch.manual_seed(0)
     model = DreamerV3(spaces(kind), **dreamerv3_sizes(preset))
     model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
@@ -90,12 +90,14 @@ def make_update(preset: str, kind: str, precision: str) -> tuple[DreamerV3, Call
     optimizers = [LaProp(model.group(name)) for name in ("world_model", "actor", "critic")]
     noise = NoiseStreams()
 
-    def update() -> None:
-        model.loss(batch, model.initial(B), noise).total.backward()
+    def update() -> torch.Tensor:
+        total = model.loss(batch, model.initial(B), noise).total
+        total.backward()
         for opt in optimizers:
             opt.step()
             opt.zero_grad(set_to_none=True)
         model.update_slow_critic()
+        return total.detach()
 
     return model, update
 

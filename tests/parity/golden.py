@@ -24,6 +24,7 @@ class Arrays:
         with np.load(path) as file:
             self.data = {k: file[k] for k in file.files}
         self.used: set[str] = set()
+        self.errors: dict[str, float] = {}  # reached, relative to the largest entry of the array
 
     def __contains__(self, name: str) -> bool:
         return name in self.data
@@ -52,6 +53,8 @@ class Arrays:
             assert np.array_equal(np.isfinite(ours), np.isfinite(theirs)), f"{where}: not finite"
             limit = max(atol, rtol * float(np.abs(theirs).max(initial=0.0)))
             error = float(np.abs(ours.astype(np.float64) - theirs).max(initial=0.0))
+            relative = error / (float(np.abs(theirs).max(initial=0.0)) or 1.0)
+            self.errors[name] = max(relative, self.errors.get(name, 0.0))
             assert error <= limit, f"{where}: differs by {error:.3e}, allowed {limit:.3e}"
         self.used.add(name)
 
@@ -66,6 +69,14 @@ class Arrays:
         assert error.max() <= 1, f"{name}: a pixel is off by {error.max()}"
         assert (error > 0).float().mean() < 1e-3, f"{name}: {(error > 0).sum()} pixels differ"
         self.used.add(name)
+
+    def report(self) -> str:
+        """A line per group of arrays: how many, and the largest error reached."""
+        groups: dict[str, list[float]] = {}
+        for name in sorted(self.used):
+            groups.setdefault(name.split("/")[0], []).append(self.errors.get(name, 0.0))
+        lines = [f"{k:<28}{len(v):>5}{max(v):>10.1e}" for k, v in groups.items()]
+        return "\n".join([f"{self.path.name}: {len(self.used)} of {len(self.data)} arrays", *lines])
 
     def unused(self) -> list[str]:
         """Names that no comparison has read."""

@@ -542,6 +542,7 @@ def test_no_array_was_left_out(golden: GoldenSet, request: pytest.FixtureRequest
     ran = [i for i in request.session.items if i.fspath == request.node.fspath and golden.name in i.name]
     if len(ran) < 8:
         pytest.skip("only a part of the set was selected")
+    print("", *(file.report() for file in golden.files.values()), sep="\n")
     assert golden.unused() == []
 
 
@@ -873,4 +874,5 @@ def test_no_unit_array_was_left_out(units: Arrays, request: pytest.FixtureReques
     ran = [i for i in request.session.items if i.fspath == request.node.fspath and units.path.name in i.name]
     if len(ran) < 15:
         pytest.skip("only a part of the file was selected")
+    print("", units.report(), sep="\n")
     assert units.unused() == []
