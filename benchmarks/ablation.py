@@ -2,9 +2,9 @@
 
     python benchmarks/ablation.py [CASE ...] [--precision 32-true|bf16-mixed] [--repeats N]
 
-Every plain form computes the same loss (last column: relative difference in the first update; but the samples of
-torch.distributions are others). Updates with and without are timed in turn, in one process, in CPU time with one
-thread; medians. Share is of the float32 matrix-product rate, as in ``benchmarks/step.py``.
+Every plain form computes the same loss (last column: relative difference in the first update; but the samples
+of torch.distributions are others). Updates with and without are timed in turn, in one process, in CPU time of
+one thread; medians. Share is of the float32 matrix-product rate, as in ``benchmarks/step.py``.
 """
 
 from __future__ import annotations

@@ -71,27 +71,64 @@ def from_blocks(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
+PIECE = (
+    2**17
+)  # entries of a large input worked on at a time, so that they stay in a CPU's cache between operations
+
+
 class _NormSiLU(torch.autograd.Function):
     """RMSNorm then SiLU over the last axis in float32; saves the input and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        x32 = x.float()
-        rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        inv = rms.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()  # (..., 1)
-        normed = (x32 * inv).mul_(scale).to(x.dtype)
+        if x.device.type != "cpu" or x.numel() <= PIECE:
+            out, inv = _norm_silu(x, scale)
+        else:
+            flat = x.reshape(-1, x.shape[-1])
+            out, inv = torch.empty_like(flat), flat.new_empty(flat.shape[0], 1, dtype=torch.float32)
+            for part, *targets in zip(*(_pieces(v, x.shape[-1]) for v in (flat, out, inv)), strict=True):
+                for target, value in zip(targets, _norm_silu(part, scale), strict=True):
+                    target.copy_(value)
+            out, inv = out.view(x.shape), inv.view(*x.shape[:-1], 1)
         ctx.save_for_backward(x, inv, scale)
-        return F.silu(normed)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, inv, scale = ctx.saved_tensors
-        unit = x.float() * inv
-        grad = torch.ops.aten.silu_backward(grad, (unit * scale).to(x.dtype)).float()
-        grad_scale = (grad * unit).flatten(0, -2).sum(0)
-        grad = grad * scale
-        dot = (grad * unit).mean(-1, keepdim=True)
-        return grad.addcmul_(unit, dot, value=-1).mul_(inv).to(x.dtype), grad_scale
+        flat_grad, flat, flat_inv = (v.reshape(-1, v.shape[-1]) for v in (grad, x, inv))
+        if x.device.type != "cpu" or x.numel() <= PIECE:
+            grad_x, grad_scale = _norm_silu_backward(flat_grad, flat, flat_inv, scale)
+            return grad_x.view(x.shape), grad_scale
+        grad_x, grad_scale = torch.empty_like(flat), torch.zeros_like(scale)
+        tensors = (flat_grad, flat, flat_inv, grad_x)
+        for g, part, i, target in zip(*(_pieces(v, x.shape[-1]) for v in tensors), strict=True):
+            value, partial = _norm_silu_backward(g, part, i, scale)
+            target.copy_(value)
+            grad_scale += partial
+        return grad_x.view(x.shape), grad_scale
+
+
+def _pieces(rows: Tensor, features: int) -> tuple[Tensor, ...]:
+    return rows.split(max(1, PIECE // features))
+
+
+def _norm_silu(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) -> the same shape and dtype, and 1 / rms (..., 1)."""
+    x32 = x.float()
+    rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    inv = rms.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+    return F.silu((x32 * inv).mul_(scale).to(x.dtype)), inv
+
+
+def _norm_silu_backward(grad: Tensor, x: Tensor, inv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`_norm_silu` by x (N, C) and by scale (C,)."""
+    unit = x.float() * inv
+    grad = torch.ops.aten.silu_backward(grad, (unit * scale).to(x.dtype)).float()
+    grad_scale = (grad * unit).sum(0)
+    grad = grad * scale
+    dot = (grad * unit).mean(-1, keepdim=True)
+    return grad.addcmul_(unit, dot, value=-1).mul_(inv).to(x.dtype), grad_scale
 
 
 class RMSNorm(nn.Module):

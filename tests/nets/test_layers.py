@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_wm.nets.layers import (
     MLP,
+    PIECE,
     BlockLinear,
     Conv,
     Linear,
@@ -39,6 +40,24 @@ def test_fused_norm_and_silu_equal_autograd_in_float64(size: float) -> None:
     torch.testing.assert_close(ours.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 / size)
     torch.testing.assert_close(norm.scale.grad.double(), scale.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_input_is_worked_on_in_pieces_with_the_same_result(dtype: torch.dtype) -> None:
+    rows = 3 * PIECE // 64 + 5  # the last piece is a small one
+    x, cotangent = torch.randn(rows, 64).to(dtype), torch.randn(rows, 64).to(dtype)
+
+    def run(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        norm = RMSNorm(64)
+        leaves = [part.clone().requires_grad_() for part in x.split(size)]
+        out = torch.cat([norm(leaf) for leaf in leaves])
+        out.backward(cotangent)
+        return out, torch.cat([leaf.grad for leaf in leaves]), norm.scale.grad
+
+    whole, parts = run(rows), run(1000)
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+    torch.testing.assert_close(whole[2], parts[2], rtol=1e-4, atol=1e-2)
 
 
 def test_the_norm_is_computed_in_float32() -> None:
