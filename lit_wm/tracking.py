@@ -2,8 +2,8 @@
 training.
 
 A tracking server may die, hang or lose its disk while training goes on. :class:`SafeMLFlowLogger` therefore
-talks to MLflow from a thread of its own: a call only puts work into a bounded queue, failed work is tried
-again later, and what cannot be delivered is counted and reported. Only the very start is strict: a store that
+talks to MLflow from a thread of its own: logging only puts a call into a bounded queue, a call that fails is
+tried again, and what cannot be delivered is counted and reported. Only the very start is strict: a store that
 does not answer then is an error, since it is usually a typing mistake.
 """
 
@@ -21,7 +21,8 @@ import time
 import warnings
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ class TrackingError(LitWMError):
     """The tracking store did not answer when the run began."""
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; ``init_args`` is left out since the flags of the command line leave it out too."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix if key == "init_args" else f"{prefix}{key}."
+        flat |= flatten(value, name) if isinstance(value, Mapping) and value else {name[:-1]: value}
+    return flat
+
+
+def folder_name(name: str) -> str:
+    """``atari:pong`` and ``ALE/Pong-v5`` as names of a directory."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Numbers only: tensors are read here, text is dropped."""
     return {k: float(v) for k, v in metrics.items() if not isinstance(v, str)}
@@ -48,21 +63,10 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _reason(error: Exception) -> str:
     """One short line: the operating system's words where there are any."""
-    text = str(error).strip()
-    system = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text) or re.search(r"(timed out)", text)
+    system = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)|(timed out)", str(error))
     if system:
-        return system.group(1).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+        return (system[1] or system[2]).strip()
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 class CsvLogger(Logger):
@@ -79,7 +83,7 @@ class CsvLogger(Logger):
     def __init__(self, directory: str | Path):
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
 
     @property
     def name(self) -> str:
@@ -103,44 +107,42 @@ class CsvLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append one row."""
-        at = int(step or 0)
-        row: dict[str, float] = {"step": at, **_plain(metrics)}
-        if self._columns is None:
-            self._open(row)
-        assert self._columns is not None
-        new = [key for key in row if key not in self._columns]
-        if new:
-            self._columns += new
-            self._rewrite(lambda old: True)
+        row: dict[str, float] = {"step": int(step or 0), **_plain(metrics)}
+        if not row.keys() <= set(self._columns):
+            self._add_columns(row)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
-    def _open(self, first: dict[str, float]) -> None:
+    def _add_columns(self, row: dict[str, float]) -> None:
+        """Write the file anew with the columns of ``row`` too; a reader never sees half a file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._columns = ["step"]
+        old: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                self._columns = next(csv.reader(file), None) or ["step"]
-
-        def before(old: dict[str, str]) -> bool:
-            """Several updates can share one environment step, so their own counter decides if present."""
-            if old.get("step/grad") and "step/grad" in first:
-                return float(old["step/grad"]) < first["step/grad"]
-            return bool(old["step"]) and int(old["step"]) <= first["step"]
-
-        self._rewrite(before)
-
-    def _rewrite(self, keep: Callable[[dict[str, str]], bool]) -> None:
-        """Write the file anew with all columns and the rows to keep; a reader never sees half a file."""
-        assert self._columns is not None
+                old = list(csv.DictReader(file))
+            if not self._columns:  # the first row of this process
+                old = [earlier for earlier in old if _precedes(earlier, row)]
+        self._columns = list(dict.fromkeys([*(old[0] if old else ()), *row]))
         fresh = self.path.with_suffix(".csv.tmp")
-        with fresh.open("w", newline="") as target:
-            writer = csv.DictWriter(target, self._columns, restval="", extrasaction="ignore")
+        with fresh.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
             writer.writeheader()
-            if self.path.exists():
-                with self.path.open(newline="") as source:
-                    writer.writerows(row for row in csv.DictReader(source) if keep(row))
+            writer.writerows(old)
         os.replace(fresh, self.path)
+
+
+def _precedes(old: dict[str, str], row: dict[str, float]) -> bool:
+    """Several updates can share one environment step, so their own counter decides if present."""
+    if old.get("step/grad") and "step/grad" in row:
+        return float(old["step/grad"]) < row["step/grad"]
+    return int(old["step"]) <= row["step"]
+
+
+# -- MLflow ------------------------------------------------------------------------------------------------
+
+# What a store answers that has understood a call and refused it: trying again does not help.
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
 
 
 class SafeMLFlowLogger(MLFlowLogger):
@@ -150,10 +152,8 @@ class SafeMLFlowLogger(MLFlowLogger):
         experiment_name: MLflow experiment; the command line uses the environment id.
         run_name: name shown in the MLflow UI.
         tracking_uri: ``sqlite:///FILE`` or ``http://HOST:PORT``; None takes ``MLFLOW_TRACKING_URI`` and else
-            ``sqlite:///mlruns.db``.
-        artifact_location: folder or URI of a new experiment's artifacts. None: ``mlruns/<experiment>`` beside
-            an SQLite file; the server's choice for a server.
-        tags: tags of the run.
+            ``sqlite:///mlruns.db``. Artifacts go to ``mlruns/<experiment>`` beside an SQLite file, and where
+            a server decides.
         run_id: go on with this run.
         max_pending: calls kept while the store does not answer; the oldest are given up first.
         drain_s: seconds to wait at the end for what is still pending.
@@ -167,8 +167,6 @@ class SafeMLFlowLogger(MLFlowLogger):
         experiment_name: str,
         run_name: str | None = None,
         tracking_uri: str | None = None,
-        artifact_location: str | None = None,
-        tags: dict[str, Any] | None = None,
         run_id: str | None = None,
         max_pending: int = 10_000,
         drain_s: float = 10.0,
@@ -176,350 +174,239 @@ class SafeMLFlowLogger(MLFlowLogger):
         # With MLflow's own defaults a dead server blocks one call for minutes (lightning issue 12833).
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        if uri.startswith("sqlite:///"):
-            # MLflow keeps one connection per URI, so a relative path would mean its first working directory.
-            file = Path(uri.removeprefix("sqlite:///")).resolve()
-            uri, folder = f"sqlite:///{file}", file.parent / "mlruns"
-            artifact_location = (
-                artifact_location or (folder / re.sub(r"[^\w.-]+", "-", experiment_name)).as_uri()
-            )
         # A new database reports each of some fifty migrations.
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        uri, artifacts = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI, None
+        if uri.startswith("sqlite:///"):
+            # MLflow keeps one connection per URI, so a relative path would mean its first working directory.
+            file = Path(uri.removeprefix("sqlite:///")).resolve()
+            uri, folder = f"sqlite:///{file}", file.parent / "mlruns" / folder_name(experiment_name)
+            artifacts = folder.as_uri()
         try:
-            super().__init__(
-                experiment_name=experiment_name,
-                run_name=run_name,
-                tracking_uri=uri,
-                tags=tags,
-                artifact_location=artifact_location,
-                run_id=run_id,
-            )
-        except (
-            Exception
-        ) as error:  # an unknown scheme, a refused file store: MLflow has no common base class for these
-            raise self._unreachable(uri, error) from error
-        self.dropped = 0
-        self.max_pending, self.drain_s = max_pending, drain_s
-        self._answers = False
-        self._pending: deque[tuple[str, Any]] = deque()
-        self._wake = threading.Condition()
-        self._busy = False
-        self._closing = False
-        self._thread: threading.Thread | None = None
-        self._warned = False
-        self._known_params: dict[str, str] | None = None
-
-    # -- the strict start ----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _unreachable(uri: str, error: Exception) -> TrackingError:
-        return TrackingError(
-            f"the MLflow store {uri!r} does not answer: {_reason(error)}\n"
-            "Start the server, correct --tracking.uri (or MLFLOW_TRACKING_URI), or train without MLflow: "
-            "--trainer.logger false"
-        )
+            super().__init__(experiment_name, run_name, uri, run_id=run_id, artifact_location=artifacts)
+        except Exception as error:  # MLflow has no one class for an unknown scheme and a refused file store
+            raise self._unreachable(error) from error
+        self.tracking_uri, self.max_pending, self.drain_s = uri, max_pending, drain_s
+        self.dropped = 0  # calls given up so far
+        self._params: dict[str, str] = {}  # what the run has in the store
+        self._pending: deque[tuple[str, dict[str, Any]]] = deque()  # method of the client, its arguments
+        self._sending = 0  # pending calls that the worker is delivering as one
+        self._closing = self._warned = False
+        self._changed = threading.Condition()
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The ``MlflowClient``. The first use checks that the store answers; it does not open a run yet.
+        """The ``MlflowClient``. Its calls wait and can raise: prefer the methods of this class in training.
 
-        Calls on the client are synchronous and can raise; prefer :meth:`log_artifact` and :meth:`set_tags` in
-        training.
+        Lightning asks for it before a checkpoint is read, so it does not open a run yet.
         """
-        if not self._answers:
-            try:
-                self._mlflow_client.search_experiments(max_results=1)
-            except Exception as error:
-                raise self._unreachable(str(self._tracking_uri), error) from error
-            self._answers = True
         return self._mlflow_client
+
+    # -- the strict start ----------------------------------------------------------------------------------
 
     @rank_zero_only
     def start(self) -> None:
         """Open the run, or go on with ``run_id``. Called by the first log; a second call does nothing."""
         if self._initialized:
             return
-        client = self.experiment
         try:
-            if self._run_id is not None and not self._adopt(client, self._run_id):
-                self._run_id = None
-            if self._run_id is None:
-                self._create(client)
+            if self._run_id is None or not self._adopt(self._run_id):
+                self._create()
         except Exception as error:
-            raise self._unreachable(str(self._tracking_uri), error) from error
+            raise self._unreachable(error) from error
         self._initialized = True
-        self._ensure_worker()
-
-    def _adopt(self, client: Any, run_id: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            warnings.warn(
-                f"MLflow run {run_id} of the checkpoint is not in {self._tracking_uri}; a new run begins.",
-                stacklevel=2,
-            )
-            self.tags = {**(self.tags or {}), "resumed_from": run_id}
-            return False
-        self._experiment_id = run.info.experiment_id
-        self._known_params = dict(run.data.params)
-        client.update_run(run_id, status="RUNNING")
-        return True
-
-    def _create(self, client: Any) -> None:
-        from mlflow.exceptions import MlflowException
-
-        found = client.get_experiment_by_name(self._experiment_name)
-        if found is not None and found.lifecycle_stage == "deleted":
-            client.restore_experiment(found.experiment_id)
-        if found is None:
-            try:
-                self._experiment_id = client.create_experiment(
-                    self._experiment_name, artifact_location=self._artifact_location
-                )
-            except MlflowException:  # another run has just created it
-                found = client.get_experiment_by_name(self._experiment_name)
-                if found is None:
-                    raise
-        if found is not None:
-            self._experiment_id = found.experiment_id
-        tags = {k: str(v) for k, v in (self.tags or {}).items()}
-        self._run_id = client.create_run(self._experiment_id, tags=tags, run_name=self._run_name).info.run_id
-        self._known_params = {}
+        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     def resume(self, run_id: str) -> None:
         """Go on with this run; of use before the first log only."""
         if not self._initialized:
             self._run_id = run_id
 
-    @property
-    def run_id(self) -> str | None:
-        """Identifier of the run, once it is open; None before and on other processes than the first."""
-        return self._run_id
+    def _adopt(self, run_id: str) -> bool:
+        """Open this run again; False when the store does not have it."""
+        from mlflow.exceptions import MlflowException
 
-    @property
-    def experiment_id(self) -> str | None:
-        """Identifier of the experiment, once the run is open."""
-        return self._experiment_id
+        try:
+            run = self._mlflow_client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            warnings.warn(
+                f"MLflow run {run_id} is not in {self.tracking_uri}; a new run begins.", stacklevel=2
+            )
+            self.tags = {"resumed_from": run_id}
+            return False
+        self._experiment_id, self._params = run.info.experiment_id, dict(run.data.params)
+        self._mlflow_client.update_run(run_id, status="RUNNING")
+        return True
 
-    @property
-    def tracking_uri(self) -> str:
-        """Where the run is stored."""
-        return str(self._tracking_uri)
+    def _create(self) -> None:
+        from mlflow.exceptions import MlflowException
 
-    @property
-    def name(self) -> str:
-        """Name of the experiment; asks no server."""
-        return str(self._experiment_name)
+        client, name = self._mlflow_client, self._experiment_name
+        try:
+            client.create_experiment(name, artifact_location=self._artifact_location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)
+        assert found is not None
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        self._experiment_id = found.experiment_id
+        run = client.create_run(self._experiment_id, tags=self.tags, run_name=self._run_name)
+        self._run_id = run.info.run_id
 
-    @property
-    def version(self) -> str:
-        """Name of the run; asks no server."""
-        return str(self._run_name)
-
-    @property
-    def save_dir(self) -> None:
-        """None: this logger has no folder of its own."""
-        return None
+    def _unreachable(self, error: Exception) -> TrackingError:
+        return TrackingError(
+            f"the MLflow store {self._tracking_uri!r} does not answer: {_reason(error)}\n"
+            "Start the server, correct --tracking.uri (or MLFLOW_TRACKING_URI), or train without MLflow: "
+            "--trainer.logger false"
+        )
 
     # -- what training calls: never raises, never waits ----------------------------------------------------
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Queue numbers; ``step`` is the environment step. Characters MLflow does not take become ``_``."""
+        from mlflow.entities import Metric
+
         self.start()
-        values = {re.sub(r"[^\w/. :-]", "_", k): v for k, v in _plain(metrics).items()}
-        self._put("metrics", (values, int(step or 0), int(time.time() * 1000)))
+        now, values = int(time.time() * 1000), _plain(metrics).items()
+        rows = [Metric(re.sub(r"[^\w/. :-]", "_", k), v, now, int(step or 0)) for k, v in values]
+        self._queue("log_batch", metrics=rows)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Queue parameters. MLflow forbids changing one: in a resumed run a changed value becomes a tag."""
+        from mlflow.entities import Param
+
         self.start()
-        plain = vars(params) if isinstance(params, Namespace) else dict(params or {})
-        self._put("params", {k: str(v)[:500] for k, v in _flat(plain).items() if k[:1] != "_"})
+        tree = vars(params) if isinstance(params, Namespace) else params
+        given = {k: str(v)[:500] for k, v in flatten(tree).items() if not k.startswith("_")}
+        fresh = [Param(k, v) for k, v in given.items() if k not in self._params]
+        for i in range(0, len(fresh), PARAMS_PER_CALL):
+            self._queue("log_batch", params=fresh[i : i + PARAMS_PER_CALL])
+        self._params = given | self._params
+        if changed := {f"resumed_with.{k}": v for k, v in given.items() if self._params[k] != v}:
+            self.set_tags(changed)
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Queue the upload of a file, read when its turn comes."""
-        self._put("artifact", (str(path), folder))
+        self._queue("log_artifact", local_path=str(path), artifact_path=folder)
 
     @rank_zero_only
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Queue tags of the run."""
-        self._put("tags", {k: str(v)[:5000] for k, v in tags.items()})
+        from mlflow.entities import RunTag
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Nothing: checkpoints stay in the run directory (tag ``run_dir``); a replay can be 100 GB."""
+        self._queue("log_batch", tags=[RunTag(k, str(v)[:5000]) for k, v in tags.items()])
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
         """Mark the run as finished or failed and wait at most ``drain_s`` for what is pending."""
         if not self._initialized:
             return
-        self._put("status", {"success": "FINISHED", "finished": "FINISHED"}.get(status, "FAILED"))
-        with self._wake:
+        self._queue("set_terminated", status="FAILED" if status == "failed" else "FINISHED")
+        with self._changed:
             self._closing = True
-            self._wake.notify_all()
-            self._wake.wait_for(lambda: not self._pending and not self._busy, timeout=self.drain_s)
-            self._closing = False
-            lost = self.dropped + len(self._pending)
-        if lost:
-            self.dropped, self._pending = lost, deque()
-            print(
-                f"warning: {lost} calls did not reach MLflow at {self._tracking_uri}; metrics.csv in the run "
-                "directory has every number",
-                file=sys.stderr,
-            )
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._pending and not self._sending, timeout=self.drain_s)
+            self.dropped += len(self._pending) + self._sending
+            self._pending.clear()
+            self._sending, self._closing = 0, False
+        if self.dropped:
+            self._warn(f"{self.dropped} calls did not reach MLflow at {self.tracking_uri}")
 
     # -- the worker ----------------------------------------------------------------------------------------
 
-    def _put(self, kind: str, work: Any) -> None:
-        with self._wake:
+    def _queue(self, method: str, **arguments: Any) -> None:
+        with self._changed:
             if len(self._pending) >= self.max_pending:
                 self._pending.popleft()
                 self.dropped += 1
-            self._pending.append((kind, work))
-            self._wake.notify_all()
-        if self._initialized:
-            self._ensure_worker()
+            self._pending.append((method, arguments))
+            self._changed.notify_all()
 
-    def _ensure_worker(self) -> None:
-        if self._thread is None or not self._thread.is_alive():  # a forked child starts its own
-            self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-            self._thread.start()
-
-    def _take(self) -> tuple[str, list[Any]]:
-        """The next piece of work; neighbouring metrics go out in one request."""
-        kind, work = self._pending.popleft()
-        taken = [work]
-        while kind == "metrics" and self._pending and self._pending[0][0] == "metrics" and len(taken) < 50:
-            taken.append(self._pending.popleft()[1])
-        return kind, taken
+    def _take(self) -> tuple[str, dict[str, Any]]:
+        """The next call; neighbouring metrics go out as one."""
+        method, arguments = self._pending.popleft()
+        self._sending = 1
+        rows = arguments.get("metrics")
+        while rows is not None and self._pending:
+            more = self._pending[0][1].get("metrics")
+            if more is None or len(rows) + len(more) > METRICS_PER_CALL:
+                break
+            rows += more
+            self._pending.popleft()
+            self._sending += 1
+        return method, arguments
 
     def _work(self) -> None:
-        delay = 1.0
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: bool(self._pending))
-                kind, taken = self._take()
-                self._busy = True
-            again = False
-            try:
-                self._send(kind, taken)
-                delay = 1.0
-            except Exception as error:  # the promise of this class: nothing leaves the thread
-                again = self._is_temporary(error)
-                self._report(kind, error, again)
-            with self._wake:
-                self._busy = False
-                if not again:
-                    self._wake.notify_all()
-                    continue
-                self._pending.extendleft((kind, work) for work in reversed(taken))
-                while len(self._pending) > self.max_pending:
-                    self._pending.popleft()
-                    self.dropped += 1
-                # New work does not shorten the pause, the end of the run does.
-                self._wake.wait_for(lambda: self._closing, timeout=delay)
-                if self._closing:
-                    delay = 1.0
-                    self._wake.wait(timeout=0.5)
-                else:
-                    delay = min(2 * delay, 60.0)
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._pending))
+                method, arguments = self._take()
+            delay = 1.0
+            while self._sending and not self._send(method, arguments):
+                with self._changed:
+                    # New work does not shorten the pause, the end of the run does.
+                    if self._changed.wait_for(lambda: self._closing, timeout=delay):
+                        self._changed.wait(timeout=0.5)
+                delay = min(2 * delay, 60.0)
+            with self._changed:
+                self._sending = 0
+                self._changed.notify_all()
+
+    def _send(self, method: str, arguments: dict[str, Any]) -> bool:
+        """Whether the call is done with: delivered or refused."""
+        try:
+            getattr(self._mlflow_client, method)(self._run_id, **arguments)
+            return True
+        except Exception as error:  # the promise of this class: nothing leaves the thread
+            refused = getattr(error, "error_code", None) in REFUSALS or isinstance(error, FileNotFoundError)
+            if refused:
+                with self._changed:
+                    self.dropped += self._sending
+            if not self._warned:
+                self._warned = True
+                fate = "this is given up" if refused else "this will be sent when it answers again"
+                what = f"MLflow at {self.tracking_uri} did not take {method}: {_reason(error)}"
+                self._warn(f"{what}. Training goes on, {fate}")
+            return refused
 
     @staticmethod
-    def _is_temporary(error: Exception) -> bool:
-        """Whether trying again can help: not when the store has understood the request and refused it."""
-        refused = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED")
-        return getattr(error, "error_code", None) not in refused and not isinstance(error, FileNotFoundError)
-
-    def _report(self, kind: str, error: Exception, again: bool) -> None:
-        if not again:
-            self.dropped += 1
-        if self._warned:
-            return
-        self._warned = True
-        what = "will be sent when it answers again" if again else "are given up"
-        print(
-            f"warning: MLflow at {self._tracking_uri} did not take {kind}: {_reason(error)}. "
-            f"Training goes on, they {what}; metrics.csv in the run directory has every number.",
-            file=sys.stderr,
-        )
-
-    def _send(self, kind: str, taken: list[Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        client, run_id = self._mlflow_client, str(self._run_id)
-        if kind == "metrics":
-            rows = [
-                Metric(key, value, at, step) for values, step, at in taken for key, value in values.items()
-            ]
-            for i in range(0, len(rows), 1000):
-                client.log_batch(run_id, metrics=rows[i : i + 1000])
-            return
-        (work,) = taken
-        if kind == "params":
-            known = self._known_params or {}
-            changed = {k: v for k, v in work.items() if k in known and known[k] != v}
-            fresh = [Param(k, v) for k, v in work.items() if k not in known]
-            for i in range(0, len(fresh), 100):
-                client.log_batch(run_id, params=fresh[i : i + 100])
-            if changed:
-                client.log_batch(run_id, tags=[RunTag(f"resumed_with.{k}", v) for k, v in changed.items()])
-            self._known_params = {**work, **known}
-        elif kind == "artifact":
-            client.log_artifact(run_id, work[0], work[1])
-        elif kind == "tags":
-            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in work.items()])
-        elif kind == "status":
-            client.set_terminated(run_id, status=work)
+    def _warn(message: str) -> None:
+        print(f"warning: {message}; metrics.csv in the run directory has every number", file=sys.stderr)
 
 
 # -- the record of a run -----------------------------------------------------------------------------------
 
-PACKAGES = (
-    "torch",
-    "lightning",
-    "torchrl",
-    "tensordict",
-    "gymnasium",
-    "minari",
-    "ale-py",
-    "mlflow",
-    "numpy",
-    "pillow",
-)
+PACKAGES = ["torch", "lightning", "torchrl", "tensordict", "numpy", "pillow"]
+PACKAGES += ["gymnasium", "minari", "ale-py", "mlflow"]
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and what it stands on."""
     found = {"lit-wm": __version__, "python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):  # an extra
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit and whether files differ from it; None when this code is not in a git checkout."""
 
-    def git(*args: str) -> str:
-        root = Path(__file__).resolve().parent.parent
-        return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        if not git("ls-files", "lit_wm/tracking.py"):
-            return None  # installed inside somebody else's repository
+        git("ls-files", "--error-unmatch", "tracking.py")  # fails inside somebody else's repository
         return {
             "commit": git("rev-parse", "HEAD"),
             "changed": git("status", "--porcelain", "-uno").splitlines(),
@@ -553,8 +440,7 @@ class RunRecord(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls this before anything is logged."""
-        run_id = state_dict.get("mlflow_run_id")
-        if self.logger is not None and self.same_run and run_id:
+        if self.logger is not None and self.same_run and (run_id := state_dict.get("mlflow_run_id")):
             self.logger.resume(run_id)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -564,21 +450,16 @@ class RunRecord(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)
-        git = git_state() or {}
-        known: dict[str, Any] = {"versions": versions(), "git": git or None, "command": sys.argv}
-        known["processes"] = trainer.world_size
+        git = git_state()
+        made_by: dict[str, Any] = {"versions": versions(), "git": git, "command": sys.argv}
+        made_by["processes"] = trainer.world_size
         if self.logger is not None:
             self.logger.start()
-            known["mlflow"] = {"run_id": self.logger.run_id, "uri": self.logger.tracking_uri}
-        record.write_text(json.dumps(known, indent=2) + "\n")
+            made_by["mlflow"] = {"run_id": self.logger.run_id, "uri": self.logger.tracking_uri}
+        record.write_text(json.dumps(made_by, indent=2) + "\n")
         if self.logger is not None:
-            self.logger.set_tags(
-                {
-                    "run_dir": str(self.directory),
-                    "lit_wm_version": __version__,
-                    "git_commit": git.get("commit", ""),
-                    "git_changed": bool(git.get("changed")),
-                }
-            )
+            commit, changed = (git["commit"], bool(git["changed"])) if git else ("", False)
+            tags = {"run_dir": self.directory, "lit_wm_version": __version__}
+            self.logger.set_tags({**tags, "git_commit": commit, "git_changed": changed})
             self.logger.log_artifact(config)
             self.logger.log_artifact(record)

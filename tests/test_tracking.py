@@ -210,6 +210,8 @@ def test_a_server_that_dies_neither_kills_nor_stalls_training(tmp_path, server, 
         now = time.monotonic()
         slowest = max(slowest, now - last) if last and update > 20 else slowest
         if update == 20:
+            while not FakeServer.batches and time.monotonic() - now < 30:
+                time.sleep(0.01)  # the worker has its own pace
             server.shutdown()
             server.server_close()
             now = time.monotonic()
