@@ -481,7 +481,7 @@ class DreamerV3(WorldModel):
         advantage: Tensor = dream.advantage  # type: ignore[assignment]
         metrics = {
             "adv": advantage.mean(),
-            "adv_std": advantage.std(),
+            "adv_std": advantage.std(correction=0),
             "adv_mag": advantage.abs().mean(),
             "rew": dream.reward.mean(),
             "con": dream.cont.mean(),

@@ -97,10 +97,16 @@ def make_module(golden: GoldenSet) -> DreamerV3Module:
         "imag_last",
         "contdisc",
         "slowtar",
+        "slowreg",
+        "slow_rate",
         "horizon",
         "lam",
         "actent",
         "free_nats",
+        "mix",
+        "squash",
+        "strided",
+        "outer",
     }
     extra = {k: v for k, v in meta.get("extra", {}).items() if k in known}
     assert extra.keys() == meta.get("extra", {}).keys(), (
@@ -307,7 +313,8 @@ def check_dream(golden: GoldenSet, model: Any, out: LossOutput, before: tuple[Te
         file.compare(f"imag/ent/{k}", dist.entropy())
     check_policy(golden, "imag/policy", model.pol, model.pol.mlp(feats))
     file.compare("imag/rew", batch_first(dream.reward), rtol=2 * FORWARD)
-    file.compare("imag/con", batch_first(dream.cont))
+    gamma = 1.0 if model.contdisc else 1 - 1 / model.horizon  # recorded without a discount
+    file.compare("imag/con", batch_first(dream.cont) / gamma)
     file.compare("imag/weight", batch_first(dream.weight))
     check_critic(golden, model, "imag/slowvalue", model.slowval(feats))
     file.compare("imag/slowvalue/pred", batch_first(dream.slow), rtol=2 * FORWARD)
@@ -466,11 +473,11 @@ def test_given_actions(golden: GoldenSet) -> None:
     for k, v in actions.items():
         size = model.spaces.action[k]
         hot = flat_action({k: v}, {k: size}, torch.float32)
-        back = (
-            hot.unflatten(-1, (*size.shape, size.classes)).argmax(-1)
-            if size.is_discrete
-            else hot.view(v.shape)
-        )
+        if size.is_discrete:
+            hot = hot.unflatten(-1, (*size.shape, size.classes))
+            back = torch.where(hot.any(-1), hot.argmax(-1), -1)  # no class: marked as missing
+        else:
+            back = hot.view(v.shape)
         file.compare(f"given/action/{k}", back)
 
 
