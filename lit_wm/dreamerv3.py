@@ -166,6 +166,10 @@ class DreamerV3Module(WorldModelModule):
             loss_scales=loss_scales,
         )
         self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
+        if not any(self.trained.values()):
+            raise ConfigError(
+                "train_world_model, train_actor and train_critic are all false: nothing would be trained"
+            )
         self.last_carry: State | None = None
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -196,6 +200,18 @@ class DreamerV3Module(WorldModelModule):
         if batch.write_back is not None:
             batch.write_back(out.post.detach())
         self.finish_update(out.metrics)
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The noise of this process, its pending metrics, and where its last batch ended."""
+        carry = self.last_carry
+        ended = None if carry is None else {"deter": carry.deter.cpu(), "stoch": carry.stoch.cpu()}  # type: ignore[union-attr]
+        return super().rank_state_dict() | {"last_carry": ended}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`rank_state_dict`."""
+        super().load_rank_state_dict(state)
+        ended = state["last_carry"]
+        self.last_carry = None if ended is None else State(**ended).map(lambda x: x.to(self.device))
 
 
 @dataclass
@@ -563,30 +579,31 @@ class DreamerV3(WorldModel):
         Args:
             obs: (B, ...) by key, or the bare tensor of the only key.
             state: previous state; None starts an episode.
-            action: action executed since; None takes ``state.action``, the one that ``act`` chose.
+            action: action executed since; None takes ``state.action``, the one that ``act`` chose. Without a
+                state there was none.
             is_first: rows that start an episode. (B,) bool
         """
         obs = self.obs_dict(obs)
-        spec = self.spaces.obs[next(iter(self.spaces.obs))]
-        B = obs[next(iter(self.spaces.obs))].shape[0]
-        if spec.shape and obs[next(iter(self.spaces.obs))].ndim != len(spec.shape) + 1:
+        key, spec = next(iter(self.spaces.obs.items()))
+        if obs[key].ndim != len(spec.shape) + 1:
             raise ValueError("encode takes one step (batch, ...), not a sequence")
-        first = (
-            torch.ones(B, dtype=torch.bool, device=self.device)
-            if is_first is None
-            else is_first.to(self.device)
-        )
-        if is_first is None and state is not None:
-            first = torch.zeros_like(first)
-        state = self.initial(B) if state is None else state
-        action = state.action if action is None else self.action_dict(action)
-        action = self.zero_action(B) if action is None else action
+        B = obs[key].shape[0]
+        if is_first is None:
+            first = torch.full((B,), state is None, device=self.device)
+        else:
+            first = is_first.to(self.device)
+        if state is None:
+            state, action = self.initial(B), self.zero_action(B)
+        elif action is not None:
+            action = self.action_dict(action)
+        elif (action := state.action) is None:
+            raise ValueError("encode needs the action executed since `state`, which does not hold one itself")
         dtype, keep = self.compute_dtype, (~first).unsqueeze(-1)
         flat = flat_action(action, self.spaces.action, dtype) * keep
         stoch = state.stoch.to(dtype) * keep.unsqueeze(-1)  # type: ignore[union-attr]
         deter = self.dyn.step(State(state.deter.to(dtype) * keep, stoch), flat)
         logit = self.dyn.posterior(deter, self.enc(obs, dtype))
-        race = (noise or self.noise).exponential("act/posterior", tuple(logit.shape))
+        race = self.source(noise).exponential("act/posterior", tuple(logit.shape))
         return State(deter, self.dyn.sample(logit, race, dtype))
 
     def act(
@@ -603,7 +620,7 @@ class DreamerV3(WorldModel):
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
         state = self.encode(obs, state, None, is_first, noise)
-        action = sample_actions(self.pol(self.feat(state)), noise or self.noise, "act/policy")
+        action = sample_actions(self.pol(self.feat(state)), self.source(noise), "act/policy")
         return action, State(state.deter, state.stoch, action)
 
     def imagine(
@@ -614,7 +631,7 @@ class DreamerV3(WorldModel):
         noise: Noise | None = None,
     ) -> Trajectory:
         """Roll out given actions (B, H, ...), or the policy for ``horizon`` (or ``imag_length``) steps."""
-        noise = noise or self.noise
+        noise = self.source(noise)
         given = None if actions is None else self.action_dict(actions)
         steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
         states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []

@@ -129,7 +129,7 @@ class WorldModelModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the noise to the device once that is known."""
-        if self.noise.device != self.device and not self.noise.state_dict()["streams"]:
+        if self.noise.device != self.device and not self.noise.used:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
             self.model.noise = self.noise
 

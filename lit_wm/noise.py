@@ -39,6 +39,11 @@ class NoiseStreams:
         self.seed, self.rank, self.device = seed, rank, torch.device(device)
         self._generators: dict[str, torch.Generator] = {}
 
+    @property
+    def used(self) -> bool:
+        """Whether anything was drawn yet."""
+        return bool(self._generators)
+
     def generator(self, name: str) -> torch.Generator:
         """The generator of one stream."""
         if name not in self._generators:

@@ -32,6 +32,15 @@ class WorldModel(nn.Module, ABC):
         """Device of the parameters."""
         return next(self.parameters()).device
 
+    def source(self, noise: Noise | None) -> Noise:
+        """``noise``, or the model's own streams, which follow it to its device while they are unused."""
+        if noise is not None:
+            return noise
+        own = self.noise
+        if isinstance(own, NoiseStreams) and own.device != self.device and not own.used:
+            self.noise = own = NoiseStreams(own.seed, own.rank, self.device)
+        return own
+
     @abstractmethod
     def initial(self, batch_size: int) -> State:
         """State before the first observation."""
@@ -103,6 +112,10 @@ class WorldModel(nn.Module, ABC):
             if shape != spec.shape or obs[k].ndim == len(spec.shape):
                 expected = ", ".join(map(str, ("batch", *spec.shape)))
                 raise ValueError(f"observation {k!r} has shape {tuple(obs[k].shape)}; expected ({expected})")
+            if spec.is_image and obs[k].dtype != torch.uint8:
+                raise ValueError(
+                    f"observation {k!r} is {obs[k].dtype}; expected an image of uint8, 0 ... 255"
+                )
         return {k: obs[k].to(self.device) for k in self.spaces.obs}
 
     def __repr__(self) -> str:

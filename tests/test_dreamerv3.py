@@ -441,3 +441,15 @@ def test_a_checkpoint_loads_without_pickle_and_answers_the_same(tmp_path: Path) 
             )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_freezing_everything_is_refused() -> None:
+    from lit_wm.errors import ConfigError
+
+    frozen = {"train_world_model": False, "train_actor": False, "train_critic": False}
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        DreamerV3Module(
+            Spaces({"obs": Spec("float32", (3,))}, {"action": Spec("int32", (), 2)}).to_plain(),
+            "debug",
+            **frozen,
+        )

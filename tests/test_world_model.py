@@ -27,6 +27,7 @@ MIXED = Spaces(
         "keys/all": Spec("int32", (2,), 4),
     },
 )
+CAMERA = Spaces({"obs": Spec("uint8", (64, 64, 3))}, {"action": Spec("int32", (), 4)})
 SIMPLE = Spaces({"obs": Spec("float32", (5,))}, {"action": Spec("int32", (), 4)})
 
 
@@ -196,6 +197,8 @@ def test_in_bfloat16_states_are_bfloat16_and_predictions_float32() -> None:
         ),
         (lambda m: m.act({"obs": torch.zeros(B, 5)}, mode="greedy"), "expected 'train' or 'eval'"),
         (lambda m: build(MIXED).encode(torch.zeros(B, 5)), "pass a dict"),
+        (lambda m: m.encode(torch.zeros(B, 5), m.initial(B)), "needs the action executed since"),
+        (lambda m: build(CAMERA).encode(torch.zeros(B, 64, 64, 3)), "expected an image of uint8"),
     ],
 )
 def test_wrong_inputs_are_named(call, message: str) -> None:

@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         mean = self(deter, stoch)
         for k, spec in self.specs.items():
             if spec.is_image:
-                target = to_nhwc(obs[k], spec).float().div_(255)
+                target = to_nhwc(obs[k], spec).float() / 255
                 loss = (mean[k].float().reshape(target.shape) - target).square().sum((1, 2, 3)).view(lead)
             elif spec.is_discrete:
                 logits, target = mean[k], obs[k].long()
