@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from golden import FORWARD, GRADIENT, PARAMETER, Arrays, GoldenSet, Greedy, ReplayedNoise, find_sets
+from golden import FORWARD, GRADIENT, PARAMETER, ROUNDING, Arrays, GoldenSet, Greedy, ReplayedNoise, find_sets
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -360,6 +360,25 @@ def check_gradient_norms(golden: GoldenSet, module: DreamerV3Module, out: LossOu
                 golden.grads.compare(f"norm/{name}", norm, rtol=GRADIENT)
 
 
+def flipped_signs(golden: GoldenSet, module: DreamerV3Module) -> dict[str, np.ndarray]:
+    """After the first update: entries whose gradient is rounding noise and has the other sign than recorded.
+
+    LaProp divides the first gradient by its own size, so there it steps by the learning rate the other way.
+    """
+    optimizers: Any = module.optimizers(use_pl_optimizer=False)
+    state = {id(p): s for opt in optimizers for p, s in opt.state.items()}
+    names = [k for k in golden.grads.data if not k.startswith("norm/")]
+    params = dict(module.model.named_parameters())
+    ours = {to_our_name(n): state[id(params[to_our_name(n)])]["momentum"] for n in names}
+    masks = {}
+    for name, momentum in to_official(ours, names).items():
+        grad = golden.grads.data[name]
+        tiny = np.abs(grad) < ROUNDING * np.abs(grad).max(initial=0.0)
+        masks[name] = tiny & (np.sign(momentum) != np.sign(grad))
+        assert masks[name].sum() <= 1e-3 * grad.size + 1, f"{name}: {masks[name].sum()} signs differ"
+    return masks
+
+
 class Recorder(pl.Callback):
     """Puts the recorded noise in place of the streams and compares after every call of ``training_step``."""
 
@@ -389,9 +408,14 @@ class Recorder(pl.Callback):
         self.calls += 1
         n, file, model = self.calls, self.golden.train, module.model
         check_noise(self.golden, self.noise, n)
+        if n == 1:
+            self.flipped = flipped_signs(self.golden, module)
         names = [k for k in file.keys(f"s{n}/") if k != "slowval_count/value"]
         for name, value in to_official(model.state_dict(), names).items():
-            file.compare(f"s{n}/{name}", value, rtol=0, atol=PARAMETER)
+            flipped = self.flipped.get(name.removeprefix("slow"), False)  # the slow critic follows the critic
+            limit = np.where(flipped, 4 * module.hparams.lr, PARAMETER)
+            rtol = FORWARD if name.startswith("retnorm/") else 0.0  # of the size of the returns
+            file.compare(f"s{n}/{name}", value, rtol, limit)
         file.compare(f"s{n}/slowval_count/value", np.int32(module.updates))
         for k in file.keys(f"s{n}carry/"):
             file.compare(f"s{n}carry/{k}", getattr(module.last_carry, k), atol=PARAMETER)
@@ -446,10 +470,10 @@ def test_three_training_calls(golden: GoldenSet, tmp_path: Path) -> None:
         names = file.keys(f"s3state/opt/state/{entry}/1/")
         ours = {to_our_name(n): state[id(params[to_our_name(n)])][key] for n in names}
         for name, value in to_official(ours, names).items():
-            # The momentum holds gradients divided by their RMS: of size one, and noisy where the gradient is
-            # tiny.
-            loose = {"rtol": 2 * GRADIENT} if key == "rms" else {"rtol": 0, "atol": 1e-2}
-            file.compare(f"s3state/opt/state/{entry}/1/{name}", value, **loose)
+            rtol, atol = 2 * GRADIENT, np.zeros(())
+            if key == "momentum":  # of size one, and noisy where the gradient is tiny
+                rtol, atol = 0.0, np.where(recorder.flipped[name], 0.2, 1e-2)
+            file.compare(f"s3state/opt/state/{entry}/1/{name}", value, rtol, atol)
     steps = {int(s["step"]) for s in state.values()}
     assert len(steps) == 1
     for name in ("state/1/0", "state/2/0", "state/3/count", "step/value"):
