@@ -63,7 +63,7 @@ class Collector:
         self.env, self.spaces, self.replay = env, spaces, replay
         self.seed, self.rank, self.prefill = seed, rank, prefill
         self.same_step = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
-        self.env_steps = self.episodes = self.frames = 0
+        self.env_steps = self.episodes = 0
         self.finished: list[tuple[float, int]] = []
         self.frame_sums = {k: np.zeros(s.shape, np.int64) for k, s in spaces.obs.items() if s.is_image}
         self._streams = np.arange(env.num_envs)
@@ -96,7 +96,9 @@ class Collector:
             action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
             if random:
                 action = self._random_action(action)
-                state = State(state.deter, state.stoch, action if state.action is not None else None)
+                if state.action is not None:  # stays on the policy's device, unlike what it hands out
+                    held = {k: action[k].to(v) for k, v in state.action.items()}
+                    state = State(state.deter, state.stoch, held)
             latent = {k: v.cpu() for k, v in to_latents(state, self.replay.latents).items()}
             chosen = {k: v.cpu().numpy() for k, v in action.items()}
         valid = np.ones_like(is_first)
@@ -136,9 +138,7 @@ class Collector:
         return {k: np.asarray(named[k], dtype=spec.dtype) for k, spec in self.spaces.obs.items()}
 
     def _count(self, obs: dict[str, np.ndarray]) -> None:
-        rows = len(next(iter(obs.values())))
-        self.env_steps += rows
-        self.frames += rows
+        self.env_steps += len(next(iter(obs.values())))
         for key, total in self.frame_sums.items():
             for frame in obs[key]:
                 total += frame
@@ -165,9 +165,9 @@ class Collector:
 
     def mean_frames(self) -> dict[str, Tensor]:
         """Mean over all rows written, per image key, float64 in 0..255; empty before the first row."""
-        if not self.frames:
+        if not self.env_steps:
             return {}
-        return {k: torch.from_numpy(total / self.frames) for k, total in self.frame_sums.items()}
+        return {k: torch.from_numpy(total / self.env_steps) for k, total in self.frame_sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, recurrent state, pending action and environments, as tensors and plain values.
@@ -191,7 +191,6 @@ class Collector:
         return {
             "env_steps": self.env_steps,
             "episodes": self.episodes,
-            "frames": self.frames,
             "frame_sums": {k: torch.from_numpy(v.copy()) for k, v in self.frame_sums.items()},
             "finished": [list(x) for x in self.finished],
             "return": self._return.tolist(),
@@ -207,7 +206,7 @@ class Collector:
         Without a snapshot of the environments all start a new episode, and the open ones are cut off in the
         replay.
         """
-        self.env_steps, self.episodes, self.frames = state["env_steps"], state["episodes"], state["frames"]
+        self.env_steps, self.episodes = state["env_steps"], state["episodes"]
         for key, total in state["frame_sums"].items():
             self.frame_sums[key][...] = total.numpy()
         self.finished = [(r, n) for r, n in state["finished"]]

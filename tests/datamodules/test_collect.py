@@ -149,6 +149,23 @@ def test_prefill_acts_at_random_and_the_policy_learns_of_it(tmp_path):
     assert torch.equal(told, taken[: len(told)])
 
 
+def test_random_actions_reach_the_policy_on_its_own_device(tmp_path):
+    """The policy hands actions out on the CPU and keeps them where it computes; meta stands for a GPU."""
+    seen = []
+
+    def policy(obs, state, is_first):
+        seen.extend([] if state is None else [state.action["action"]])
+        action = {"action": torch.ones(len(is_first), dtype=torch.int32)}
+        kept = {"action": action["action"].to("meta", torch.int64)}
+        return action, State(torch.zeros(len(is_first), 4), torch.zeros(len(is_first), 2, 3), kept)
+
+    loop = collector(tmp_path, cartpoles(AutoresetMode.DISABLED), prefill=20)
+    for _ in range(3):
+        loop.collect(policy)
+    assert [(x.device.type, x.dtype) for x in seen] == [("meta", torch.int64)] * 2
+    loop.close()
+
+
 @pytest.mark.parametrize(
     ("env_id", "vectorization"), [("CartPole-v1", "sync"), ("CartPole-v1", "async"), ("Pendulum-v1", "sync")]
 )
