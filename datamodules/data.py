@@ -69,9 +69,9 @@ class ReplayDataModule(LightningDataModule):
         vectorization: ``sync`` steps the environments in this process, ``async`` in one process each.
         train_ratio: replayed steps per env step.
         batch_size: sequences per update over all processes.
-        batch_length: steps T of a sequence, without context.
+        batch_length: steps T of a sequence, without context; at least 2, as a return needs a next step.
         replay_context: steps K before a sequence; with 1 or more it starts from a stored latent, with 0 from
-        zeros.
+            zeros.
         capacity: rows kept over all processes; one row per env step.
         prefill: env steps over all processes with random actions before training begins.
         max_env_steps: env steps after which training is done; null for no end.
@@ -117,16 +117,15 @@ class ReplayDataModule(LightningDataModule):
         self.replay: RowReplay | None = None
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
-        self._steps_before = (
-            0  # env steps of the run that this one goes on from, where its collectors are not restored
-        )
+        # Env steps of the run that this one goes on from, where its collectors are not restored.
+        self._steps_before = 0
         self._totals = [0, 0]  # env steps collected and updates owed, of all processes, as of the last ticket
         self._restored: dict[str, Any] = {}
         self._pending: Callable[[], None] | None = None
 
     def _check(self) -> None:
         at_least = {
-            "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 1,
+            "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 2,
             "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0,
         }  # fmt: skip
         for name, low in at_least.items():
