@@ -7,7 +7,8 @@ A run directory holds::
         resume-000012000-9f3c/          what Lightning's file cannot hold, one part per process
             manifest.json
             rank0.pt                    noise streams, random numbers of torch, numpy and Python, collector,
-            environments replay0/                    the replay
+                                        environments
+            replay0/                    the replay
         best.ckpt                       highest ``eval/return``; no replay
         updates-000010000.ckpt          periodic; no replay
 
@@ -39,9 +40,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_wm.callbacks.evaluate import data_of
 from lit_wm.errors import CheckpointError, ConfigError
 
-AGREE_EVERY = (
-    10  # updates between two looks of several processes at clock and signals: each costs a collective
-)
+# Updates between two looks of several processes at clock and signals: each costs a collective.
+AGREE_EVERY = 10
 
 
 class ResumableCheckpoint(ModelCheckpoint):
@@ -56,9 +56,9 @@ class ResumableCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints; None is ``checkpoints`` in the run directory.
         monitor: metric that decides what is best, from the callback metrics.
         mode: whether the best is the ``"max"`` or the ``"min"`` of it.
-        every_n_minutes: save ``last`` when the newest one is this old; 0 never does. Each save copies the
-        replay
-            and needs its disk space twice for a moment. ``last`` is also saved at the end.
+        every_n_minutes: save ``last`` when the newest one is this old; 0 never does. ``last`` is also saved
+            at the end. A save copies the replay and deletes the former copy only afterwards, so that for a
+            moment it is on the disk three times: in use, in the former copy and in the new one.
         every_n_updates: save ``last`` every so many updates; None leaves it to the clock.
         keep_every_n_updates: keep a checkpoint every so many updates; None keeps none.
     """
@@ -384,7 +384,8 @@ def random_state() -> dict[str, Any]:
     version, words, spare = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's GPU: to ask for all of them would open each in every process.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "numpy": [
             name,
             torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -399,8 +400,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Inverse of :func:`random_state`."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
     version, words, spare = state["python"]

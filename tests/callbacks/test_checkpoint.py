@@ -304,6 +304,18 @@ def test_global_random_numbers_go_on():
     assert expected[2] == again[2]
 
 
+def test_of_the_gpus_only_the_one_in_use_is_asked(monkeypatch):
+    """Asking all of them would open each GPU in every process, and another machine has others."""
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.arange(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", told.append)
+    assert random_state()["cuda"] is None  # trained on the CPU: the GPU stays closed
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    set_random_state(random_state())
+    assert torch.equal(*told, torch.arange(16, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("options", [{"every_n_updates": 0}, {"keep_every_n_updates": -1}, {"mode": "best"}])
 def test_impossible_arguments_are_refused(options):
     with pytest.raises(ConfigError, match="checkpoint"):
