@@ -66,7 +66,7 @@ class DreamerV3Module(WorldModelModule):
         outer: the outermost image stage keeps the resolution.
         squash: encode symlog of the vectors instead of their values.
         imag_length: imagined steps H per start state.
-        imag_last: imagine from the last n steps of each row only; 0 = from all.
+        imag_last: imagine from the last n steps of each row only, n >= 2; 0 = from all.
         horizon: discount horizon in steps, gamma = 1 - 1/horizon.
         contdisc: fold the discount into the continue head's target.
         lam: lambda of the returns.
@@ -287,6 +287,15 @@ class DreamerV3(WorldModel):
         clash = sorted(spaces.obs.keys() & LOSS_SCALES.keys())
         if clash:
             raise ConfigError(f"observation keys {clash} are names of losses; rename them in the environment")
+        if imag_length < 1:
+            raise ConfigError(f"model.imag_length is {imag_length}; expected 1 imagined step or more")
+        if imag_last < 0 or imag_last == 1:
+            raise ConfigError(
+                f"model.imag_last is {imag_last}; expected 0 for all steps, or 2 and more: the replay value "
+                "loss needs a next step"
+            )
+        if not horizon > 1:
+            raise ConfigError(f"model.horizon is {horizon}; expected more than 1 step, gamma = 1 - 1/horizon")
         unknown = (loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
         if unknown:
             known = sorted(LOSS_SCALES.keys() | spaces.obs.keys())

@@ -5,7 +5,7 @@ losses.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -24,9 +24,8 @@ class WorldModelModule(pl.LightningModule):
     """Base of the modules. A sub-class sets ``model`` and ``trained``, and writes ``training_step``.
 
     Counters: ``updates`` counts gradient steps and equals ``trainer.global_step``; environment steps belong
-        to the
-    data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at environment
-    steps.
+    to the data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at
+    environment steps; of several processes those of the first.
     """
 
     model: WorldModel
@@ -34,6 +33,8 @@ class WorldModelModule(pl.LightningModule):
 
     def __init__(self, log_every: int = 100, seed: int = 0):
         super().__init__()
+        if log_every < 1:
+            raise ConfigError(f"model.log_every is {log_every}; expected 1 update or more between two lines")
         self.automatic_optimization = False
         self.log_every, self.seed = log_every, seed
         self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
@@ -69,7 +70,7 @@ class WorldModelModule(pl.LightningModule):
             grads += [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
         self._grad_norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
         for i, opt in enumerate(live):
-            with uncounted(opt) if i else _counted():
+            with uncounted(opt) if i else nullcontext():
                 opt.step()
             opt.zero_grad(set_to_none=True)
 
@@ -224,11 +225,6 @@ def uncounted(opt: LightningOptimizer) -> Iterator[None]:
         yield
     finally:
         opt._on_before_step, opt._on_after_step = before, after
-
-
-@contextmanager
-def _counted() -> Iterator[None]:
-    yield
 
 
 def sync_gradients(opt: torch.optim.Optimizer) -> None:

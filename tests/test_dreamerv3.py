@@ -327,6 +327,15 @@ def test_unknown_loss_scales_are_named() -> None:
         make_module(loss_scales={"reward": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("imag_length", 0), ("imag_last", 1), ("imag_last", -2), ("horizon", 1), ("log_every", 0)],
+)
+def test_values_that_give_a_mean_of_nothing_or_divide_by_zero_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"model.{name} is {value}; expected"):
+        make_module(**{name: value})
+
+
 def test_an_observation_may_not_have_the_name_of_a_loss() -> None:
     """Its reconstruction loss would be overwritten by the other one without a word."""
     with pytest.raises(ConfigError, match=r"\['value'\] are names of losses"):
