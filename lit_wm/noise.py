@@ -8,6 +8,7 @@ handing in another object with the same two methods.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -65,11 +66,20 @@ class NoiseStreams:
     def state_dict(self) -> dict[str, Any]:
         """Seed, rank and the state of every stream used so far, as plain values and tensors."""
         states = {k: g.get_state().clone() for k, g in self._generators.items()}
-        return {"seed": self.seed, "rank": self.rank, "streams": states}
+        return {"seed": self.seed, "rank": self.rank, "device": self.device.type, "streams": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue all streams where :meth:`state_dict` left them."""
+        """Continue all streams where :meth:`state_dict` left them; on another kind of device they begin
+        anew.
+        """
         self.seed, self.rank = int(state["seed"]), int(state["rank"])
         self._generators = {}
+        if state["device"] != self.device.type:  # its generators are of another make
+            warnings.warn(
+                f"the checkpoint's random numbers are those of a {state['device']}, this run computes on a "
+                f"{self.device.type}: it goes on with others, so not bit for bit.",
+                stacklevel=2,
+            )
+            return
         for name, value in state["streams"].items():
             self.generator(name).set_state(value.cpu())
