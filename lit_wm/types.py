@@ -179,8 +179,7 @@ class Trajectory:
         actions: the H actions that lead from one state to the next, by key.          (B, H, ...)
         rewards: predicted reward received on arriving at states 1..H.                (B, H)
         continues: predicted probability that the episode goes on, times the discount if the model folds it
-            in,
-            at states 1..H.                                                           (B, H)
+            in, at states 1..H.                                                       (B, H)
     """
 
     states: States

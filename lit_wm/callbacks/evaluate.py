@@ -69,8 +69,8 @@ class EpisodeResults:
         terminated: whether an episode ended by itself, not by a time limit.
         windows: held-out windows, None if there is none.
         rows: if recorded, one dict of arrays per episode: ``obs/KEY``, ``action/KEY``, ``reward``,
-        ``terminated``,
-            ``truncated`` with one row per observation; the last row's action is zero, it was never executed.
+            ``terminated``, ``truncated`` with one row per observation; the last row's action is zero, it was
+            never executed.
     """
 
     returns: list[float] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """Parameters of the official DreamerV3 (danijar/dreamerv3) to ours and back.
 
 The module tree has the official names, so only leaves are renamed: ``enc/cnn0/kernel`` is
-    ``enc.cnn0.weight``. Linear
-kernels keep their (in, out) layout; convolution kernels go from (k, k, in, out) to (out, in, k, k).
+``enc.cnn0.weight``. Linear kernels keep their (in, out) layout; convolution kernels go from (k, k, in, out)
+to (out, in, k, k).
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Weight gradients of a recurrent scan, computed once after all its steps.
 
 In a scan over T steps with a small batch, autograd multiplies and accumulates a full-size weight gradient at
-every
-step: T products with an inner size of B. The gradient of a matrix depends only on all inputs and all output
-    gradients,
-so they are collected and multiplied once, with an inner size of B*T. Same sums, better order, far less memory
-traffic.
+every step: T products with an inner size of B. The gradient of a matrix depends only on all inputs and all
+output gradients, so they are collected and multiplied once, with an inner size of B*T. Same sums, better
+order, far less memory traffic.
 """
 
 from __future__ import annotations

@@ -71,9 +71,8 @@ def from_blocks(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
-PIECE = (
-    2**17
-)  # entries of a large input worked on at a time, so that they stay in a CPU's cache between operations
+# Entries of a large input worked on at a time, so that they stay in a CPU's cache between operations.
+PIECE = 2**17
 
 
 class _NormSiLU(torch.autograd.Function):
