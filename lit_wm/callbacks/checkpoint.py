@@ -220,17 +220,21 @@ class ResumableCheckpoint(ModelCheckpoint):
         name = f"resume-{updates:09d}-{token}"
         problem = self._write_folder(trainer, pl_module, name)
         self._saved_when = time.monotonic()
+        written = False
         if trainer.strategy.reduce_boolean_decision(problem is None, all=True):
-            self._saved_at = updates
-            self._folder, self.last_model_path = name, str(self.folder / "last.ckpt")
+            self._folder = name
             try:
-                self._write(trainer, Path(self.last_model_path))
+                written = self._write(trainer, self.folder / "last.ckpt")
             finally:
                 self._folder = None
         else:
             rank_zero_warn(f"checkpoint: {problem or 'another process failed'}; last.ckpt stays as it was")
+        if written:
+            self._saved_at, self.last_model_path = updates, str(self.folder / "last.ckpt")
         if trainer.is_global_zero:
-            self._clean(name if self._saved_at == updates else None)
+            if not written:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._clean(name if written else None)
 
     def _write_folder(self, trainer: pl.Trainer, pl_module: Any, name: str) -> str | None:
         """Write ``resume-...`` whole; what went wrong in this process, or None."""
@@ -270,20 +274,37 @@ class ResumableCheckpoint(ModelCheckpoint):
             os.fsync(file.fileno())
         data.snapshot_replay(folder / f"replay{rank}")
 
-    def _write(self, trainer: pl.Trainer, path: Path) -> None:
-        """Write Lightning's checkpoint in one step; all processes call this."""
+    def _write(self, trainer: pl.Trainer, path: Path) -> bool:
+        """Write Lightning's checkpoint in one step, or leave the former one; all processes call this.
+
+        Returns:
+            Whether it was written; if not, e.g. for lack of disk, a warning has said why.
+        """
         if self._dry:
-            return
-        part = path.with_name(f".{path.name}")
-        trainer.save_checkpoint(part, weights_only=False)
+            return False
+        part, problem = path.with_name(f".{path.name}"), None
+        try:
+            trainer.save_checkpoint(part, weights_only=False)
+        except OSError as error:  # only the first process writes
+            problem = error
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
+        if trainer.is_global_zero and problem is None:
+            try:
+                with open(part, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, path)
+            except OSError as error:
+                problem = error
+        if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
+            rank_zero_warn(f"checkpoint: {path.name} could not be written: {problem}; it stays as it was")
+            if trainer.is_global_zero:
+                part.unlink(missing_ok=True)
+            return False
         if trainer.is_global_zero:
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
             _sync(path.parent)
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)
-        trainer.strategy.barrier("checkpoint written")
+        return True
 
     def _clean(self, keep: str | None) -> None:
         """Delete unfinished parts and, once ``keep`` is named by last.ckpt, the folders before it."""

@@ -178,6 +178,28 @@ def test_a_full_disk_keeps_the_former_pair_and_training_goes_on(make_trainer, tm
     assert [p.name for p in (tmp_path / "checkpoints").glob("*resume-*")] == [saved["resume"]["folder"]]
 
 
+def test_a_disk_too_full_for_the_weights_keeps_the_former_pair_too(make_trainer, tmp_path):
+    checkpoint = ResumableCheckpoint(every_n_updates=5, every_n_minutes=0)
+    trainer = make_trainer(checkpoint, max_steps=12, limit_val_batches=0)
+    save = trainer.save_checkpoint
+
+    def full(path, weights_only=False):
+        if trainer.global_step > 5:
+            path.write_bytes(b"the first bytes")
+            raise OSError(28, "No space left on device")
+        save(path, weights_only)
+
+    trainer.save_checkpoint = full
+    module = tiny.TinyModule()
+    with pytest.warns(UserWarning, match="last.ckpt could not be written.*No space left on device"):
+        trainer.fit(module, tiny.TinyData())
+    assert module.updates == 12
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["resume"]["updates"] == 5
+    names = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", saved["resume"]["folder"]}
+
+
 def two_processes(root, updates):
     """Train in two gloo processes; runs in a process of its own, as the launcher forks."""
     torch.set_num_threads(1)
