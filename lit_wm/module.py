@@ -125,12 +125,14 @@ class WorldModelModule(pl.LightningModule):
                 "a loss scaler, which gives wrong gradients with several optimizers"
             )
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-        self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
-        self.model.noise = self.noise
+        # A second fit goes on with the streams of the first.
+        if not self.noise.used or self.noise.rank != self.trainer.global_rank:
+            self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
+            self.model.noise = self.noise
 
     def on_fit_start(self) -> None:
-        """Move the noise to the device once that is known."""
-        if self.noise.device != self.device and not self.noise.used:
+        """Move the noise to the device once that is known; streams of another device begin anew."""
+        if self.noise.device != self.device:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
             self.model.noise = self.noise
 

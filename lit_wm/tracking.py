@@ -171,7 +171,7 @@ class SafeMLFlowLogger(MLFlowLogger):
         max_pending: int = 10_000,
         drain_s: float = 10.0,
     ):
-        # With MLflow's own defaults a dead server blocks one call for minutes (lightning issue 12833).
+        # With MLflow's own defaults a dead server blocks one call for minutes (pytorch-lightning #12833).
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         # A new database reports each of some fifty migrations.
