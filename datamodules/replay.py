@@ -820,7 +820,7 @@ def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
         )
     if 3 * need > free:
         warnings.warn(
-            f"the full replay takes {need / 1e9:,.1f} of the {free / 1e9:,.1f} GB free in {directory}; a disk "
+            f"the replay takes {need / 1e9:,.1f} of the {free / 1e9:,.1f} GB free in {directory}; a disk "
             f"that cannot share blocks needs up to {3 * need / 1e9:,.1f} GB to save it for a resume. A save "
             "that does not fit is left out with a warning.",
             stacklevel=2,
