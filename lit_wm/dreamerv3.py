@@ -166,6 +166,8 @@ class DreamerV3Module(WorldModelModule):
             loss_scales=loss_scales,
         )
         self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
+        if lr <= 0 or warmup < 0:
+            raise ConfigError(f"model.lr is {lr} and model.warmup {warmup}; expected lr > 0 and warmup >= 0")
         if not any(self.trained.values()):
             raise ConfigError(
                 "train_world_model, train_actor and train_critic are all false: nothing would be trained"

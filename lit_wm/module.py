@@ -118,6 +118,13 @@ class WorldModelModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the compute dtype from the Trainer and give every process its own noise."""
+        self._take_precision()
+        # A second fit goes on with the streams of the first.
+        if not self.noise.used or self.noise.rank != self.trainer.global_rank:
+            self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
+            self.model.noise = self.noise
+
+    def _take_precision(self) -> None:
         precision = str(self.trainer.precision)
         if precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(
@@ -125,10 +132,6 @@ class WorldModelModule(pl.LightningModule):
                 "a loss scaler, which gives wrong gradients with several optimizers"
             )
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-        # A second fit goes on with the streams of the first.
-        if not self.noise.used or self.noise.rank != self.trainer.global_rank:
-            self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
-            self.model.noise = self.noise
 
     def on_fit_start(self) -> None:
         """Move the noise to the device once that is known; streams of another device begin anew."""
@@ -195,6 +198,8 @@ class WorldModelModule(pl.LightningModule):
 
     def latent_specs(self) -> dict[str, Spec]:
         """See the model's ``latent_specs``."""
+        if self._trainer is not None:  # the data module is set up, and asks, before this module
+            self._take_precision()
         return self.model.latent_specs()
 
     @torch.inference_mode()

@@ -462,3 +462,16 @@ def test_freezing_everything_is_refused() -> None:
             "debug",
             **frozen,
         )
+
+
+def test_the_replay_stores_latents_in_the_compute_dtype(tmp_path: Path) -> None:
+    """The data module asks for them in its ``setup``, which Lightning runs before the module's."""
+    module = make_module()
+    module.trainer = pl.Trainer(
+        precision="bf16-mixed", accelerator="cpu", logger=False, default_root_dir=tmp_path
+    )
+    assert module.latent_specs()["deter"].dtype == "bfloat16"
+    module.trainer = pl.Trainer(
+        precision="32-true", accelerator="cpu", logger=False, default_root_dir=tmp_path
+    )
+    assert module.latent_specs()["deter"].dtype == "float32"
