@@ -7,7 +7,7 @@ TORCH_INDEX_URL ?=
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) -e
-# Small networks run fastest on one thread each.
+# One thread keeps its pace when other jobs use the machine.
 ENV = OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.py tests/test_returns.py \
 	tests/test_distributions.py tests/test_optim.py)
