@@ -33,6 +33,7 @@ _STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False}
 
 if "lit_wm/Dummy-v0" not in gym.registry:
     gym.register("lit_wm/Dummy-v0", entry_point="lit_wm.envs.dummy:Dummy")
+    gym.register("lit_wm/LidarRobot-v0", entry_point="lit_wm.envs.robot:LidarRobot", max_episode_steps=100)
 
 
 def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEnv:
