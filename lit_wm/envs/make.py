@@ -19,6 +19,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
 from lit_wm.envs.atari import Atari, import_ale
+from lit_wm.envs.dmc import DMControl
+from lit_wm.envs.physics import choose_gl, require_gl
 from lit_wm.envs.wrappers import StandardEnv, spaces_from_gym
 from lit_wm.errors import EnvError, NotSupported, nearest
 from lit_wm.types import Spaces
@@ -28,8 +30,11 @@ _ATARI = {
     "atari": {"size": 96, "gray": True, "sticky": 0.25, "actions": "all", **_OFFICIAL},
     "atari100k": {"size": 64, "gray": False, "sticky": 0.0, "actions": "needed", **_OFFICIAL},
 }
-_IDS = "Expected a Gymnasium id, module:ID to import a module first, atari:GAME or atari100k:GAME"
-_STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False}
+_IDS = (
+    "Expected a Gymnasium id, module:ID to import a module first, atari:GAME, atari100k:GAME,\n"
+    "  dmc:DOMAIN_TASK or crafter:reward"
+)
+_STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False, "pixels": False, "drop": ()}
 
 if "lit_wm/Dummy-v0" not in gym.registry:
     gym.register("lit_wm/Dummy-v0", entry_point="lit_wm.envs.dummy:Dummy")
@@ -42,12 +47,15 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     Args:
         env_id: ``CartPole-v1`` or any other Gymnasium id, also ``gym:ID`` and ``module:ID``; ``atari:GAME``
             (96 x 96 gray, sticky actions 0.25, all 18 actions) or ``atari100k:GAME`` (64 x 64 colour, no
-            sticky actions, minimal actions), the game in snake_case.
+            sticky actions, minimal actions), the game in snake_case; ``dmc:DOMAIN_TASK``, a task of
+            dm_control's suite.
         seed: determines everything from the first reset on, unless that reset has its own.
         options: for Atari and ``ALE/`` ids ``size, gray, sticky, actions, noops, repeat, length, pool`` (see
             :class:`~lit_wm.envs.atari.Atari`); for others ``repeat`` (environment steps per step),
-            ``time_limit`` (environment steps per episode instead of the registered limit), ``size`` and
-            ``gray`` for images, and every argument of the environment itself.
+            ``time_limit`` (environment steps per episode instead of the registered limit), ``pixels`` (the
+            rendered frame as ``image`` is the only observation), ``size`` (64 with ``pixels``) and ``gray``
+            for images, ``drop`` (names of observations to leave out), for dmc ``camera``, and every argument
+            of a Gymnasium environment itself.
 
     Raises:
         EnvError: for an unknown id or option (naming the nearest), a missing package, or an unsupported
@@ -57,17 +65,27 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     if suite in _ATARI:
         env = Atari(name, **_merge(env_id, _ATARI[suite], options))
         return StandardEnv(env, env_id, seed)
+    if suite == "dmc":
+        options = _merge(env_id, {**_STANDARD, "camera": None}, options)
+        size = 64 if options["size"] is None else options["size"]
+        limit = _time_limit(env_id, options.pop("time_limit"))
+        task = DMControl(name, seed=seed, time_limit=limit, camera=options.pop("camera"), size=size)
+        return StandardEnv(task, env_id, seed, **options)
     spec = _find(name)
     if "ale_py" in str(spec.entry_point):
         env = Atari(spec.kwargs["game"], **_merge(env_id, _ale_defaults(spec), options), final_frame=True)
         return StandardEnv(env, env_id, seed)
     standard = {key: options.pop(key, value) for key, value in _STANDARD.items()}
-    time_limit = standard.pop("time_limit")
-    if time_limit is not None and (
-        isinstance(time_limit, bool) or not isinstance(time_limit, int) or time_limit < 1
-    ):
-        raise EnvError(f"{env_id}: time_limit={time_limit!r}; expected a whole number of environment steps")
+    time_limit = _time_limit(env_id, standard.pop("time_limit"))
+    if standard["pixels"]:
+        options["render_mode"] = "rgb_array"
     return StandardEnv(_make_gym(env_id, spec, time_limit, options), env_id, seed, **standard)
+
+
+def _time_limit(env_id: str, steps: int | None) -> int | None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise EnvError(f"{env_id}: time_limit={steps!r}; expected a whole number of environment steps")
+    return steps
 
 
 def make_vector_env(
@@ -184,7 +202,7 @@ def suite_defaults(env_id: str, **options: Any) -> dict[str, Any]:
 
 def _split(env_id: str) -> tuple[str, str]:
     suite, colon, name = env_id.partition(":")
-    return (suite, name) if colon and suite in ("gym", *_ATARI) else ("gym", env_id)
+    return (suite, name) if colon and suite in ("gym", "dmc", *_ATARI) else ("gym", env_id)
 
 
 def _merge(env_id: str, defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +261,11 @@ def _find(env_id: str) -> Any:
 
 
 def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
+    mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+    if mujoco:
+        choose_gl()
+    if mujoco and kwargs.get("render_mode"):
+        require_gl(env_id)
     try:
         creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
         parameters = inspect.signature(creator).parameters.values()

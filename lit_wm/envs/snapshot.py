@@ -1,9 +1,9 @@
 """The exact state of an environment as tensors and plain values, without pickle.
 
 A snapshot has one part per layer of the environment, the outermost first. A layer takes part by having its
-own ``snapshot()`` and ``restore(state)``; Gymnasium's time limit, order check and classic control are known
-here. Anything else raises :class:`~lit_wm.errors.NotSupported`: a simulator with hidden state would only look
-restored.
+own ``snapshot()`` and ``restore(state)``; Gymnasium's time limit, order check, classic control and MuJoCo are
+known here. Anything else raises :class:`~lit_wm.errors.NotSupported`: a simulator with hidden state would
+only look restored.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gymnasium.envs import classic_control
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from torch import Tensor
 
+from lit_wm.envs.physics import load_physics, physics_state
 from lit_wm.errors import CheckpointError, NotSupported
 
 # Everything that step() and reset() of these classes read and write.
@@ -30,6 +31,8 @@ _FIELDS: dict[type, tuple[str, ...]] = {
     classic_control.MountainCarEnv: ("state",),
     classic_control.Continuous_MountainCarEnv: ("state",),
 }
+
+_MUJOCO_FIELDS = ("init_qpos", "goal", "goal_pos", "cylinder_pos")  # what Pusher and Reacher write at a reset
 
 
 def to_plain(value: Any) -> Any:
@@ -91,10 +94,20 @@ def _has_own(layer: gym.Env) -> bool:
     )
 
 
+def _is_mujoco(layer: gym.Env) -> bool:
+    return type(layer).__module__.startswith("gymnasium.envs.mujoco.")
+
+
+def _fields(layer: gym.Env) -> list[str]:
+    if type(layer) in _FIELDS:
+        return list(_FIELDS[type(layer)])
+    return [name for name in _MUJOCO_FIELDS if hasattr(layer, name)]
+
+
 def unsupported_layer(env: gym.Env) -> str | None:
     """Name of the first layer whose state cannot be read, None if the whole environment can be stored."""
     for layer in _layers(env):
-        if not _has_own(layer) and type(layer) not in _FIELDS:
+        if not (_has_own(layer) or type(layer) in _FIELDS or _is_mujoco(layer)):
             return f"{type(layer).__module__}.{type(layer).__name__}"
     return None
 
@@ -108,14 +121,16 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
     if name := unsupported_layer(env):
         raise NotSupported(
             f"no exact snapshot of {name}: its state is unknown here.\n"
-            "  Known are classic control, ALE, the dummy and classes with snapshot() and restore(state)."
+            "  Known are classic control, MuJoCo, dmc, ALE, the dummy; classes with snapshot() and restore()."
         )
     parts = []
     for layer in _layers(env):
         if _has_own(layer):
             state = layer.snapshot()  # type: ignore[attr-defined]
         else:
-            state = {name: to_plain(getattr(layer, name)) for name in _FIELDS[type(layer)]}
+            state = {name: to_plain(getattr(layer, name)) for name in _fields(layer)}
+            if _is_mujoco(layer):
+                state["physics"] = physics_state(layer.model, layer.data)  # type: ignore[attr-defined]
             if not isinstance(layer, gym.Wrapper):  # a wrapper's generator is that of its inner environment
                 state |= {"rng": generator_state(layer._np_random), "seed": layer._np_random_seed}
         parts.append({"layer": type(layer).__name__, "state": state})
@@ -140,8 +155,10 @@ def restore_layers(env: gym.Env, parts: list[dict[str, Any]]) -> None:
         if _has_own(layer):
             layer.restore(state)  # type: ignore[attr-defined]
             continue
-        for name in _FIELDS[type(layer)]:
+        for name in state.keys() - {"physics", "rng", "seed"}:
             setattr(layer, name, from_plain(state[name]))
+        if _is_mujoco(layer):
+            load_physics(layer.model, layer.data, state["physics"])  # type: ignore[attr-defined]
         if not isinstance(layer, gym.Wrapper):
             layer._np_random = load_generator(state["rng"])
             layer._np_random_seed = state["seed"]

@@ -20,7 +20,7 @@ from lit_wm.envs.snapshot import (
     snapshot_layers,
     unsupported_layer,
 )
-from lit_wm.errors import CheckpointError, EnvError
+from lit_wm.errors import CheckpointError, EnvError, nearest
 from lit_wm.types import Spaces, Spec
 
 # An integer array with more values than this is a quantity, not a class index. The official code draws the
@@ -165,12 +165,29 @@ def _is_image(space: spaces.Space) -> TypeGuard[spaces.Box]:
 class _Entries:
     """The entries of an observation or action space, flat."""
 
-    def __init__(self, space: spaces.Space, root: str, where: str, size: Any = None, gray: bool = False):
+    def __init__(
+        self,
+        space: spaces.Space,
+        root: str,
+        where: str,
+        size: Any = None,
+        gray: bool = False,
+        drop: Sequence[str] = (),
+    ):
         self._space, self._bare = space, not isinstance(space, spaces.Dict | spaces.Tuple)
         self._leaves: list[tuple[tuple, Any]] = []
         is_action = root == "action"
         named: OrderedDict[str, spaces.Space] = OrderedDict()
-        for path, name, leaf in _leaves(space, root):
+        leaves = _leaves(space, root)
+        names = [name for _, name, _ in leaves]
+        if unknown := [name for name in drop if name not in names]:
+            raise EnvError(
+                f"{where}: drop names {unknown[0]!r}, which is no observation{nearest(unknown[0], names)}\n"
+                f"  Observations: {', '.join(names)}"
+            )
+        for path, name, leaf in leaves:
+            if name in drop:
+                continue
             at = f"{where}: {'action' if is_action else 'observation'} {name!r}"
             entry = self._entry(name, leaf, at, is_action, size, gray)
             if entry is None:
@@ -185,7 +202,8 @@ class _Entries:
             raise EnvError(f"{where}: the {'action' if is_action else 'observation'} space has no entries")
         if (size or gray) and not any(isinstance(entry, Image) for _, entry in self._leaves):
             raise EnvError(
-                f"{where}: the options size and gray need an image; observations are {', '.join(named)}"
+                f"{where}: the options size and gray need an image; observations are {', '.join(named)}.\n"
+                "  For rendered frames add the option pixels: true"
             )
         self.space = spaces.Dict(named)
 
@@ -212,6 +230,7 @@ class _Entries:
         raise EnvError(
             f"{at} is a {type(space).__name__} space, which no model here can take.\n"
             "  Expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these."
+            + ("" if is_action else f"\n  Leave it out: drop: [{name}]; or see rendered frames: pixels: true")
         )
 
     def write(self, value: Any) -> Arrays:
@@ -282,6 +301,9 @@ class StandardEnv(gym.Wrapper):
         repeat: environment steps per step; rewards are summed, the end of an episode stops them.
         size: (height, width) for every image, Pillow bilinear; None leaves it.
         gray: luma instead of red, green and blue.
+        pixels: what ``env.render()`` shows, as ``image``, replaces all observations; ``size`` is then 64 x 64
+            unless given.
+        drop: names of observations to leave out.
 
     Raises:
         EnvError: for a space that is not supported or an impossible option.
@@ -295,13 +317,21 @@ class StandardEnv(gym.Wrapper):
         repeat: int = 1,
         size: int | Sequence[int] | None = None,
         gray: bool = False,
+        pixels: bool = False,
+        drop: str | Sequence[str] = (),
     ):
         super().__init__(env)
         if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
             raise EnvError(f"{name}: repeat={repeat!r}; expected a whole number >= 1")
-        size = None if size is None else check_size(size, name)
+        if pixels and env.render_mode != "rgb_array":
+            modes = ", ".join(env.metadata.get("render_modes", [])) or "none"
+            raise EnvError(f"{name}: pixels=True needs the render mode 'rgb_array'; it has {modes}")
+        size = None if size is None and not pixels else check_size(64 if size is None else size, name)
+        seen = spaces.Dict(image=spaces.Box(0, 255, (*size, 3), np.uint8)) if pixels and size else None
+        drop = (drop,) if isinstance(drop, str) else tuple(drop)
+        self._pixels = pixels
         self.name, self._seed, self._repeat = name, seed, repeat
-        self._obs = _Entries(env.observation_space, "obs", name, size, gray)
+        self._obs = _Entries(seen or env.observation_space, "obs", name, size, gray, drop)
         self._action = _Entries(env.action_space, "action", name)
         self.observation_space, self.action_space = self._obs.space, self._action.space
         self._action_spaces = (self._action.space, *self._action.space.spaces.values())
@@ -319,7 +349,10 @@ class StandardEnv(gym.Wrapper):
             self._seed = None
             self.action_space.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._obs.write(obs), info
+        return self._observe(obs), info
+
+    def _observe(self, obs: Any) -> Arrays:
+        return self._obs.write({"image": self.env.render()} if self._pixels else obs)
 
     def step(self, action: Arrays) -> tuple[Arrays, float, bool, bool, dict]:
         """Execute ``action`` ``repeat`` times."""
@@ -330,7 +363,7 @@ class StandardEnv(gym.Wrapper):
             total += float(reward)
             if terminated or truncated:
                 break
-        return self._obs.write(obs), total, bool(terminated), bool(truncated), info
+        return self._observe(obs), total, bool(terminated), bool(truncated), info
 
     @property
     def can_snapshot(self) -> bool:
