@@ -42,6 +42,9 @@ class Collector:
         rank: number of this process.
         prefill: first env steps of this process with uniformly random actions; the policy still follows
             along, so that their latents are valid.
+        epsilon: probability that an environment executes a uniformly random action instead of the policy's.
+        action_noise: standard deviation of Gaussian noise on continuous actions, in units of half their
+            range.
 
     Attributes:
         env_steps: rows written.
@@ -57,11 +60,14 @@ class Collector:
         seed: int = 0,
         rank: int = 0,
         prefill: int = 0,
+        epsilon: float = 0.0,
+        action_noise: float = 0.0,
     ):
         if env.num_envs != replay.storage.streams:
             raise ConfigError(f"{env.num_envs} environments cannot write {replay.storage.streams} streams.")
         self.env, self.spaces, self.replay = env, spaces, replay
         self.seed, self.rank, self.prefill = seed, rank, prefill
+        self.epsilon, self.action_noise = epsilon, action_noise
         self.same_step = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
         self.env_steps = self.episodes = 0
         self.finished: list[tuple[float, int]] = []
@@ -90,12 +96,12 @@ class Collector:
         else:
             raw, is_first = self._step(self._action)
         obs = self._entries(raw)
-        random = self.env_steps < self.prefill
         with torch.inference_mode():
             seen = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
             action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
-            if random:
-                action = self._random_action(action)
+            executed = self._explore(action)
+            if executed is not action:
+                action = executed
                 if state.action is not None:  # stays on the policy's device, unlike what it hands out
                     held = {k: action[k].to(v) for k, v in state.action.items()}
                     state = State(state.deter, state.stoch, held)
@@ -143,16 +149,29 @@ class Collector:
             for frame in obs[key]:
                 total += frame
 
-    def _random_action(self, like: Tensors) -> Tensors:
-        """Uniform actions; the draw depends on the step count only."""
-        rng = counter_rng(self.seed, self.rank, "prefill", self.env_steps)
+    def _explore(self, action: Tensors) -> Tensors:
+        """What is executed: random while prefilling, else the policy's action with noise, if there is any.
+
+        The draws depend on the step count only.
+        """
+        n = self.env.num_envs
+        if self.env_steps < self.prefill:
+            rng, random = counter_rng(self.seed, self.rank, "prefill", self.env_steps), np.ones(n, np.bool_)
+        elif self.epsilon or self.action_noise:
+            rng = counter_rng(self.seed, self.rank, "explore", self.env_steps)
+            random = rng.random(n) < self.epsilon
+        else:
+            return action
         out = {}
         for key, spec in self.spaces.action.items():
-            shape = (self.env.num_envs, *spec.shape)
-            value = (
-                rng.uniform(-1, 1, shape) if spec.classes is None else rng.integers(spec.classes, size=shape)
-            )
-            out[key] = torch.as_tensor(value).to(like[key])
+            shape, like = (n, *spec.shape), action[key]
+            if spec.classes is None:
+                uniform = torch.as_tensor(rng.uniform(-1, 1, shape)).to(like)
+                if self.action_noise:
+                    like = like + self.action_noise * torch.as_tensor(rng.normal(size=shape)).to(like)
+            else:
+                uniform = torch.as_tensor(rng.integers(spec.classes, size=shape)).to(like)
+            out[key] = torch.where(torch.from_numpy(random).view(-1, *[1] * len(spec.shape)), uniform, like)
         return out
 
     def _seeds(self) -> list[int | None]:

@@ -74,6 +74,9 @@ class ReplayDataModule(LightningDataModule):
             zeros.
         capacity: rows kept over all processes; one row per env step.
         prefill: env steps over all processes with random actions before training begins.
+        epsilon: probability of a uniformly random action at collection, in each environment and step.
+        action_noise: standard deviation of Gaussian noise on continuous actions at collection, in units of
+            half their range.
         max_env_steps: env steps after which training is done; null for no end.
         online_queue: hand out every new step once before drawing uniformly.
         time_limit_is_terminal: whether the value after a time limit is zero; null for the official choice of
@@ -98,6 +101,8 @@ class ReplayDataModule(LightningDataModule):
         replay_context: int = 1,
         capacity: int = 5_000_000,
         prefill: int = 0,
+        epsilon: float = 0.0,
+        action_noise: float = 0.0,
         max_env_steps: int | None = None,
         online_queue: bool = True,
         time_limit_is_terminal: bool | None = None,
@@ -109,6 +114,7 @@ class ReplayDataModule(LightningDataModule):
         self.num_envs, self.eval_envs, self.vectorization = num_envs, eval_envs, vectorization
         self.train_ratio, self.batch_size, self.batch_length = train_ratio, batch_size, batch_length
         self.replay_context, self.capacity, self.prefill = replay_context, capacity, prefill
+        self.epsilon, self.action_noise = epsilon, action_noise
         self.max_env_steps, self.online_queue = max_env_steps, online_queue
         self.replay_dir, self.seed = replay_dir, seed
         self._time_limit_is_terminal = time_limit_is_terminal
@@ -134,6 +140,11 @@ class ReplayDataModule(LightningDataModule):
                 raise ConfigError(f"data.{name} is {value!r}, expected a whole number of {low} or more.")
         if not 0 < self.train_ratio < float("inf"):
             raise ConfigError(f"data.train_ratio is {self.train_ratio!r}, expected a number above 0.")
+        if not 0 <= self.epsilon <= 1 or not 0 <= self.action_noise < float("inf"):
+            raise ConfigError(
+                f"data.epsilon is {self.epsilon!r} and data.action_noise {self.action_noise!r}; expected a "
+                "probability and a standard deviation."
+            )
         if self.vectorization not in ("sync", "async"):
             raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
         # Each stream needs its first window, then one more row per window.
@@ -226,7 +237,9 @@ class ReplayDataModule(LightningDataModule):
         seeds = [self.seed + 10_000 * self.rank + i for i in range(num_envs)]
         envs = self.make_envs(num_envs, seeds)
         prefill = -(-self.prefill // self.world_size)
-        self.collector = Collector(envs, spaces, self.replay, self.seed, self.rank, prefill)
+        self.collector = Collector(
+            envs, spaces, self.replay, self.seed, self.rank, prefill, self.epsilon, self.action_noise
+        )
         # Through str, so that 0.1 means one tenth. Per step of this process, as every process makes every
         # update.
         per_step = Fraction(str(self.train_ratio)) * self.world_size / (self.batch_size * self.batch_length)

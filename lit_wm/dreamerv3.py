@@ -8,6 +8,7 @@ deviation.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ LOSS_SCALES = {
     "value": 1.0,
     "repval": 0.3,
 }
+LAYERS = {"enc": 3, "dec": 3, "rew": 1, "con": 1, "pol": 3, "val": 3}  # of each MLP
 
 
 class DreamerV3Module(WorldModelModule):
@@ -62,24 +64,33 @@ class DreamerV3Module(WorldModelModule):
         depth: image channels, in units of (2, 3, 4, 4).
         units: width of all MLPs.
         blocks: blocks of the GRU.
+        layers: depths of the MLPs, merged over the defaults; keys enc, dec, rew, con, pol, val.
         strided: halve and double images by strided convolutions instead of pooling and upsampling.
         outer: the outermost image stage keeps the resolution.
         squash: encode symlog of the vectors instead of their values.
         imag_length: imagined steps H per start state.
+        imag_warmup: updates over which H rises from 1 to ``imag_length``; 0 = there from the start.
         imag_last: imagine from the last n steps of each row only, n >= 2; 0 = from all.
         horizon: discount horizon in steps, gamma = 1 - 1/horizon.
         contdisc: fold the discount into the continue head's target.
         lam: lambda of the returns.
         actent: weight of the policy's entropy.
+        actent_final: weight that it changes to, linearly over ``actent_anneal`` updates; None = constant.
+        actent_anneal: see ``actent_final``.
         slowreg: weight of the critic's pull towards its slow copy.
         slowtar: bootstrap from the slow critic instead of the critic.
         slow_rate: share of the new weights in each update of the slow critic.
         return_norm: scale of the advantages: ``perc`` (5th to 95th percentile), ``meanstd`` or ``none``.
         free_nats: KL below which dyn and rep give no gradient.
         mix: share of the uniform distribution in the latents.
+        kl_warmup: updates over which the weights of dyn and rep rise from 0; 0 = there from the start.
         loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation
-            key.
+            key. With ``rec: 0`` nothing is reconstructed and the decoder stays untrained.
+        reward_scale: factor on the rewards of the data; the model's rewards and values are in its units.
         lr: learning rate.
+        actor_lr: learning rate of the policy; None = ``lr``.
+        critic_lr: learning rate of the critic; None = ``lr``.
+        grad_clip: largest norm of all gradients together, before ``agc``; None = no such limit.
         warmup: updates over which it rises from 0.
         agc: adaptive gradient clipping, largest gradient norm as a share of the parameter norm.
         betas: decay of momentum and second moment.
@@ -105,23 +116,32 @@ class DreamerV3Module(WorldModelModule):
         depth: int | None = None,
         units: int | None = None,
         blocks: int | None = None,
+        layers: dict[str, int] | None = None,
         strided: bool = False,
         outer: bool = False,
         squash: bool = True,
         imag_length: int = 15,
+        imag_warmup: int = 0,
         imag_last: int = 0,
         horizon: float = 333,
         contdisc: bool = True,
         lam: float = 0.95,
         actent: float = 3e-4,
+        actent_final: float | None = None,
+        actent_anneal: int = 0,
         slowreg: float = 1.0,
         slowtar: bool = False,
         slow_rate: float = 0.02,
         return_norm: str = "perc",
         free_nats: float = 1.0,
         mix: float = 0.01,
+        kl_warmup: int = 0,
         loss_scales: dict[str, float] | None = None,
+        reward_scale: float = 1.0,
         lr: float = 4e-5,
+        actor_lr: float | None = None,
+        critic_lr: float | None = None,
+        grad_clip: float | None = None,
         warmup: int = 1000,
         agc: float = 0.3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -145,29 +165,20 @@ class DreamerV3Module(WorldModelModule):
             "blocks": blocks,
         }
         sizes = dreamerv3_sizes(preset, **overrides)
-        self.model = DreamerV3(
-            Spaces.from_plain(spaces),
-            **sizes,
-            strided=strided,
-            outer=outer,
-            squash=squash,
-            imag_length=imag_length,
-            imag_last=imag_last,
-            horizon=horizon,
-            contdisc=contdisc,
-            lam=lam,
-            actent=actent,
-            slowreg=slowreg,
-            slowtar=slowtar,
-            slow_rate=slow_rate,
-            return_norm=return_norm,
-            free_nats=free_nats,
-            mix=mix,
-            loss_scales=loss_scales,
-        )
+        # The model's own arguments, by name.
+        options = inspect.signature(DreamerV3).parameters.keys() - sizes.keys() - {"spaces"}
+        self.model = DreamerV3(Spaces.from_plain(spaces), **sizes, **{k: self.hparams[k] for k in options})
         self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
-        if lr <= 0 or warmup < 0:
-            raise ConfigError(f"model.lr is {lr} and model.warmup {warmup}; expected lr > 0 and warmup >= 0")
+        rates = {"lr": lr, "actor_lr": lr if actor_lr is None else actor_lr}
+        rates["critic_lr"] = lr if critic_lr is None else critic_lr
+        for name, rate in rates.items():
+            if rate <= 0:
+                raise ConfigError(f"model.{name} is {rate}; expected more than 0")
+        if warmup < 0:
+            raise ConfigError(f"model.warmup is {warmup}; expected 0 updates or more")
+        self.grad_clip = grad_clip
+        if grad_clip is not None and grad_clip <= 0:
+            raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
         if not any(self.trained.values()):
             raise ConfigError(
                 "train_world_model, train_actor and train_critic are all false: nothing would be trained"
@@ -176,9 +187,11 @@ class DreamerV3Module(WorldModelModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """World model, actor, critic: together exactly the reference's one joint optimiser."""
-        names = ("lr", "warmup", "agc", "betas", "eps", "weight_decay")
-        options = {k: self.hparams[k] for k in names}
-        return [LaProp(self.model.group(name), **options) for name in self.trained]
+        hp = self.hparams
+        options = {k: hp[k] for k in ("warmup", "agc", "betas", "eps", "weight_decay")}
+        own = {"world_model": None, "actor": hp["actor_lr"], "critic": hp["critic_lr"]}
+        rates = {name: hp["lr"] if lr is None else lr for name, lr in own.items()}
+        return [LaProp(self.model.group(name), lr=rates[name], **options) for name in self.trained]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One gradient step. All losses see the same old weights; then the three optimizers step; then the
@@ -189,6 +202,7 @@ class DreamerV3Module(WorldModelModule):
         """
         batch = self.draw(batch)
         carry = self.model.start_carry(batch, self.last_carry)
+        self.model.follow_schedules(self.updates)
 
         # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay
         # float32.
@@ -264,27 +278,36 @@ class DreamerV3(WorldModel):
         depth: int,
         units: int,
         blocks: int = 8,
+        layers: dict[str, int] | None = None,
         strided: bool = False,
         outer: bool = False,
         squash: bool = True,
         imag_length: int = 15,
+        imag_warmup: int = 0,
         imag_last: int = 0,
         horizon: float = 333,
         contdisc: bool = True,
         lam: float = 0.95,
         actent: float = 3e-4,
+        actent_final: float | None = None,
+        actent_anneal: int = 0,
         slowreg: float = 1.0,
         slowtar: bool = False,
         slow_rate: float = 0.02,
         return_norm: str = "perc",
         free_nats: float = 1.0,
         mix: float = 0.01,
+        kl_warmup: int = 0,
         loss_scales: dict[str, float] | None = None,
+        reward_scale: float = 1.0,
     ):
         super().__init__(spaces)
-        self.imag_length, self.imag_last = imag_length, imag_last
+        self.imag_length, self.imag_warmup, self.imag_last = imag_length, imag_warmup, imag_last
         self.horizon, self.contdisc = horizon, contdisc
-        self.lam, self.actent, self.slowreg, self.slowtar = lam, actent, slowreg, slowtar
+        self.lam, self.slowreg, self.slowtar = lam, slowreg, slowtar
+        self.actent, self.actent_anneal, self.kl_warmup = actent, actent_anneal, kl_warmup
+        self.actent_final = actent if actent_final is None else actent_final
+        self.reward_scale = reward_scale
         self.slow_rate, self.free_nats, self.mix = slow_rate, free_nats, mix
         clash = sorted(spaces.obs.keys() & LOSS_SCALES.keys())
         if clash:
@@ -298,6 +321,12 @@ class DreamerV3(WorldModel):
             )
         if not horizon > 1:
             raise ConfigError(f"model.horizon is {horizon}; expected more than 1 step, gamma = 1 - 1/horizon")
+        if min(imag_warmup, actent_anneal, kl_warmup) < 0:
+            raise ConfigError("model.imag_warmup, actent_anneal and kl_warmup count updates; expected >= 0")
+        if (actent_final is None) != (actent_anneal == 0):
+            raise ConfigError(
+                "model.actent_final and model.actent_anneal need each other: where to, how fast"
+            )
         unknown = (loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
         if unknown:
             known = sorted(LOSS_SCALES.keys() | spaces.obs.keys())
@@ -305,17 +334,25 @@ class DreamerV3(WorldModel):
         scales = LOSS_SCALES | (loss_scales or {})
         self.loss_scales = {k: scales.get(k, scales["rec"]) for k in spaces.obs} | scales
         self.loss_scales.pop("rec")
+        depths = LAYERS | (layers or {})
+        if depths.keys() != LAYERS.keys() or min(depths.values()) < 1:
+            raise ConfigError(
+                f"model.layers is {layers}; expected at least 1 for some of {', '.join(LAYERS)}"
+            )
+        self.follow_schedules(0)
 
         feat = deter + stoch * classes
-        self.enc = Encoder(spaces.obs, depth, units, strided, outer, squash)
+        self.enc = Encoder(spaces.obs, depth, units, strided, outer, squash, depths["enc"])
         action = sum(s.size for s in spaces.action.values())
         self.dyn = RSSM(self.enc.token_size, action, deter, hidden, stoch, classes, blocks, mix)
-        self.dec = Decoder(spaces.obs, deter, stoch * classes, depth, units, strided, outer)
-        self.rew = Head(feat, units, 1, 255, "logits", outscale=0.0)
-        self.con = Head(feat, units, 1, 1, "logit", outscale=1.0)
-        self.pol = PolicyHead(feat, units, 3, spaces.action)
-        self.val = Head(feat, units, 3, 255, "logits", outscale=0.0)
-        self.slowval = Head(feat, units, 3, 255, "logits", outscale=0.0)
+        self.dec = Decoder(
+            spaces.obs, deter, stoch * classes, depth, units, strided, outer, layers=depths["dec"]
+        )
+        self.rew = Head(feat, units, depths["rew"], 255, "logits", outscale=0.0)
+        self.con = Head(feat, units, depths["con"], 1, "logit", outscale=1.0)
+        self.pol = PolicyHead(feat, units, depths["pol"], spaces.action)
+        self.val = Head(feat, units, depths["val"], 255, "logits", outscale=0.0)
+        self.slowval = Head(feat, units, depths["val"], 255, "logits", outscale=0.0)
         self.slowval.load_state_dict(self.val.state_dict())
         self.slowval.requires_grad_(False)
         self.retnorm = ReturnNorm(return_norm)
@@ -331,6 +368,16 @@ class DreamerV3(WorldModel):
             "critic": (self.val,),
         }[name]
         return [p for m in modules for p in m.parameters()]
+
+    def follow_schedules(self, updates: int) -> None:
+        """Set what changes with the number of ``updates`` done; with the defaults nothing does."""
+
+        def ramp(length: int) -> float:
+            return min(1.0, updates / length) if length else 1.0
+
+        self.entropy_weight = self.actent + (self.actent_final - self.actent) * ramp(self.actent_anneal)
+        self.kl_weight = ramp(self.kl_warmup)
+        self.imag_steps = max(1, round(self.imag_length * ramp(self.imag_warmup)))
 
     # --- The loss, in the paper's order -------------------------------------------------------------
 
@@ -357,9 +404,11 @@ class DreamerV3(WorldModel):
             prior_logit = self.dyn.prior(post.deter)  # (B, T, S, C)
             feat = self.feat(post)  # (B, T, F)
             kl, metrics = self.kl_losses(post_logit, prior_logit)
-            losses |= kl | self.dec.losses(post.deter, post.stoch.flatten(-2), batch.obs)  # type: ignore[union-attr]
+            losses |= kl
+            if any(self.loss_scales[k] for k in self.spaces.obs):
+                losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), batch.obs)  # type: ignore[union-attr]
             rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
-            losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward)
+            losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward * self.reward_scale)
             losses["con"] = bernoulli_loss(con_logit.squeeze(-1), self.continue_target(batch))
         out = LossOutput(torch.zeros(()), losses, metrics, post, post_logit, prior_logit, feat)
 
@@ -389,7 +438,8 @@ class DreamerV3(WorldModel):
             losses.pop("value", None), losses.pop("repval", None)
         out.losses = losses
         means = {k: v.mean() for k, v in losses.items()}
-        out.total = torch.stack([self.loss_scales[k] * v for k, v in means.items()]).sum()
+        weights = self.loss_scales | {k: self.kl_weight * self.loss_scales[k] for k in ("dyn", "rep")}
+        out.total = torch.stack([weights[k] * v for k, v in means.items()]).sum()
         metrics |= {f"loss/{k}": v.detach() for k, v in means.items()} | {"opt/loss": out.total.detach()}
         return out
 
@@ -421,7 +471,7 @@ class DreamerV3(WorldModel):
         """
         last = self.imag_last or post.deter.shape[1]
         start = post.map(lambda x: x[:, -last:].flatten(0, 1))  # (N, ...)
-        H, N = self.imag_length, start.deter.shape[0]
+        H, N = self.imag_steps, start.deter.shape[0]
         feats = start.deter.new_empty(H + 1, N, self.dyn.deter + self.dyn.stoch * self.dyn.classes)
 
         def policy(feat: Tensor, t: int) -> tuple[Tensors, Tensor]:
@@ -463,7 +513,7 @@ class DreamerV3(WorldModel):
             log_prob = log_prob + dist.log_prob(torch.stack([a[k] for a in dream.actions]))
             entropy = entropy + dist.entropy()
         advantage: Tensor = dream.advantage  # type: ignore[assignment]
-        return -dream.weight[:-1] * (log_prob * advantage + self.actent * entropy)
+        return -dream.weight[:-1] * (log_prob * advantage + self.entropy_weight * entropy)
 
     def value_loss(self, dream: Dream) -> Tensor:
         """Two-hot cross-entropy to the returns and to the slow critic. (H, N)"""
@@ -486,7 +536,7 @@ class DreamerV3(WorldModel):
         feat (B, T, F), boot (B, K): first imagined return of the last K steps -> loss and returns (B, K-1).
         """
         K = boot.shape[1]
-        feat, reward = feat[:, -K:], batch.reward[:, -K:]
+        feat, reward = feat[:, -K:], batch.reward[:, -K:] * self.reward_scale
         last, term = batch.is_last[:, -K:].float(), batch.is_terminal[:, -K:].float()
         returns = lambda_return(reward, (1 - term) * (1 - 1 / self.horizon), boot, (1 - last) * self.lam)
         with torch.no_grad():

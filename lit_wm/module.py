@@ -4,6 +4,7 @@ losses.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from lit_wm import __version__
 from lit_wm.errors import ConfigError
 from lit_wm.noise import NoiseStreams
 from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
@@ -30,6 +32,7 @@ class WorldModelModule(pl.LightningModule):
 
     model: WorldModel
     trained: dict[str, bool]
+    grad_clip: float | None = None  # largest norm of all gradients together
 
     def __init__(self, log_every: int = 100, seed: int = 0):
         super().__init__()
@@ -69,6 +72,8 @@ class WorldModelModule(pl.LightningModule):
             sync_gradients(opt.optimizer)
             grads += [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
         self._grad_norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+        if self.grad_clip is not None:
+            torch._foreach_mul_(grads, (self.grad_clip / self._grad_norm.clamp(min=1e-12)).clamp(max=1.0))
         for i, opt in enumerate(live):
             with uncounted(opt) if i else nullcontext():
                 opt.step()
@@ -156,6 +161,24 @@ class WorldModelModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Tickets pass through; what they draw is on the device already."""
         return batch.to(device) if isinstance(batch, Batch) else batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a lone file needs to be used: class, environment and precision, in plain values."""
+        data, kind = getattr(self.trainer, "datamodule", None), type(self)
+        options = dict(getattr(data, "env_options", None) or {})
+        try:
+            options = json.loads(json.dumps(options))
+        except (TypeError, ValueError):  # objects, which would keep the file from loading with weights_only
+            options = None
+        checkpoint["lit_wm"] = {
+            "version": __version__,
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "env": getattr(data, "env", None) if options is not None else None,
+            "env_options": options,
+            "precision": str(self.trainer.precision),
+            "updates": self.updates,
+            "env_steps": self.env_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the host's copy of the update counter."""

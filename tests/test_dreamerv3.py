@@ -475,3 +475,86 @@ def test_the_replay_stores_latents_in_the_compute_dtype(tmp_path: Path) -> None:
         precision="32-true", accelerator="cpu", logger=False, default_root_dir=tmp_path
     )
     assert module.latent_specs()["deter"].dtype == "float32"
+
+
+# --- Options that are off by default ---------------------------------------------------------------
+
+
+def test_schedules_move_between_their_ends_and_the_defaults_stand_still() -> None:
+    options = {"actent": 0.1, "actent_final": 0.02, "actent_anneal": 8, "kl_warmup": 4, "imag_warmup": 6}
+    model = make_module(**options, imag_length=3).model
+    seen = []
+    for updates in (0, 2, 4, 6, 8, 100):
+        model.follow_schedules(updates)
+        seen.append((round(model.entropy_weight, 9), model.kl_weight, model.imag_steps))
+    assert seen == [
+        (0.1, 0.0, 1), (0.08, 0.5, 1), (0.06, 1.0, 2), (0.04, 1.0, 3), (0.02, 1.0, 3), (0.02, 1.0, 3)
+    ]  # fmt: skip
+    plain = make_module().model
+    for updates in (0, 1, 1000):
+        plain.follow_schedules(updates)
+        assert (plain.entropy_weight, plain.kl_weight, plain.imag_steps) == (3e-4, 1.0, 4)
+
+
+def test_the_loss_follows_its_schedules(tmp_path: Path) -> None:
+    module = make_module(kl_warmup=4, imag_warmup=4, free_nats=0.0)
+    batches = [make_batch(seed=i) for i in range(3)]
+    _, history = fit(module, tmp_path, batches)
+    scales = module.model.loss_scales
+    for update, metrics in enumerate(history.metrics):
+        weights = scales | {k: scales[k] * update / 4 for k in ("dyn", "rep")}
+        total = sum(weights[k] * metrics[f"train/loss/{k}"] for k in weights if f"train/loss/{k}" in metrics)
+        assert metrics["train/opt/loss"] == pytest.approx(total, rel=1e-5)
+    module.model.follow_schedules(2)
+    out = module.model.loss(batches[0], module.model.initial(3), NoiseStreams(0))
+    assert out.dream is not None
+    assert out.dream.returns.shape[0] == 2
+
+
+def test_without_reconstruction_the_decoder_is_left_alone(tmp_path: Path) -> None:
+    module = make_module(MIXED, loss_scales={"rec": 0.0})
+    before = {n: p.clone() for n, p in module.model.named_parameters()}
+    _, history = fit(module, tmp_path, [make_batch(MIXED, seed=i) for i in range(2)])
+    changed = {n.split(".")[0] for n, p in module.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"enc", "dyn", "rew", "con", "pol", "val", "slowval"}
+    assert "train/loss/vector" not in history.metrics[0]
+
+
+def test_actor_and_critic_can_have_learning_rates_of_their_own(tmp_path: Path) -> None:
+    module = make_module(lr=1e-3, actor_lr=2e-3, critic_lr=5e-4)
+    rates = [opt.param_groups[0]["lr"] for opt in module.configure_optimizers()]
+    assert rates == [1e-3, 2e-3, 5e-4]
+    with pytest.raises(ConfigError, match="critic_lr"):
+        make_module(critic_lr=0.0)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_the_global_clip_limits_the_norm_of_all_gradients(limit: float, tmp_path: Path) -> None:
+    _, free = fit(make_module(), tmp_path, [make_batch()])
+    _, clipped = fit(make_module(grad_clip=limit), tmp_path, [make_batch()])
+    norm = torch.stack([g.norm() for g in free.grads.values()]).norm()
+    assert norm > 0.5
+    factor = min(1.0, limit / norm.item())
+    for name, grad in free.grads.items():
+        torch.testing.assert_close(clipped.grads[name], grad * factor, rtol=1e-5, atol=1e-12)
+
+
+def test_the_reward_scale_multiplies_the_rewards_and_nothing_else() -> None:
+    module, batch = make_module(reward_scale=4.0), make_batch()
+    plain, scaled = make_module(), make_batch()
+    scaled.reward = 4 * batch.reward
+    one = module.model.loss(batch, module.model.initial(3), NoiseStreams(0))
+    two = plain.model.loss(scaled, plain.model.initial(3), NoiseStreams(0))
+    assert torch.equal(one.total, two.total)
+
+
+def test_layers_can_be_chosen_and_misspelt_ones_are_named() -> None:
+    layers = {"enc": 1, "dec": 2, "rew": 3, "con": 2, "pol": 1, "val": 2}
+    model = make_module(MIXED, layers=layers).model
+    batch = make_batch(MIXED)
+    assert model.loss(batch, model.initial(3), NoiseStreams(0)).total.isfinite()
+
+    assert not hasattr(model.enc, "mlp1")
+    assert [head.mlp.layers for head in (model.rew, model.con, model.pol, model.val)] == [3, 2, 1, 2]
+    with pytest.raises(ConfigError, match="layers"):
+        make_module(layers={"policy": 2})

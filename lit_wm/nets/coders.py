@@ -59,10 +59,11 @@ class Encoder(nn.Module):
     Args:
         specs: observation entries by key.
         depth: channels of the image stages in units of (2, 3, 4, 4).
-        units: width of the three layers of the vector part.
+        units: width of the vector part.
         strided: halve images by strided convolutions instead of max-pooling.
         outer: the first stage keeps the resolution.
         squash: symlog of the vectors.
+        layers: of the vector part.
     """
 
     def __init__(
@@ -73,16 +74,18 @@ class Encoder(nn.Module):
         strided: bool = False,
         outer: bool = False,
         squash: bool = True,
+        layers: int = 3,
     ):
         super().__init__()
         self.specs, self.strided, self.outer, self.squash = specs, strided, outer, squash
+        self.layers = layers
         self.vector_keys = sorted(k for k, s in specs.items() if not s.is_image)
         self.image_keys = sorted(k for k, s in specs.items() if s.is_image)
         grid = image_grid(specs, outer)
         self.token_size = 0
         if self.vector_keys:
             inputs = sum(specs[k].size for k in self.vector_keys)
-            for i in range(3):
+            for i in range(layers):
                 self.add_module(f"mlp{i}", Linear(inputs if i == 0 else units, units))
                 self.add_module(f"mlp{i}norm", RMSNorm(units))
             self.token_size += units
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
         if self.vector_keys:
             x = torch.cat([self._vector(obs[k], self.specs[k]).view(*lead, -1) for k in self.vector_keys], -1)
             x = x.to(dtype)
-            for i in range(3):
+            for i in range(self.layers):
                 x = getattr(self, f"mlp{i}norm")(getattr(self, f"mlp{i}")(x))
             parts.append(x)
         if self.image_keys:
@@ -130,6 +133,7 @@ class Decoder(nn.Module):
         depth, units: as in the encoder.
         strided, outer: as in the encoder, mirrored.
         bspace: blocks of the first spatial layer.
+        layers: of the vector part.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class Decoder(nn.Module):
         strided: bool = False,
         outer: bool = False,
         bspace: int = 8,
+        layers: int = 3,
     ):
         super().__init__()
         self.specs, self.depth, self.strided, self.outer, self.bspace = specs, depth, strided, outer, bspace
@@ -149,7 +154,7 @@ class Decoder(nn.Module):
         self.image_keys = [k for k, s in specs.items() if s.is_image]
         grid = image_grid(specs, outer)
         if self.vector_keys:
-            self.mlp = MLP(stoch + deter, units, 3)
+            self.mlp = MLP(stoch + deter, units, layers)
             self.vec = nn.ModuleDict()
             for k in self.vector_keys:
                 name = "logits" if specs[k].is_discrete else "pred"

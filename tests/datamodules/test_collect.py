@@ -291,3 +291,60 @@ def test_any_mix_of_entries_reaches_the_rows(tmp_path):
     for key, mean in means.items():
         expected = rows[f"observation.{key}"].double().mean(0)
         assert torch.allclose(mean, expected, rtol=0, atol=1e-9)
+
+
+MIXED = Spaces({"obs": Spec("float32", (1,))}, {"move": Spec("float32", (2,)), "gear": Spec("int32", (), 3)})
+
+
+class Still(gym.Env):
+    """Remembers nothing and never ends; what matters is which action arrived."""
+
+    observation_space = gym.spaces.Dict({"obs": gym.spaces.Box(-1, 1, (1,))})
+    action_space = gym.spaces.Dict({"move": gym.spaces.Box(-1, 1, (2,)), "gear": gym.spaces.Discrete(3)})
+
+    def reset(self, *, seed=None, options=None):
+        return {"obs": np.zeros(1, np.float32)}, {}
+
+    def step(self, action):
+        return {"obs": np.zeros(1, np.float32)}, 0.0, False, False, {}
+
+
+def constant(obs, state, is_first):
+    n = len(obs["obs"])
+    action = {"move": torch.full((n, 2), 0.5), "gear": torch.full((n,), 2, dtype=torch.int64)}
+    return action, State(torch.zeros(n, 4), torch.zeros(n, 2, 3), action)
+
+
+def explored(tmp_path, **options):
+    envs = SyncVectorEnv([Still] * 4, autoreset_mode=AutoresetMode.DISABLED)
+    loop = collector(tmp_path, envs, MIXED, seed=1, **options)
+    for _ in range(500):
+        loop.collect(constant)
+        assert torch.equal(loop._state.action["gear"], torch.from_numpy(loop._action["gear"]))
+    rows = rows_of(loop.replay)
+    return rows["action.move"], rows["action.gear"]
+
+
+def test_without_exploration_the_policys_action_is_executed(tmp_path):
+    move, gear = explored(tmp_path)
+    assert (move == 0.5).all()
+    assert (gear == 2).all()
+
+
+def test_epsilon_replaces_all_keys_of_a_step_by_uniform_actions(tmp_path):
+    move, gear = explored(tmp_path, epsilon=0.3)
+    random = (move != 0.5).any(-1)
+    assert random.float().mean() == pytest.approx(0.3, abs=0.04)  # 2,000 steps: four standard deviations
+    assert (gear[~random] == 2).all()
+    assert torch.bincount(gear[random].long()).float().div(random.sum()).tolist() == pytest.approx(
+        [1 / 3] * 3, abs=0.08
+    )
+    assert move[random].abs().max() <= 1
+
+
+def test_action_noise_is_gaussian_on_continuous_actions_and_repeats_with_the_seed(tmp_path):
+    move, gear = explored(tmp_path / "a", action_noise=0.2)
+    assert (gear == 2).all()
+    assert (move - 0.5).mean() == pytest.approx(0, abs=0.02)
+    assert (move - 0.5).std() == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(move, explored(tmp_path / "b", action_noise=0.2)[0])
