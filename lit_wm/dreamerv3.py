@@ -166,8 +166,9 @@ class DreamerV3Module(WorldModelModule):
         }
         sizes = dreamerv3_sizes(preset, **overrides)
         # The model's own arguments, by name.
-        options = inspect.signature(DreamerV3).parameters.keys() - sizes.keys() - {"spaces"}
-        self.model = DreamerV3(Spaces.from_plain(spaces), **sizes, **{k: self.hparams[k] for k in options})
+        names = inspect.signature(DreamerV3).parameters.keys() - {"spaces"}
+        options: dict[str, Any] = {k: v for k, v in self.hparams.items() if k in names} | sizes
+        self.model = DreamerV3(Spaces.from_plain(spaces), **options)
         self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
         rates = {"lr": lr, "actor_lr": lr if actor_lr is None else actor_lr}
         rates["critic_lr"] = lr if critic_lr is None else critic_lr
