@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +20,9 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import iterate
 
 from lit_wm.envs.atari import Atari, import_ale
+from lit_wm.envs.crafter import Crafter
 from lit_wm.envs.dmc import DMControl
+from lit_wm.envs.images import check_size
 from lit_wm.envs.physics import choose_gl, require_gl
 from lit_wm.envs.wrappers import StandardEnv, spaces_from_gym
 from lit_wm.errors import EnvError, NotSupported, nearest
@@ -39,6 +42,7 @@ _STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False, "pixe
 if "lit_wm/Dummy-v0" not in gym.registry:
     gym.register("lit_wm/Dummy-v0", entry_point="lit_wm.envs.dummy:Dummy")
     gym.register("lit_wm/LidarRobot-v0", entry_point="lit_wm.envs.robot:LidarRobot", max_episode_steps=100)
+    gym.register("lit_wm/Catch-v0", entry_point="lit_wm.envs.catch:Catch")
 
 
 def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEnv:
@@ -71,6 +75,11 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
         limit = _time_limit(env_id, options.pop("time_limit"))
         task = DMControl(name, seed=seed, time_limit=limit, camera=options.pop("camera"), size=size)
         return StandardEnv(task, env_id, seed, **options)
+    if suite == "crafter":
+        options = _merge(env_id, {"repeat": 1, "time_limit": 10_000, "size": 64, "gray": False}, options)
+        limit = _time_limit(env_id, options.pop("time_limit"))
+        game = Crafter(name, size=options.pop("size"), time_limit=limit)
+        return StandardEnv(game, env_id, seed, **options)
     spec = _find(name)
     if "ale_py" in str(spec.entry_point):
         env = Atari(spec.kwargs["game"], **_merge(env_id, _ale_defaults(spec), options), final_frame=True)
@@ -79,6 +88,9 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     time_limit = _time_limit(env_id, standard.pop("time_limit"))
     if standard["pixels"]:
         options["render_mode"] = "rgb_array"
+        if _is_mujoco(spec):  # cheaper than shrinking its 480 x 480
+            height, width = check_size(64 if standard["size"] is None else standard["size"], env_id)
+            options = {"width": width, "height": height, **options}
     return StandardEnv(_make_gym(env_id, spec, time_limit, options), env_id, seed, **standard)
 
 
@@ -202,7 +214,7 @@ def suite_defaults(env_id: str, **options: Any) -> dict[str, Any]:
 
 def _split(env_id: str) -> tuple[str, str]:
     suite, colon, name = env_id.partition(":")
-    return (suite, name) if colon and suite in ("gym", "dmc", *_ATARI) else ("gym", env_id)
+    return (suite, name) if colon and suite in ("gym", "dmc", "crafter", *_ATARI) else ("gym", env_id)
 
 
 def _merge(env_id: str, defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -240,10 +252,16 @@ def _find(env_id: str) -> Any:
     module, colon, name = env_id.rpartition(":")
     if name.startswith("ALE/"):
         import_ale()
+    grid = name.startswith(("MiniGrid-", "BabyAI-"))
+    if grid and find_spec("minigrid") is None:
+        raise EnvError(
+            f'{env_id} needs the package minigrid, which is not installed.\n  Fix: pip install "lit-wm[minigrid]"'
+        )
+    module = module or ("minigrid" if grid else "")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*already in registry.*")  # a module imported twice
-            if colon:
+            if module:
                 import_module(module)
             return gym.spec(name)
     except ImportError as error:
@@ -260,12 +278,15 @@ def _find(env_id: str) -> Any:
         raise EnvError(f"no environment is registered as {name!r}{close}\n  {_IDS}") from error
 
 
+def _is_mujoco(spec: Any) -> bool:
+    return str(spec.entry_point).startswith("gymnasium.envs.mujoco")
+
+
 def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
-    mujoco = str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-    if mujoco:
+    if _is_mujoco(spec):
         choose_gl()
-    if mujoco and kwargs.get("render_mode"):
-        require_gl(env_id)
+        if kwargs.get("render_mode"):
+            require_gl(env_id)
     try:
         creator = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
         parameters = inspect.signature(creator).parameters.values()
