@@ -16,6 +16,7 @@ import logging
 import os
 import pydoc
 import re
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from lit_wm.callbacks import DreamVideo, Evaluate, ResumableCheckpoint, RLProgre
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
 from lit_wm.strategy import ReplicatedStrategy
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger, flatten, folder_name
+from lit_wm.vocabulary import Translator, put
 
 RUNS = Path("runs")
 DEFAULT_CLASSES = {"model": "lit_wm.DreamerV3Module", "data": "datamodules.ReplayDataModule"}
@@ -152,8 +154,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """``high`` over ``low``, deeply. Another ``class_path`` drops the arguments of the former class."""
+def merge(low: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+    """Each layer over the former, deeply. Another ``class_path`` drops the arguments of the former class."""
+    if len(layers) != 1:
+        return merge(merge(low, layers[0]), *layers[1:]) if layers else low
+    high = layers[0]
     if "class_path" in low and high.get("class_path", low["class_path"]) != low["class_path"]:
         return dict(high)
     merged = dict(low)
@@ -234,11 +239,40 @@ def read_command(argv: list[str]) -> Command:
             f"Packaged files: {', '.join(name for name in packaged_configs() if '/' not in name)}"
         )
     run, stored = (None, {}) if checkpoint is None else stored_run(checkpoint)
+    given, flags = translate(files, flags, merge(stored, merge(given, flags_as_config(flags))))
     config = merge(stored, given)
     for group, class_path in DEFAULT_CLASSES.items():
         if isinstance(config.setdefault(group, {}), dict):
             config[group].setdefault("class_path", class_path)
     return Command(verb, config, flags, checkpoint, run, stored)
+
+
+def translate(
+    files: list[dict[str, Any]], flags: list[str], said: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Files merged and flags in our vocabulary, with a printed note for every name of another one."""
+    known: dict[str, list[str]] = {}
+    for group, class_path in DEFAULT_CLASSES.items():
+        chosen = said.get(group)
+        chosen = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+        known[group] = arguments_of(chosen or class_path) or []
+    translator, words = Translator(known), flags_as_config(flags)
+    for layer in files:
+        translator.translate(layer)
+    given, before = merge({}, *files), flatten(words)
+    given.pop("ckpt_path", None)
+    for target, value in translator.translate(words).items():
+        put(given, target, value)
+    gone, kept, drop = before.keys() - flatten(words).keys(), list[str](), False
+    for word in flags:
+        if word.startswith("--"):
+            drop = word.removeprefix("--").partition("=")[0].replace(".init_args", "") in gone
+        if not drop:
+            kept.append(word)
+        drop = drop and word.startswith("--") and "=" not in word  # its value goes too
+    for note in translator.notes if not is_later_process() else ():
+        print(note, file=sys.stderr)  # the printed configuration goes to the other stream
+    return given, kept
 
 
 def experiment_of(config: dict[str, Any]) -> str | None:
