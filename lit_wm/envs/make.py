@@ -22,7 +22,6 @@ from gymnasium.vector.utils import iterate
 from lit_wm.envs.atari import Atari, import_ale
 from lit_wm.envs.crafter import Crafter
 from lit_wm.envs.dmc import DMControl
-from lit_wm.envs.images import check_size
 from lit_wm.envs.physics import choose_gl, require_gl
 from lit_wm.envs.wrappers import StandardEnv, spaces_from_gym
 from lit_wm.errors import EnvError, NotSupported, nearest
@@ -88,9 +87,6 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     time_limit = _time_limit(env_id, standard.pop("time_limit"))
     if standard["pixels"]:
         options["render_mode"] = "rgb_array"
-        if _is_mujoco(spec):  # cheaper than shrinking its 480 x 480
-            height, width = check_size(64 if standard["size"] is None else standard["size"], env_id)
-            options = {"width": width, "height": height, **options}
     return StandardEnv(_make_gym(env_id, spec, time_limit, options), env_id, seed, **standard)
 
 
@@ -255,7 +251,8 @@ def _find(env_id: str) -> Any:
     grid = name.startswith(("MiniGrid-", "BabyAI-"))
     if grid and find_spec("minigrid") is None:
         raise EnvError(
-            f'{env_id} needs the package minigrid, which is not installed.\n  Fix: pip install "lit-wm[minigrid]"'
+            f"{env_id} needs the package minigrid, which is not installed.\n"
+            '  Fix: pip install "lit-wm[minigrid]"'
         )
     module = module or ("minigrid" if grid else "")
     try:
@@ -278,12 +275,8 @@ def _find(env_id: str) -> Any:
         raise EnvError(f"no environment is registered as {name!r}{close}\n  {_IDS}") from error
 
 
-def _is_mujoco(spec: Any) -> bool:
-    return str(spec.entry_point).startswith("gymnasium.envs.mujoco")
-
-
 def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
-    if _is_mujoco(spec):
+    if str(spec.entry_point).startswith("gymnasium.envs.mujoco"):
         choose_gl()
         if kwargs.get("render_mode"):
             require_gl(env_id)
