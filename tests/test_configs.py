@@ -16,6 +16,9 @@ FILES = sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.yaml"))
 def test_the_configuration_runs(name, tmp_path, monkeypatch):
     if "atari" in name or Path(name).stem in BASE:
         pytest.importorskip("ale_py", reason="needs the extra 'atari'")
+    if "dmc" in name or "crafter" in name:
+        extra = "dmc" if "dmc" in name else "crafter"
+        pytest.importorskip({"dmc": "dm_control"}.get(extra, extra), reason=f"needs the extra {extra!r}")
     monkeypatch.chdir(tmp_path)
     layers = [name, "overlay/debug.yaml"]
     if name.startswith("overlay/"):

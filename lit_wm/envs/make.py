@@ -73,6 +73,8 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
         size = 64 if options["size"] is None else options["size"]
         limit = _time_limit(env_id, options.pop("time_limit"))
         task = DMControl(name, seed=seed, time_limit=limit, camera=options.pop("camera"), size=size)
+        if options["pixels"]:
+            require_gl(env_id)
         return StandardEnv(task, env_id, seed, **options)
     if suite == "crafter":
         options = _merge(env_id, {"repeat": 1, "time_limit": 10_000, "size": 64, "gray": False}, options)

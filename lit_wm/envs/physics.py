@@ -99,12 +99,12 @@ def _split(joined: torch.Tensor, arrays: list[np.ndarray]) -> None:
 
 
 def choose_gl() -> None:
-    """Set MUJOCO_GL before the first import of mujoco, unless it is set or there is a display.
+    """Set MUJOCO_GL before the first import of dm_control, unless it is set or there is a display.
 
     EGL if it finds a device, else OSMesa, else no rendering at all: a machine without either still simulates.
     """
     here = os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if here or sys.platform != "linux" or "mujoco" in sys.modules:
+    if here or sys.platform != "linux":
         return
     os.environ["MUJOCO_GL"] = "egl" if _egl_works() else "osmesa" if _has_osmesa() else "disable"
 
