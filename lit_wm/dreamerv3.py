@@ -92,6 +92,8 @@ class DreamerV3Module(WorldModelModule):
         critic_lr: learning rate of the critic; None = ``lr``.
         grad_clip: largest norm of all gradients together, before ``agc``; None = no such limit.
         warmup: updates over which it rises from 0.
+        schedule: ``const`` from then on, or ``linear`` to a tenth or ``cosine`` to 0, reached at ``anneal``.
+        anneal: updates at the end of a falling schedule.
         agc: adaptive gradient clipping, largest gradient norm as a share of the parameter norm.
         betas: decay of momentum and second moment.
         eps: added to the second moment's root.
@@ -143,6 +145,8 @@ class DreamerV3Module(WorldModelModule):
         critic_lr: float | None = None,
         grad_clip: float | None = None,
         warmup: int = 1000,
+        schedule: str = "const",
+        anneal: int = 0,
         agc: float = 0.3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-20,
@@ -175,8 +179,16 @@ class DreamerV3Module(WorldModelModule):
         for name, rate in rates.items():
             if rate <= 0:
                 raise ConfigError(f"model.{name} is {rate}; expected more than 0")
-        if warmup < 0:
-            raise ConfigError(f"model.warmup is {warmup}; expected 0 updates or more")
+        if warmup < 0 or schedule not in ("const", "linear", "cosine"):
+            raise ConfigError(
+                f"model.warmup is {warmup} and model.schedule {schedule!r}; expected 0 updates or more, and "
+                "'const', 'linear' or 'cosine'"
+            )
+        if schedule != "const" and anneal <= warmup:
+            raise ConfigError(
+                f"model.schedule {schedule!r} ends at model.anneal, which is {anneal}; expected more than the "
+                f"{warmup} updates of model.warmup"
+            )
         self.grad_clip = grad_clip
         if grad_clip is not None and grad_clip <= 0:
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
@@ -189,7 +201,7 @@ class DreamerV3Module(WorldModelModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """World model, actor, critic: together exactly the reference's one joint optimiser."""
         hp = self.hparams
-        options = {k: hp[k] for k in ("warmup", "agc", "betas", "eps", "weight_decay")}
+        options = {k: hp[k] for k in ("warmup", "schedule", "anneal", "agc", "betas", "eps", "weight_decay")}
         own = {"world_model": None, "actor": hp["actor_lr"], "critic": hp["critic_lr"]}
         rates = {name: hp["lr"] if lr is None else lr for name, lr in own.items()}
         return [LaProp(self.model.group(name), lr=rates[name], **options) for name in self.trained]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lit_wm.dreamerv3 import LOSS_SCALES, DreamerV3, DreamerV3Module
 from lit_wm.errors import ConfigError
 from lit_wm.noise import NoiseStreams
-from lit_wm.optim import LaProp
+from lit_wm.optim import LaProp, learning_rate
 from lit_wm.types import Batch, Spaces, Spec
 
 VECTOR = Spaces({"obs": Spec("float32", (5,))}, {"action": Spec("int32", (), 4)})
@@ -526,6 +526,15 @@ def test_actor_and_critic_can_have_learning_rates_of_their_own(tmp_path: Path) -
     assert rates == [1e-3, 2e-3, 5e-4]
     with pytest.raises(ConfigError, match="critic_lr"):
         make_module(critic_lr=0.0)
+
+
+def test_the_learning_rate_can_fall() -> None:
+    (group,) = make_module(schedule="linear", anneal=11).configure_optimizers()[1].param_groups
+    assert [round(learning_rate(group, n), 9) for n in (1, 2, 7, 12, 99)] == [0, 1e-3, 5.5e-4, 1e-4, 1e-4]
+    with pytest.raises(ConfigError, match="anneal"):
+        make_module(schedule="cosine")
+    with pytest.raises(ConfigError, match="schedule"):
+        make_module(schedule="step")
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e9])
