@@ -10,7 +10,7 @@ import os
 import sys
 
 from lit_wm import __version__
-from lit_wm.errors import ConfigError, LitWMError, nearest
+from lit_wm.errors import ConfigError, Interrupted, LitWMError, nearest
 
 TRAINING_VERBS = ("fit", "validate", "test", "predict")
 
@@ -21,6 +21,8 @@ usage: lit-wm VERB [options]
   validate   evaluation episodes and the open-loop error of a checkpoint
   test       the final protocol of a checkpoint: return with its confidence interval
   predict    write the actions of a checkpoint's episodes to a file
+  evaluate   a checkpoint in any environment: score, success, video, noisy observations
+  export     a checkpoint's model alone, for sharing
   presets    the model sizes and their parameter counts
 
   --help, --version
@@ -30,6 +32,8 @@ examples:
   lit-wm fit --config configs/dreamer_cartpole.yaml --config configs/overlay/debug.yaml --model.preset size1m
   lit-wm fit --ckpt_path last                      go on with the newest run
   lit-wm test --ckpt_path runs/CartPole-v1/NAME    its best checkpoint
+  lit-wm evaluate --ckpt best --episodes 20 --seed 0 --video play.gif --json result.json
+  lit-wm export --ckpt best -o model.ckpt
   lit-wm fit --config FILE --print_config          every option with its value
   lit-wm fit --help                                every option with its meaning
 
@@ -84,16 +88,24 @@ def run(argv: list[str]) -> int:
         from lit_wm import training_cli
 
         return training_cli.main(argv)
-    known = [*TRAINING_VERBS, "presets", "--help", "--version"]
+    if verb in ("evaluate", "export"):
+        from lit_wm import evaluation_cli
+
+        return getattr(evaluation_cli, verb)(rest)
+    known = [*TRAINING_VERBS, "evaluate", "export", "presets", "--help", "--version"]
     raise ConfigError(f"unknown verb {verb!r}{nearest(verb, known)}\nVerbs: {', '.join(known)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb, 130 after Ctrl-C."""
+    """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb, 130 after Ctrl-C, 143 when
+    SIGTERM ends an evaluation."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LITWM_DEBUG", "") not in ("", "0")
     try:
         return run(argv)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + error.number
     except LitWMError as error:
         if debug:
             raise

@@ -30,6 +30,14 @@ class NotSupported(LitWMError, NotImplementedError):
     """A verb that this object does not have, e.g. the snapshot of an unknown simulator."""
 
 
+class Interrupted(LitWMError):
+    """Ctrl-C or SIGTERM ended what had to be finished to count; ``number`` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 def nearest(name: str, known: list[str], count: int = 3) -> str:
     """The part of a message that names the closest ``known`` words: ``"; did you mean 'a' or 'b'?"``."""
     from difflib import get_close_matches

@@ -16,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lit_wm import __version__
-from lit_wm.errors import ConfigError
+from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.noise import NoiseStreams
 from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
@@ -165,7 +165,7 @@ class WorldModelModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a lone file needs to be used: class, environment and precision, in plain values."""
         data, kind = getattr(self.trainer, "datamodule", None), type(self)
-        options = dict(getattr(data, "env_options", None) or {})
+        options: dict[str, Any] | None = getattr(data, "env_options", None) or {}
         try:
             options = json.loads(json.dumps(options))
         except (TypeError, ValueError):  # objects, which would keep the file from loading with weights_only
@@ -181,7 +181,13 @@ class WorldModelModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the host's copy of the update counter."""
+        """Restore the host's copy of the update counter; fit refuses a file without optimizers."""
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "this checkpoint holds the model alone, without optimizers: fit cannot go on from it\n"
+                "It is for evaluate, test, validate and predict; go on from the run that it was exported from"
+            )
         self.updates = int(checkpoint["state_dict"]["updates_done"])
 
     # --- State of this process ---------------------------------------------------------------------

@@ -255,7 +255,7 @@ def video_grid(truth: Tensor, pred: Tensor, context: int) -> Tensor:
     if pred.dtype != torch.uint8:
         pred = (pred.float() * 255).clamp(0, 255).to(torch.uint8)  # truncates, as the official code does
     error = (pred.int() - truth.int() + 255).div(2, rounding_mode="trunc").to(torch.uint8)
-    inner = _rgb(torch.cat([truth, pred, error], 2))  # (B, T, 3H, W, 3)
+    inner = rgb(torch.cat([truth, pred, error], 2))  # (B, T, 3H, W, 3)
     batch, length, height, width, _ = inner.shape
     seen = (torch.arange(length, device=inner.device) < context)[:, None]  # (T, 1)
     colour = torch.where(seen, inner.new_tensor(GREEN), inner.new_tensor(RED))  # (T, 3)
@@ -266,7 +266,7 @@ def video_grid(truth: Tensor, pred: Tensor, context: int) -> Tensor:
     return video.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def _rgb(x: Tensor) -> Tensor:
+def rgb(x: Tensor) -> Tensor:
     """Three channels: RGB as it is, anything else by its mean."""
     if x.shape[-1] == 3:
         return x
@@ -274,7 +274,7 @@ def _rgb(x: Tensor) -> Tensor:
     return gray.expand(*x.shape[:-1], 3)
 
 
-def write_gif(path: str | Path, video: Tensor, fps: int = FPS) -> Path:
+def write_gif(path: str | Path, video: Tensor, fps: float = FPS) -> Path:
     """Write a video (T, H, W, 3) uint8 as an endless GIF; the file appears whole or not at all."""
     from PIL import Image
 

@@ -222,9 +222,8 @@ def read_command(argv: list[str]) -> Command:
         options, flags = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"{argv[-1]} needs a value: a file, or 'last' or 'best' for --ckpt_path") from error
-    given: dict[str, Any] = {}
-    for name in options.config:
-        given = merge(given, load_yaml(find_config(name)))
+    files = [load_yaml(find_config(name)) for name in options.config]
+    given = merge({}, *files)
     in_file = given.pop("ckpt_path", None)
     verb, said = argv[0], flatten(merge(given, flags_as_config(flags)))
     checkpoint = find_checkpoint(verb, options.ckpt_path or in_file, said)
@@ -312,17 +311,18 @@ def find_checkpoint(verb: str, ckpt_path: str | None, said: dict[str, Any]) -> P
     for name in names:
         if found := [p for depth in ("", "*/", "*/*/") for p in root.glob(f"{depth}checkpoints/{name}.ckpt")]:
             return max(found, key=lambda path: path.stat().st_mtime)
+    start = "Start without --ckpt_path, or give" if verb == "fit" else "Give"
     raise CheckpointError(
         f"--ckpt_path {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n"
-        "Start without --ckpt_path, or give the path of a checkpoint or of a run directory"
+        f"{start} the path of a checkpoint or of a run directory"
     )
 
 
 def stored_run(checkpoint: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Run directory of a checkpoint and its configuration; for a lone file the model's arguments only."""
+    """Run directory of a checkpoint and its configuration; for a lone file what it says of itself."""
     try:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        params = dict(loaded.get("hyper_parameters", {}))
+        params, about = dict(loaded.get("hyper_parameters", {})), dict(loaded.get("lit_wm", {}))
     except Exception as error:  # torch has no one class for these
         raise CheckpointError(
             f"--ckpt_path {checkpoint}: not a checkpoint, or one that was cut off"
@@ -332,9 +332,13 @@ def stored_run(checkpoint: Path) -> tuple[Path | None, dict[str, Any]]:
             stored = load_yaml(run / "config.yaml")
             stored.get("trainer", {}).pop("default_root_dir", None)
             return run, {k: v for k, v in stored.items() if k not in ("ckpt_path", "name")}
-    class_path = params.pop("_class_path", DEFAULT_CLASSES["model"])
+    class_path = params.pop("_class_path", about.get("class_path", DEFAULT_CLASSES["model"]))
     init_args = {k: v for k, v in params.items() if k not in ("_instantiator", "spaces", "seed")}
-    return None, {"model": {"class_path": class_path, "init_args": init_args}} if params else {}
+    stored = {"model": {"class_path": class_path, "init_args": init_args}} if params else {}
+    if about.get("env"):
+        stored["data"] = {"init_args": {k: about[k] for k in ("env", "env_options")}}
+        stored["trainer"] = {"precision": about["precision"]}
+    return None, stored
 
 
 def is_later_process() -> bool:
@@ -588,6 +592,14 @@ class TrainingCLI(LightningCLI):
 
     # -- running -------------------------------------------------------------------------------------------
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as left:  # so Lightning ends after Ctrl-C, without a word
+            if self.trainer.state.status != "interrupted":
+                raise
+            raise KeyboardInterrupt from left
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
@@ -602,7 +614,7 @@ class TrainingCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         for name, value in metrics.items():
-            print(f"  {name:<32} {value:.6g}")
+            print(f"  {name:<32} {value:.6g}{evaluate.cut_note() if name == 'eval/return' else ''}")
         print(f"validate: {path}")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_wm.errors import ConfigError
+from lit_wm.errors import ConfigError, Interrupted
 from lit_wm.noise import NoiseStreams
 from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
 from lit_wm.types import State, Tensors
@@ -67,6 +69,9 @@ class EpisodeResults:
         returns: undiscounted return of each episode, in environment reward units.
         lengths: agent decisions of each episode.
         terminated: whether an episode ended by itself, not by a time limit.
+        cut: whether the evaluation's own limit ended it.
+        success: ``is_success`` or ``success`` in the info of its last step; None if the environment gave
+            neither there.
         windows: held-out windows, None if there is none.
         rows: if recorded, one dict of arrays per episode: ``obs/KEY``, ``action/KEY``, ``reward``,
             ``terminated``, ``truncated`` with one row per observation; the last row's action is zero, it was
@@ -76,17 +81,28 @@ class EpisodeResults:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     terminated: list[bool] = field(default_factory=list)
+    cut: list[bool] = field(default_factory=list)
+    success: list[bool | None] = field(default_factory=list)
     windows: Windows | None = None
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def summary(self, prefix: str = "eval/") -> dict[str, float]:
-        """Mean return and length; from two episodes on, the spread and the 95 % interval of the mean."""
+        """Means over the episodes; from two on, the spread and the 95 % interval of the mean return.
+
+        ``success`` is there if the environment reports it (an episode without a report counts as failed),
+        ``cut``, the number of episodes cut by the evaluation's limit, if there are any.
+        """
         result = {f"{prefix}episodes": float(len(self.returns))}
         if not self.returns:
             return result
         values = np.asarray(self.returns, np.float64)
         result[f"{prefix}return"] = float(values.mean())
         result[f"{prefix}length"] = float(np.mean(self.lengths))
+        result[f"{prefix}terminated"] = float(np.mean(self.terminated))
+        if any(x is not None for x in self.success):
+            result[f"{prefix}success"] = float(np.mean([bool(x) for x in self.success]))
+        if any(self.cut):
+            result[f"{prefix}cut"] = float(sum(self.cut))
         if len(values) > 1:
             low, high = confidence_interval(values)
             result[f"{prefix}return_std"] = float(values.std(ddof=1))
@@ -176,6 +192,7 @@ def run_episodes(
     window_length: int = 32,
     record: bool = False,
     stop: Callable[[], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> EpisodeResults:
     """Play whole episodes and count them fairly.
 
@@ -193,6 +210,7 @@ def run_episodes(
         window_length: frames in a window.
         record: keep all rows of all episodes.
         stop: asked at every step; True ends it with the episodes finished so far.
+        progress: told at every step how many episodes are finished and how many decisions were made.
     """
     num = env.num_envs
     share = np.array([episodes // num + (i < episodes % num) for i in range(num)])
@@ -200,7 +218,7 @@ def run_episodes(
     tracks: list[dict[str, list]] = [{} for _ in range(num)]
     finished: list[list[tuple]] = [[] for _ in range(num)]
     rows: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num)]
-    total, length = np.zeros(num), np.zeros(num, np.int64)
+    total, length, steps = np.zeros(num), np.zeros(num, np.int64), 0
 
     obs = _tensors(env.reset(seed=[seed + i for i in range(num)])[0])
     is_first, state = np.ones(num, bool), None
@@ -237,18 +255,22 @@ def run_episodes(
         for i in np.flatnonzero(share):
             keep(int(i), action, last=False)
 
-        seen, reward, terminated, truncated, _ = env.step({k: v.numpy() for k, v in action.items()})
+        seen, reward, terminated, truncated, info = env.step({k: v.numpy() for k, v in action.items()})
         obs, prev_action, carry = _tensors(seen), action, now
-        total, length = total + reward, length + 1
+        total, length, steps = total + reward, length + 1, steps + int(np.count_nonzero(share))
+        ended = terminated | truncated
         if max_steps is not None:
             truncated = truncated | (length >= max_steps)
         flags = {"reward": reward, "terminated": terminated, "truncated": truncated}
         is_first, done = np.zeros(num, bool), terminated | truncated
+        if progress is not None:
+            progress(sum(map(len, finished)) + int(np.count_nonzero(done & (share > 0))), steps)
         if not done.any():
             continue
         for i in np.flatnonzero(done & (share > 0)):
             keep(int(i), action, last=True)
-            finished[i].append((float(total[i]), int(length[i]), bool(terminated[i])))
+            how = (bool(terminated[i]), not ended[i], _success(info, int(i)))
+            finished[i].append((float(total[i]), int(length[i]), *how))
             share[i] -= 1
         obs = _tensors(env.reset(options={"reset_mask": done})[0])
         is_first, prev_action = done, {k: v.clone() for k, v in action.items()}
@@ -259,12 +281,62 @@ def run_episodes(
 
     results = EpisodeResults(windows=recorder.windows())
     for plays, records in zip(finished, rows, strict=True):
-        for value, steps, by_itself in plays:
-            results.returns.append(value)
-            results.lengths.append(steps)
-            results.terminated.append(by_itself)
+        columns: tuple[list, ...] = (
+            results.returns,
+            results.lengths,
+            results.terminated,
+            results.cut,
+            results.success,
+        )
+        for play in plays:
+            for column, value in zip(columns, play, strict=True):
+                column.append(value)
         results.rows.extend(records)
     return results
+
+
+def _success(info: dict[str, Any], i: int) -> bool | None:
+    """What environment i says of its episode; ``_KEY`` marks the environments that gave ``KEY``."""
+    for key in ("is_success", "success"):
+        if key in info and info[f"_{key}"][i]:
+            return bool(info[key][i])
+    return None
+
+
+class Interrupts:
+    """While entered, Ctrl-C and SIGTERM are noted in ``number``; a second one stops at once.
+
+    Does nothing unless ``enabled`` and in the main thread.
+    """
+
+    def __init__(self, enabled: bool = True):
+        self.number: int | None = None
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM) if self._enabled else ():
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def check(self, done: int, episodes: int) -> None:
+        """Raise Interrupted if not all episodes are ``done``."""
+        if done < episodes:
+            number = self.number or signal.SIGTERM  # None: another process has heard it
+            raise Interrupted(
+                f"{signal.Signals(number).name}: stopped after {done} of {episodes} episodes; "
+                "nothing was written",
+                number,
+            )
 
 
 def _tensors(obs: dict[str, np.ndarray]) -> Tensors:
@@ -307,9 +379,9 @@ class Evaluate(pl.Callback):
     Uses ``make_envs``, ``eval_envs``, ``env``, ``env_steps`` and ``mean_frames`` of the data module. Metrics
     go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
     ``eval/return_low`` and ``eval/return_high`` (95 % interval of the mean), ``eval/length``,
-    ``eval/episodes``, and the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
-    monitored. Every validation meets the same seeds. With several processes each plays its share with seeds
-    of its own.
+    ``eval/episodes``, ``eval/terminated``, ``eval/success`` if the environment reports it, and the errors of
+    :func:`foresight` as ``dream/...``. ``eval/return`` can be monitored. Every validation meets the same
+    seeds. With several processes each plays its share with seeds of its own.
 
     Args:
         episodes: episodes of a validation.
@@ -349,32 +421,52 @@ class Evaluate(pl.Callback):
         self._env: Any = None
         self._env_count = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a seed with which evaluation would meet the training's episodes."""
+        seed = getattr(getattr(trainer, "datamodule", None), "seed", None)
+        for own in (self.seed, self.seed + 500_000):
+            if stage == "fit" and seed is not None and abs(own - seed) < 10_000 * trainer.world_size:
+                raise ConfigError(
+                    f"evaluate.seed {self.seed} is too near to the training's seed {seed}: evaluation would "
+                    f"meet the training's episodes\nUse another: --evaluate.seed {seed + 1_000_000}"
+                )
+
     def run(
         self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
     ) -> EpisodeResults:
         """Play this process's share of ``episodes`` and bring the numbers of all processes together.
 
         Windows and recorded rows stay those of this process.
+
+        Raises:
+            Interrupted: by Ctrl-C or SIGTERM outside of a training, which has its own way to stop.
         """
         rank, world = trainer.global_rank, trainer.world_size
         mine = episodes // world + (rank < episodes % world)
         results = EpisodeResults()
-        if mine:
-            # Streams of its own, so that evaluating draws nothing from training's.
-            noise = NoiseStreams(seed, rank, module.device)
-            results = run_episodes(
-                lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
-                self._open_env(data_of(trainer), mine, world),
-                mine,
-                seed + 10_000 * rank,
-                device=module.device,
-                max_steps=self.max_episode_steps,
-                windows=0 if record else self.windows,
-                window_length=self.window_length,
-                record=record,
-                stop=lambda: leaving(trainer),
-            )
-        return results if world == 1 else _gather(results, -(-episodes // world), trainer)
+        fitting, show = trainer.state.fn == "fit", getattr(trainer.progress_bar_callback, "episodes", None)
+        with Interrupts(enabled=not fitting) as signals:
+            if mine:
+                # Streams of its own, so that evaluating draws nothing from training's.
+                noise = NoiseStreams(seed, rank, module.device)
+                results = run_episodes(
+                    lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
+                    self._open_env(data_of(trainer), mine, world),
+                    mine,
+                    seed + 10_000 * rank,
+                    device=module.device,
+                    max_steps=self.max_episode_steps,
+                    windows=0 if record else self.windows,
+                    window_length=self.window_length,
+                    record=record,
+                    stop=lambda: leaving(trainer) if fitting else signals.number is not None,
+                    progress=None if show is None else lambda done, steps: show(done, mine, steps, trainer),
+                )
+            if world > 1:
+                results = _gather(results, -(-episodes // world), trainer)
+        if not fitting:
+            signals.check(len(results.returns), episodes)
+        return results
 
     def _open_env(self, data: Any, episodes: int, world_size: int) -> Any:
         count = min(max(1, data.eval_envs // world_size), episodes)
@@ -447,12 +539,19 @@ class Evaluate(pl.Callback):
             "returns": self.results.returns,
             "lengths": self.results.lengths,
             "terminated": self.results.terminated,
+            "cut": self.results.cut,
+            "success": self.results.success,
         }
         path = Path(trainer.default_root_dir) / "test.json"
         write_atomic(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
         value, low, high = (metrics.get(f"test/return{x}", float("nan")) for x in ("", "_low", "_high"))
         print(f"test: return {value:.2f}, 95 % interval {low:.2f} to {high:.2f}, ", end="")
-        print(f"{len(self.results.returns)} episodes: {path}")
+        print(f"{len(self.results.returns)} episodes{self.cut_note()}: {path}")
+
+    def cut_note(self) -> str:
+        """How many of the last episodes ``max_episode_steps`` has cut, for the line of their score."""
+        cut = sum(self.results.cut) if self.results else 0
+        return f" ({cut} cut at max_episode_steps {self.max_episode_steps:,})" if cut else ""
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record episodes: each process writes those it played."""
@@ -514,21 +613,30 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> Path:
     """Let ``write`` fill a file beside ``path`` and move it there in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{path} could not be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
 def _gather(results: EpisodeResults, most: int, trainer: pl.Trainer) -> EpisodeResults:
     """Returns, lengths and ends of all processes; shares differ by one episode, hence the padding."""
-    table = torch.full((most, 3), float("nan"), dtype=torch.float64)
-    for row, values in enumerate(zip(results.returns, results.lengths, results.terminated, strict=True)):
+    table = torch.full((most, 5), float("nan"), dtype=torch.float64)
+    success = [float("nan") if x is None else float(x) for x in results.success]
+    columns = (results.returns, results.lengths, results.terminated, results.cut, success)
+    for row, values in enumerate(zip(*columns, strict=True)):
         table[row] = torch.tensor(values, dtype=torch.float64)
-    gathered = trainer.strategy.all_gather(table.to(trainer.strategy.root_device)).reshape(-1, 3).cpu()
+    gathered = trainer.strategy.all_gather(table.to(trainer.strategy.root_device)).reshape(-1, 5).cpu()
     rows = gathered[~gathered[:, 0].isnan()].tolist()
     return replace(
         results,
         returns=[row[0] for row in rows],
         lengths=[int(row[1]) for row in rows],
         terminated=[bool(row[2]) for row in rows],
+        cut=[bool(row[3]) for row in rows],
+        success=[None if row[4] != row[4] else bool(row[4]) for row in rows],
     )

@@ -44,7 +44,7 @@ class RLProgressBar(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print a line of its own above the progress."""
         if self._enabled:
-            self._wipe()
+            self.clear()
             print(*args, **kwargs)
 
     @property
@@ -79,6 +79,17 @@ class RLProgressBar(ProgressBar):
         now = time.monotonic()
         if trainer.state.fn == "fit" and (self._file.isatty() or self._is_due(now)):
             self._show(self.line(trainer) + " | evaluating ...", now)
+
+    def episodes(self, done: int, total: int, steps: int, trainer: pl.Trainer | None = None) -> None:
+        """Show how many episodes of an evaluation are done; with the last one the line goes."""
+        now = time.monotonic()
+        if done >= total:
+            self.clear()
+        elif self._is_due(now):
+            lead = ""
+            if trainer is not None and trainer.state.fn == "fit":
+                lead = f"{self.line(trainer)} | evaluating: "
+            self._show(f"{lead}episodes {done:,}/{total:,} | {steps:,} steps", now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Leave the last line standing."""
@@ -131,7 +142,8 @@ class RLProgressBar(ProgressBar):
             self._file.write(line + "\n")
         self._file.flush()
 
-    def _wipe(self) -> None:
+    def clear(self) -> None:
+        """Take the line away, where it is one of a terminal."""
         if self._width:
             self._file.write("\r" + " " * self._width + "\r")
             self._width = 0

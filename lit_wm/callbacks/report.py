@@ -92,6 +92,8 @@ class DemoReport(pl.Callback):
     def next_lines(self, trainer: pl.Trainer, module: Any) -> list[str]:
         """Where run, checkpoint and video are; how to open MLflow, resume, evaluate, train at full size."""
         run, python = short(trainer.default_root_dir), shlex.quote(short(sys.executable))
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            python = f"OMP_NUM_THREADS={shlex.quote(threads)} {python}"
         checkpoint, video = find(trainer, ResumableCheckpoint), find(trainer, DreamVideo)
         places = []
         uri = None

@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from lit_wm.callbacks.evaluate import EpisodeResults, confidence_interval, run_episodes, write_episodes
+from lit_wm.callbacks.evaluate import (
+    EpisodeResults,
+    Evaluate,
+    confidence_interval,
+    run_episodes,
+    write_episodes,
+)
 from lit_wm.envs import make_vector_env
+from lit_wm.errors import ConfigError
 from lit_wm.types import State
 
 
@@ -66,6 +74,9 @@ def test_long_episodes_are_cut_and_counted_as_truncated():
     results = play(episodes=2, num_envs=2, max_steps=3)
     assert results.lengths == [3, 3]
     assert not any(results.terminated)
+    assert results.cut == [True, True]
+    assert results.summary()["eval/cut"] == 2
+    assert not any(play(episodes=2, num_envs=2).cut)
 
 
 def test_asked_to_stop_it_ends_with_what_is_finished():
@@ -142,7 +153,66 @@ def test_summary_has_an_interval_from_two_episodes_on():
         "eval/episodes",
         "eval/return",
         "eval/length",
+        "eval/terminated",
     }
+
+
+def test_success_is_the_last_steps_and_silence_counts_as_failure_once_anything_was_said():
+    summary = EpisodeResults(
+        [1.0] * 4, [10] * 4, [True] * 4, [False] * 4, [True, None, True, False]
+    ).summary()
+    assert summary["eval/success"] == 0.5
+    assert "eval/success" not in EpisodeResults([1.0], [10], [True], [False], [None]).summary()
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_the_robots_success_is_read_from_its_environment(vectorization):
+    def ahead(obs, state, is_first):  # full speed, turning to the goal's side
+        turn = (2 * obs["obs"][:, 7]).clamp(-1, 1)
+        return {"action": torch.stack([torch.ones_like(turn), turn], 1)}, State(obs["obs"])
+
+    env = make_vector_env("lit_wm/LidarRobot-v0", 3, [0, 1, 2], vectorization, obstacles=0)
+    try:
+        results = run_episodes(ahead, env, 6, seed=0, max_steps=60)
+    finally:
+        env.close()
+    assert results.success == [value == 1 for value in results.returns] == results.terminated
+    assert any(results.success)
+
+
+class Quiet:
+    """An environment that reports success only in the episodes of its second copy."""
+
+    num_envs = 2
+
+    def reset(self, seed=None, options=None):
+        return {"obs": np.zeros((2, 4), np.float32)}, {}
+
+    def step(self, action):
+        info = {"success": np.array([0.0, 1.0]), "_success": np.array([False, True])}
+        return {"obs": np.zeros((2, 4), np.float32)}, np.ones(2), np.ones(2, bool), np.zeros(2, bool), info
+
+
+def test_what_one_environment_reports_is_not_taken_for_the_others():
+    assert run_episodes(Remember(), Quiet(), 4, seed=0).success == [None, None, True, True]
+
+
+def test_progress_counts_episodes_and_the_decisions_of_those_that_count():
+    told = []
+    results = play(episodes=5, num_envs=2, progress=lambda *counts: told.append(counts))
+    assert told[-1] == (5, sum(results.lengths))
+    assert told == sorted(told)
+
+
+def test_a_seed_that_meets_the_trainings_episodes_is_refused(make_trainer):
+    data = tiny.TinyData()
+    trainer = make_trainer(Evaluate(), max_steps=1)
+    for seed in (1_000_000, 1_500_003):
+        data.seed = seed
+        with pytest.raises(ConfigError, match=f"--evaluate.seed {seed + 1_000_000}"):
+            trainer.fit(tiny.TinyModule(), data)
+    data.seed = 0
+    trainer.fit(tiny.TinyModule(), data)
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():

@@ -133,7 +133,7 @@ def test_the_report_prints_the_errors_and_five_true_lines(make_trainer, tmp_path
     assert (tmp_path / checkpoint).is_file()
     assert (tmp_path / video).is_file()
     assert lines[2].endswith(f"-m lit_wm fit --ckpt_path {checkpoint} --trainer.max_steps 8")
-    python = lines[2].split()[1]
+    python = next(word for word in lines[2].split()[1:] if "=" not in word)
     assert subprocess.run([python, "--version"], check=True, capture_output=True).stdout.startswith(b"Python")
     assert sys.executable.endswith(python.lstrip("./"))
 

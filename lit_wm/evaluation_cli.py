@@ -1,0 +1,342 @@
+"""``evaluate`` and ``export``: a checkpoint by itself, without Trainer, data module or replay."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pydoc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from lit_wm.callbacks.evaluate import Interrupts, run_episodes, write_atomic
+from lit_wm.callbacks.progress import RLProgressBar
+from lit_wm.envs import make_vector_env, spaces_from_gym, suite_defaults
+from lit_wm.errors import CheckpointError, ConfigError, EnvError
+from lit_wm.module import WorldModelModule
+from lit_wm.noise import NoiseStreams, stream_seed
+from lit_wm.openloop import rgb, write_gif
+from lit_wm.tracking import flatten, versions
+from lit_wm.training_cli import find_checkpoint, stored_run
+from lit_wm.types import Spaces, Spec
+
+VIDEO_FRAMES, VIDEO_SIDE = 2_000, 320  # a video ends after so many frames; larger renderings are shrunk
+EXPORTED = ["state_dict", "hyper_parameters", "hparams_name", "pytorch-lightning_version"]
+EXPORTED += ["epoch", "global_step"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        """Every refusal as a ConfigError."""
+        raise ConfigError(f"{message}\nAll options: {self.prog} --help")
+
+
+def number(kind: type, low: float) -> Callable[[str], Any]:
+    """A type for argparse: a finite ``kind`` of ``low`` or more."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} of {low} or more, got {text!r}")
+        return value
+
+    return read
+
+
+def parser_of(verb: str, description: str, epilog: str | None = None) -> Parser:
+    """A parser that knows ``--ckpt``."""
+    parser = Parser(prog=f"lit-wm {verb}", description=description, epilog=epilog)
+    parser.add_argument(
+        "--ckpt", "--ckpt_path", required=True, metavar="C", help="last, best, a run or a .ckpt"
+    )
+    return parser
+
+
+def evaluate_parser() -> Parser:
+    """The options of ``evaluate``."""
+    parser = parser_of(
+        "evaluate",
+        "Play episodes with a checkpoint; print return with its 95 % interval, lengths and success.",
+        "On a CPU the same options give the same numbers to the last bit. That needs equal --num-envs and "
+        "threads: matrix products of another size are rounded otherwise. Success is info['is_success'] or "
+        "info['success'] of an episode's last step.",
+    )
+    cuda = torch.cuda.is_available()
+    for name, kind, default, meta, meaning in (
+        ("env", str, None, "E", "environment; the training's by default"),
+        ("env-options", yaml.safe_load, None, "{K: V}", "options; the training's if --env is"),
+        ("episodes", number(int, 1), 20, "N", "number of episodes (20)"),
+        ("seed", number(int, 0), 0, "S", "of everything; never a seed of the training (0)"),
+        ("num-envs", number(int, 1), 8, "K", "environments side by side (8)"),
+        ("max-episode-steps", number(int, 1), 30_000, "M", "cut longer episodes (30000)"),
+        ("obs-noise", number(float, 0), 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
+            "units, images in parts of the whole scale, clipped and rounded; classes stay as they are (0)"),
+        ("device", str, "cuda" if cuda else "cpu", "cpu|cuda", "where the model runs; cuda if there is one"),
+        ("video", Path, None, "F", "show the first episode as .gif, or as .mp4 with the extra 'video'"),
+        ("json", Path, None, "F", "write everything to this file"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
+    return parser
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What the file, else its run's configuration, says: class, environment, precision, counters."""
+    _, stored = stored_run(path)
+    loaded, flat = torch.load(path, map_location="cpu", weights_only=True, mmap=True), flatten(stored)
+    return {
+        "class_path": flat.get("model.class_path"),
+        "env": flat.get("data.env"),
+        "env_options": stored.get("data", {}).get("init_args", {}).get("env_options"),
+        "precision": str(flat.get("trainer.precision") or "32-true"),
+        "updates": loaded.get("global_step"),
+        "env_steps": loaded.get("ReplayDataModule", {}).get("env_steps"),
+    } | loaded.get("lit_wm", {})
+
+
+def load_module(path: Path, device: str = "cpu") -> tuple[WorldModelModule, dict[str, Any]]:
+    """The module of a checkpoint, ready to act, and :func:`read_about` it.
+
+    Raises:
+        CheckpointError: the file is none, or its class or weights are not of this version.
+    """
+    about = read_about(path)
+    loaded, kind = (
+        torch.load(path, map_location="cpu", weights_only=True),
+        pydoc.locate(str(about["class_path"])),
+    )
+    if not (isinstance(kind, type) and issubclass(kind, WorldModelModule)):
+        raise CheckpointError(f"{path}: its class {about['class_path']!r} is no world model known here")
+    try:
+        module = kind(**{k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")})
+        module.load_state_dict(loaded["state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = "\n".join(str(error).strip().splitlines()[:2])
+        raise CheckpointError(f"{path} does not fit this version of {kind.__name__}:\n{reason}") from error
+    module.on_load_checkpoint(loaded)
+    module.model.compute_dtype = torch.bfloat16 if about["precision"].startswith("bf16") else torch.float32
+    return module.to(device).eval(), about
+
+
+def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
+    """Raise a CheckpointError unless the environment shows and takes what the model knows."""
+
+    def say(spec: Spec | None) -> str:
+        classes = f" of {spec.classes} classes" if spec and spec.classes else ""
+        return f"{spec.dtype} {spec.shape}{classes}" if spec else "none"
+
+    for what, mine, its in (("observation", model.obs, env.obs), ("action", model.action, env.action)):
+        for key in mine if what == "observation" else mine | its:  # more to see does no harm
+            if (ours := mine.get(key)) != (theirs := its.get(key)):
+                raise CheckpointError(
+                    f"{what} {key!r}: the checkpoint has {say(ours)}, {env_id} has {say(theirs)}\n"
+                    "Give --env and --env-options as in the training"
+                )
+
+
+class Stage:
+    """A vector environment with noise before the agent's eyes and a camera on its first episode.
+
+    Args:
+        env: the environments, in this process.
+        spaces: the model's.
+        sigma: standard deviation of the noise; see ``--obs-noise``.
+        seed: of the noise.
+        film: keep ``frames`` (H, W, 3) uint8, of the first image that the model sees or else rendered.
+    """
+
+    def __init__(self, env: Any, spaces: Spaces, sigma: float, seed: int, film: bool):
+        self.env, self.num_envs, self.sigma, self.filming = env, env.num_envs, sigma, film
+        self.frames: list[np.ndarray] = []
+        self._noise = NoiseStreams(seed)
+        self._noisy = {k: s for k, s in spaces.obs.items() if sigma and not s.is_discrete}
+        self._image = next(((k, s) for k, s in spaces.obs.items() if s.is_image), None)
+        if sigma and not self._noisy:
+            raise ConfigError("--obs-noise has nothing to act on: all observations are classes")
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[dict[str, np.ndarray], dict]:
+        """As the environments'; a masked reset of the first one ends the film."""
+        self.filming = self.filming and (options is None or not options["reset_mask"][0])
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._show(obs, options is None), info
+
+    def step(self, action: Any) -> Any:
+        """As the environments'."""
+        obs, *rest = self.env.step(action)
+        return self._show(obs, True), *rest
+
+    def _show(self, obs: dict[str, np.ndarray], new: bool) -> dict[str, np.ndarray]:
+        for key, spec in self._noisy.items():
+            noise = self.sigma * self._noise.normal(f"obs/{key}", obs[key].shape).numpy()
+            noisy = np.clip(np.rint(obs[key] + 255 * noise), 0, 255) if spec.is_image else obs[key] + noise
+            obs = obs | {key: noisy.astype(obs[key].dtype)}
+        if self.filming and new and len(self.frames) < VIDEO_FRAMES:
+            self.frames.append(self._frame(obs))
+        return obs
+
+    def _frame(self, obs: dict[str, np.ndarray]) -> np.ndarray:
+        if self._image is not None:
+            key, spec = self._image
+            image = torch.from_numpy(obs[key][0].copy())
+            return rgb(image.movedim(0, -1) if spec.channels_first else image).numpy()
+        try:
+            picture = Image.fromarray(self.env.envs[0].render())
+        except Exception as error:  # whatever a renderer misses: pygame, a display, OpenGL
+            hint = "Install what it asks for, or leave out --video"
+            raise EnvError(f"--video: the environment cannot be rendered: {error}\n{hint}") from error
+        picture.thumbnail((VIDEO_SIDE, VIDEO_SIDE))
+        return np.asarray(picture)
+
+
+def open_envs(env_id: str, num_envs: int, options: dict[str, Any], render: bool) -> Any:
+    """The environments, able to render if that is wanted."""
+    env: Any = make_vector_env(env_id, num_envs, list(range(num_envs)), **options)
+    if not render or env.envs[0].render_mode == "rgb_array":
+        return env
+    env.close()
+    if "rgb_array" not in env.envs[0].metadata.get("render_modes", ()):
+        raise EnvError(f"--video: {env_id} shows no image and has no rendering as 'rgb_array'")
+    return make_vector_env(env_id, num_envs, list(range(num_envs)), **options, render_mode="rgb_array")
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
+    """Write a GIF (at most 50 frames per second: viewers slow down faster ones) or an MP4."""
+    if path.suffix == ".gif":
+        write_atomic(path, lambda part: write_gif(part, torch.from_numpy(np.stack(frames)), min(fps, 50)))
+        return
+    from imageio_ffmpeg import write_frames
+
+    height, width = (n // 2 * 2 for n in frames[0].shape[:2])  # the codec wants even numbers
+
+    def write(part: Path) -> None:
+        form = ["-f", "mp4"]
+        writer = write_frames(str(part), (width, height), fps=fps, macro_block_size=2, output_params=form)
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame[:height, :width]))
+        writer.close()
+
+    write_atomic(path, write)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse files that could not be written, before hours of episodes."""
+    for path in filter(None, paths):
+        folder = next(p for p in path.absolute().parents if p.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"{path} cannot be written: give a file in a folder that is yours")
+
+
+def check_video(path: Path) -> None:
+    """Refuse a video of another kind, or without what makes it."""
+    if path.suffix not in (".gif", ".mp4"):
+        raise ConfigError(f"--video {path}: expected a file name that ends in .gif or .mp4")
+    try:
+        if path.suffix == ".mp4":
+            import imageio_ffmpeg  # noqa: F401
+    except ImportError as error:
+        fix = "Fix: pip install 'lit-wm[video]', or name a .gif"
+        raise ConfigError(f"--video {path}: MP4 needs the package imageio-ffmpeg\n{fix}") from error
+
+
+def evaluate(argv: list[str]) -> int:
+    """``lit-wm evaluate``: play, print, write.
+
+    Raises:
+        LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
+    """
+    given = evaluate_parser().parse_args(argv)
+    check_outputs(given.video, given.json)
+    if given.video:
+        check_video(given.video)
+    if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
+    path = find_checkpoint("evaluate", given.ckpt, {"data.env": given.env})
+    assert path is not None
+    module, about = load_module(path, given.device)
+    env_id = given.env or about["env"]
+    if env_id is None:
+        raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
+    options = given.env_options if given.env_options is not None else {}
+    if given.env_options is None and env_id == about["env"]:
+        options = about["env_options"] or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"--env-options: expected keys and values such as '{{size: 64}}', got {options!r}")
+
+    spaces, bar = module.model.spaces, RLProgressBar()
+    rendered = given.video is not None and not any(s.is_image for s in spaces.obs.values())
+    env = open_envs(env_id, min(given.num_envs, given.episodes), options, rendered)
+    try:
+        check_spaces(spaces, spaces_from_gym(env.single_observation_space, env.single_action_space), env_id)
+        stage = Stage(env, spaces, given.obs_noise, given.seed, given.video is not None)
+        noise = NoiseStreams(given.seed, 0, given.device)
+        print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
+        with Interrupts() as signals:
+            results = run_episodes(
+                lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
+                stage,
+                given.episodes,
+                stream_seed(given.seed, 0, "evaluate") % 2**30,  # apart from all seeds of a training
+                device=given.device,
+                max_steps=given.max_episode_steps,
+                stop=lambda: signals.number is not None,
+                progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
+            )
+        fps = env.envs[0].metadata.get("render_fps", 30)
+    finally:
+        bar.clear()
+        env.close()
+    signals.check(len(results.returns), given.episodes)
+
+    score, lengths, spread = results.summary(""), results.lengths, ""
+    if "return_low" in score:
+        spread = ", std {return_std:.2f}, 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
+    cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
+    print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
+    print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
+    print(f"terminated: {score['terminated']:.0%}")
+    if "success" in score:
+        print(f"success:    {score['success']:.0%}")
+    if given.video:
+        fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
+        write_video(given.video, stage.frames, fps)
+        print(f"video:      {given.video} ({len(stage.frames)} frames)")
+    if given.json:
+        asked = ("episodes", "seed", "num_envs", "max_episode_steps", "obs_noise", "device")
+        report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
+        report |= {k: about[k] for k in ("class_path", "precision", "updates", "env_steps")}
+        report |= {k: getattr(given, k) for k in asked} | {"threads": torch.get_num_threads()}
+        report |= {k: getattr(results, k) for k in ("returns", "lengths", "terminated", "cut", "success")}
+        text = json.dumps(report | {"versions": versions()}, indent=1) + "\n"
+        write_atomic(given.json, lambda part: part.write_text(text))
+        print(f"results:    {given.json}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """``lit-wm export``: the model alone, without optimizers and the training's counters."""
+    parser = parser_of("export", "Write a checkpoint with the model alone, for sharing.")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the file to write")
+    given = parser.parse_args(argv)
+    out, path = given.output, find_checkpoint("export", given.ckpt, {})
+    assert path is not None
+    check_outputs(out)
+    if out.exists() and out.samefile(path):
+        raise ConfigError(f"-o {out} is the checkpoint itself, which would lose its optimizers")
+    about, loaded = read_about(path), torch.load(path, map_location="cpu", weights_only=True)
+    kept = {k: loaded[k] for k in EXPORTED if k in loaded} | {"lit_wm": about}
+    write_atomic(out, lambda part: torch.save(kept, part))
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, of {path} with {path.stat().st_size / 1e6:.2f} MB")
+    return 0
