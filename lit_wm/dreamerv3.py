@@ -186,8 +186,8 @@ class DreamerV3Module(WorldModelModule):
             )
         if schedule != "const" and anneal <= warmup:
             raise ConfigError(
-                f"model.schedule {schedule!r} ends at model.anneal, which is {anneal}; expected more than the "
-                f"{warmup} updates of model.warmup"
+                f"model.schedule {schedule!r} ends at model.anneal, which is {anneal}; expected more than "
+                f"model.warmup, {warmup} updates"
             )
         self.grad_clip = grad_clip
         if grad_clip is not None and grad_clip <= 0:
