@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import pydoc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
-from lit_wm.types import Spaces, Spec
+from lit_wm.types import Spaces
 
 VIDEO_FRAMES, VIDEO_SIDE = 2_000, 320  # a video ends after so many frames; larger renderings are shrunk
 EXPORTED = ["state_dict", "hyper_parameters", "hparams_name", "pytorch-lightning_version"]
@@ -38,22 +38,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Every refusal as a ConfigError."""
         raise ConfigError(f"{message}\nAll options: {self.prog} --help")
-
-
-def number(kind: type, low: float) -> Callable[[str], Any]:
-    """A type for argparse: a finite ``kind`` of ``low`` or more."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {what} of {low} or more, got {text!r}")
-        return value
-
-    return read
 
 
 def parser_of(verb: str, description: str, epilog: str | None = None) -> Parser:
@@ -78,14 +62,14 @@ def evaluate_parser() -> Parser:
     for name, kind, default, meta, meaning in (
         ("env", str, None, "E", "environment; the training's by default"),
         ("env-options", yaml.safe_load, None, "{K: V}", "options; the training's if --env is"),
-        ("episodes", number(int, 1), 20, "N", "number of episodes (20)"),
-        ("seed", number(int, 0), 0, "S", "of everything; never a seed of the training (0)"),
-        ("num-envs", number(int, 1), 8, "K", "environments side by side (8)"),
-        ("max-episode-steps", number(int, 1), 30_000, "M", "cut longer episodes (30000)"),
-        ("obs-noise", number(float, 0), 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
+        ("episodes", int, 20, "N", "number of episodes (20)"),
+        ("seed", int, 0, "S", "of everything; never a seed of the training (0)"),
+        ("num-envs", int, 8, "K", "environments side by side (8)"),
+        ("max-episode-steps", int, 30_000, "M", "cut longer episodes (30000)"),
+        ("obs-noise", float, 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
             "units, images in parts of the whole scale, clipped and rounded; classes stay as they are (0)"),
         ("device", str, "cuda" if cuda else "cpu", "cpu|cuda", "where the model runs; cuda if there is one"),
-        ("video", Path, None, "F", "show the first episode as .gif, or as .mp4 with the extra 'video'"),
+        ("video", Path, None, "F", "first episode, at most 2000 frames; .gif, .mp4 with the extra 'video'"),
         ("json", Path, None, "F", "write everything to this file"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
@@ -133,15 +117,11 @@ def load_module(path: Path, device: str = "cpu") -> tuple[WorldModelModule, dict
 def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
     """Raise a CheckpointError unless the environment shows and takes what the model knows."""
 
-    def say(spec: Spec | None) -> str:
-        classes = f" of {spec.classes} classes" if spec and spec.classes else ""
-        return f"{spec.dtype} {spec.shape}{classes}" if spec else "none"
-
     for what, mine, its in (("observation", model.obs, env.obs), ("action", model.action, env.action)):
         for key in mine if what == "observation" else mine | its:  # more to see does no harm
             if (ours := mine.get(key)) != (theirs := its.get(key)):
                 raise CheckpointError(
-                    f"{what} {key!r}: the checkpoint has {say(ours)}, {env_id} has {say(theirs)}\n"
+                    f"{what} {key!r}: the checkpoint has {ours}, {env_id} has {theirs}\n"
                     "Give --env and --env-options as in the training"
                 )
 
@@ -231,24 +211,17 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
     write_atomic(path, write)
 
 
-def check_outputs(*paths: Path | None) -> None:
+def check_outputs(video: Path | None, *others: Path | None) -> None:
     """Refuse files that could not be written, before hours of episodes."""
-    for path in filter(None, paths):
+    for path in filter(None, (video, *others)):
         folder = next(p for p in path.absolute().parents if p.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigError(f"{path} cannot be written: give a file in a folder that is yours")
-
-
-def check_video(path: Path) -> None:
-    """Refuse a video of another kind, or without what makes it."""
-    if path.suffix not in (".gif", ".mp4"):
-        raise ConfigError(f"--video {path}: expected a file name that ends in .gif or .mp4")
-    try:
-        if path.suffix == ".mp4":
-            import imageio_ffmpeg  # noqa: F401
-    except ImportError as error:
+    if video and video.suffix not in (".gif", ".mp4"):
+        raise ConfigError(f"--video {video}: expected a file name that ends in .gif or .mp4")
+    if video and video.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         fix = "Fix: pip install 'lit-wm[video]', or name a .gif"
-        raise ConfigError(f"--video {path}: MP4 needs the package imageio-ffmpeg\n{fix}") from error
+        raise ConfigError(f"--video {video}: MP4 needs the package imageio-ffmpeg\n{fix}")
 
 
 def evaluate(argv: list[str]) -> int:
@@ -258,9 +231,11 @@ def evaluate(argv: list[str]) -> int:
         LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
     """
     given = evaluate_parser().parse_args(argv)
+    lowest = {"episodes": 1, "num_envs": 1, "max_episode_steps": 1, "seed": 0, "obs_noise": 0}
+    for name, low in lowest.items():
+        if not low <= (value := getattr(given, name)) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
     check_outputs(given.video, given.json)
-    if given.video:
-        check_video(given.video)
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
     path = find_checkpoint("evaluate", given.ckpt, {"data.env": given.env})
@@ -269,9 +244,9 @@ def evaluate(argv: list[str]) -> int:
     env_id = given.env or about["env"]
     if env_id is None:
         raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
-    options = given.env_options if given.env_options is not None else {}
-    if given.env_options is None and env_id == about["env"]:
-        options = about["env_options"] or {}
+    options = given.env_options
+    if options is None:
+        options = about["env_options"] or {} if env_id == about["env"] else {}
     if not isinstance(options, dict):
         raise ConfigError(f"--env-options: expected keys and values such as '{{size: 64}}', got {options!r}")
 
@@ -332,7 +307,7 @@ def export(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     out, path = given.output, find_checkpoint("export", given.ckpt, {})
     assert path is not None
-    check_outputs(out)
+    check_outputs(None, out)
     if out.exists() and out.samefile(path):
         raise ConfigError(f"-o {out} is the checkpoint itself, which would lose its optimizers")
     about, loaded = read_about(path), torch.load(path, map_location="cpu", weights_only=True)

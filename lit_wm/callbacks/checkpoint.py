@@ -22,8 +22,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import threading
 import time
 import warnings
 import zlib
@@ -37,7 +35,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_wm.callbacks.evaluate import data_of
+from lit_wm.callbacks.evaluate import Interrupts, data_of
 from lit_wm.errors import CheckpointError, ConfigError
 
 # Updates between two looks of several processes at clock and signals: each costs a collective.
@@ -84,9 +82,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._pending: Path | None = None  # folder to restore before the first batch
         self._saved_at = -1  # updates of the newest last.ckpt
         self._saved_when = time.monotonic()
-        self._signal: int | None = None
+        self._signals = Interrupts()
         self._alone, self._agreed, self._dry = True, False, False
-        self._handlers: dict[int, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -96,7 +93,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     @property
     def stopping(self) -> bool:
         """Whether a signal ends this training; of several processes, once all of them know."""
-        return self._agreed or (self._alone and self._signal is not None)
+        return self._agreed or (self._alone and self._signals.number is not None)
 
     @property
     def folder(self) -> Path:
@@ -124,7 +121,8 @@ class ResumableCheckpoint(ModelCheckpoint):
             self._restore(trainer, pl_module, self._pending)
             self._pending = None
         self._saved_at, self._saved_when = int(pl_module.updates), time.monotonic()
-        self._listen()
+        self._signals, self._agreed = Interrupts("saving after this update"), False
+        self._signals.__enter__()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -143,7 +141,7 @@ class ResumableCheckpoint(ModelCheckpoint):
         """Whether to stop, and whether the newest checkpoint is too old; equal in all processes."""
         age = time.monotonic() - self._saved_when
         late = bool(self.every_n_minutes) and age > 60 * self.every_n_minutes
-        stop = self._signal is not None
+        stop = self._signals.number is not None
         if trainer.world_size == 1:
             return stop, late
         if updates % AGREE_EVERY:
@@ -174,36 +172,15 @@ class ResumableCheckpoint(ModelCheckpoint):
             self.save_last_now(trainer, pl_module)
         if self.stopping and trainer.is_global_zero and not self._dry:
             print(f"stopped after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
-        self._unlisten()
+        self._signals.__exit__()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save nothing: an exception may come between two optimizers' steps."""
-        self._unlisten()
+        self._signals.__exit__()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signal handlers back."""
-        self._unlisten()
-
-    def _listen(self) -> None:
-        self._signal, self._agreed = None, False
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
-
-    def _unlisten(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-        self._handlers = {}
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:
-            self._unlisten()
-            raise KeyboardInterrupt
-        self._signal = number
-        print(
-            f"\n{signal.Signals(number).name}: saving after this update; once more stops at once", flush=True
-        )
+        self._signals.__exit__()
 
     # --- Saving ------------------------------------------------------------------------------------
 

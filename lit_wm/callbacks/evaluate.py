@@ -306,11 +306,14 @@ def _success(info: dict[str, Any], i: int) -> bool | None:
 class Interrupts:
     """While entered, Ctrl-C and SIGTERM are noted in ``number``; a second one stops at once.
 
-    Does nothing unless ``enabled`` and in the main thread.
+    Args:
+        answer: printed behind the signal's name.
+        enabled: False does nothing, like any other thread than the main one.
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, answer: str = "stopping", enabled: bool = True):
         self.number: int | None = None
+        self._answer = answer
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
 
@@ -320,13 +323,15 @@ class Interrupts:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: Any) -> None:
         if self.number is not None:
+            self.__exit__()
             raise KeyboardInterrupt
         self.number = number
+        print(f"\n{signal.Signals(number).name}: {self._answer}; once more stops at once", flush=True)
 
     def check(self, done: int, episodes: int) -> None:
         """Raise Interrupted if not all episodes are ``done``."""

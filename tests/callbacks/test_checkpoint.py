@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_wm.callbacks.checkpoint import ResumableCheckpoint, random_state, set_random_state
+from lit_wm.callbacks.evaluate import Interrupts
 from lit_wm.errors import CheckpointError, ConfigError
 
 
@@ -96,15 +97,13 @@ def test_sigterm_saves_after_the_running_update_and_leaves_in_peace(tmp_path):
 
 
 def test_a_second_signal_stops_at_once():
-    checkpoint = ResumableCheckpoint()
-    checkpoint._listen()
-    try:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts() as signals:
         signal.raise_signal(signal.SIGINT)
-        assert checkpoint._signal == signal.SIGINT
+        assert signals.number == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        checkpoint._unlisten()
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_only_last_carries_the_replay_and_only_the_newest_folder_stays(make_trainer, tmp_path):
