@@ -7,6 +7,7 @@ TORCH_INDEX_URL ?=
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) -e
+SUITES := atari+crafter+dmc+minigrid+mujoco
 # One thread keeps its pace when other jobs use the machine.
 ENV = OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.py tests/test_returns.py \
@@ -28,7 +29,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 comma := ,
 
-setup: $(VENV)/.installed-atari+dev  ## .venv with everything for development
+setup: $(VENV)/.installed-$(SUITES)+dev  ## .venv with everything for development
 
 demo: $(VENV)/.installed-atari  ## train DreamerV3 on ALE/Pong from pixels, <= 10 minutes on 2 CPU cores
 	$(ENV) $(BIN)/python -m lit_wm fit --config configs/dreamer_atari.yaml --config configs/overlay/demo.yaml
@@ -37,13 +38,13 @@ demo-hour: $(VENV)/.installed-atari  ## the same for an hour: the dream shows th
 	$(ENV) $(BIN)/python -m lit_wm fit --config configs/dreamer_atari.yaml --config configs/overlay/demo.yaml \
 		--config configs/overlay/demo_hour.yaml
 
-test: $(VENV)/.installed-atari+test  ## the tests, <= 12 minutes on 2 cores
+test: $(VENV)/.installed-$(SUITES)+test  ## the tests, <= 12 minutes on 2 cores
 	$(ENV) $(BIN)/python -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed-atari+test  ## the tests and the longer proofs
+test-all: $(VENV)/.installed-$(SUITES)+test  ## the tests and the longer proofs
 	$(ENV) $(BIN)/python -m pytest
 
-check: $(VENV)/.installed-atari+dev  ## format, lint, types, import rules, fast tests: < 2 minutes
+check: $(VENV)/.installed-$(SUITES)+dev  ## format, lint, types, import rules, fast tests: < 2 minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -32,7 +32,6 @@ class DMControl(gym.Env):
         EnvError: for an unknown task, an impossible option, or when dm_control is missing.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}
     render_mode = "rgb_array"
 
     def __init__(
@@ -41,7 +40,7 @@ class DMControl(gym.Env):
         *,
         seed: int | None = None,
         time_limit: int | None = None,
-        size: int | Sequence[int] = 240,
+        size: int | Sequence[int],
         camera: int | None = None,
     ):
         suite = import_suite()
@@ -57,12 +56,14 @@ class DMControl(gym.Env):
         domain, name = known[task]
         self._size = check_size(size, self._id)
         self._camera = _CAMERAS.get(domain, 0) if camera is None else camera
-        self._env = suite.load(domain, name, task_kwargs={"random": seed})
+        self._env = suite.load(domain, name, task_kwargs={"random": None if seed is None else seed % 2**32})
         if task == "quadruped_escape":
             require_gl(self._id)  # its reset uploads the terrain
         cameras = self._env.physics.model.ncam
         if isinstance(self._camera, bool) or self._camera not in range(-1, cameras):
             raise EnvError(f"{self._id}: camera={camera!r}; expected -1 (free) to {cameras - 1}")
+        fps = round(1 / self._env.control_timestep())
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
         if time_limit is not None:
             self._env._step_limit = time_limit
         entries = {
@@ -145,8 +146,7 @@ def import_suite() -> Any:
         from dm_control import suite
     except ModuleNotFoundError as error:
         raise EnvError(
-            "DeepMind Control needs the package dm_control, which is not installed.\n"
-            '  Fix: pip install "lit-wm[dmc]"'
+            f'DeepMind Control needs the package dm_control: {error}.\n  Fix: pip install "lit-wm[dmc]"'
         ) from error
     except Exception as error:  # a MUJOCO_GL of the user's that does not load
         raise no_gl("dm_control", f"{type(error).__name__}: {error}") from error

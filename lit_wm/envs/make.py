@@ -70,7 +70,7 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
         return StandardEnv(env, env_id, seed)
     if suite == "dmc":
         options = _merge(env_id, {**_STANDARD, "camera": None}, options)
-        size = 64 if options["size"] is None else options["size"]
+        size = (64 if options["pixels"] else 240) if options["size"] is None else options["size"]
         limit = _time_limit(env_id, options.pop("time_limit"))
         task = DMControl(name, seed=seed, time_limit=limit, camera=options.pop("camera"), size=size)
         if options["pixels"]:
@@ -289,6 +289,11 @@ def _make_gym(env_id: str, spec: Any, time_limit: int | None, kwargs: dict[str, 
         unknown = [key for key in kwargs if key not in (*own, "render_mode")]
         if unknown and len(own) == len(parameters):  # it takes no **kwargs, which could hold anything
             raise _bad_option(env_id, unknown[0], [*_STANDARD, *own])
+        mode, modes = kwargs.get("render_mode"), getattr(creator, "metadata", {}).get("render_modes")
+        if mode and modes is not None and mode not in modes:
+            raise EnvError(
+                f"{env_id} has no render mode {mode!r}, which the option pixels needs; it has {modes}"
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
             return gym.make(spec, max_episode_steps=time_limit, disable_env_checker=True, **kwargs)

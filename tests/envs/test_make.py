@@ -85,6 +85,23 @@ def test_missing_ale_py_names_the_extra(env_id: str, monkeypatch: pytest.MonkeyP
         make_env(env_id)
 
 
+def test_minigrid_by_pixels_or_without_its_mission(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minigrid", reason="needs the extra 'minigrid'")
+    name = "gym:MiniGrid-Empty-5x5-v0"
+    env = make_env(name, seed=0, pixels=True, agent_pov=True)
+    obs, _ = env.reset()
+    assert {key: value.shape for key, value in obs.items()} == {"image": (64, 64, 3)}
+    after = env.step({"action": np.int32(0)})[0]
+    assert (after["image"] != obs["image"]).any()
+    env.close()
+    assert set(read_spaces(name, drop=["mission"]).obs) == {"direction", "image"}
+    with pytest.raises(EnvError, match=r"drop: \[mission\].*pixels: true"):
+        make_env(name)
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    with pytest.raises(EnvError, match=r"lit-wm\[minigrid\]"):
+        make_env(name)
+
+
 def test_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, lit_wm.envs; assert not {'gymnasium', 'ale_py', 'torch', 'lightning'} & set(sys.modules)"
