@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from datamodules.views import dreamer_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError
-from lit_wm.types import Batch, Spaces, State
+from lit_wm.types import Batch, Spaces, Spec, State
 
 if TYPE_CHECKING:
     from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
@@ -148,11 +148,11 @@ class ReplayDataModule(LightningDataModule):
         if self.vectorization not in ("sync", "async"):
             raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
         # Each stream needs its first window, then one more row per window.
-        first = self.batch_size * self.batch_length + self.num_envs * self._window
+        first = self.batch_size * self.batch_length + self.num_envs * self.window
         if self.capacity < first:
             raise ConfigError(
                 f"data.capacity is {self.capacity:,}, but training begins with "
-                f"{self.batch_size * self.batch_length:,} windows of {self._window} rows in {self.num_envs} "
+                f"{self.batch_size * self.batch_length:,} windows of {self.window} rows in {self.num_envs} "
                 "environments.\n"
                 f"  Raise capacity to {first:,} or more, or lower batch_size, batch_length or num_envs."
             )
@@ -164,9 +164,15 @@ class ReplayDataModule(LightningDataModule):
             )
 
     @property
-    def _window(self) -> int:
+    def window(self) -> int:
         """Rows of a window, with those before the sequence."""
         return self.batch_length + max(self.replay_context, 1)
+
+    def row_bytes(self, latents: Mapping[str, Spec]) -> dict[str, int]:
+        """Bytes of a replay row by the file that holds them: ``row`` for the small columns."""
+        from datamodules.replay import row_files, row_specs
+
+        return row_files(row_specs(Spaces.from_plain(self.spaces), latents))
 
     @cached_property
     def spaces(self) -> dict[str, Any]:

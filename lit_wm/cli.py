@@ -23,6 +23,7 @@ usage: lit-wm VERB [options]
   predict    write the actions of a checkpoint's episodes to a file
   evaluate   a checkpoint in any environment: score, success, video, noisy observations
   export     a checkpoint's model alone, for sharing
+  explain    what a configuration means: shapes, sizes, memory, time
   presets    the model sizes and their parameter counts
 
   --help, --version
@@ -34,6 +35,7 @@ examples:
   lit-wm test --ckpt_path runs/CartPole-v1/NAME    its best checkpoint
   lit-wm evaluate --ckpt best --episodes 20 --seed 0 --video play.gif --json result.json
   lit-wm export --ckpt best -o model.ckpt
+  lit-wm explain --config configs/dreamer_cartpole.yaml --measure 20
   lit-wm fit --config FILE --print_config          every option with its value
   lit-wm fit --help                                every option with its meaning
 
@@ -92,7 +94,11 @@ def run(argv: list[str]) -> int:
         from lit_wm import evaluation_cli
 
         return getattr(evaluation_cli, verb)(rest)
-    known = [*TRAINING_VERBS, "evaluate", "export", "presets", "--help", "--version"]
+    if verb == "explain":
+        from lit_wm.explain import explain
+
+        return explain(rest)
+    known = [*TRAINING_VERBS, "evaluate", "export", "explain", "presets", "--help", "--version"]
     raise ConfigError(f"unknown verb {verb!r}{nearest(verb, known)}\nVerbs: {', '.join(known)}")
 
 
@@ -104,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(error, file=sys.stderr)
         return 128 + error.number
     except LitWMError as error:
         if debug:

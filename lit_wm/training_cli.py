@@ -19,6 +19,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -637,13 +638,18 @@ def main(argv: list[str]) -> int:
         LitWMError: anything the user can fix.
         SystemExit: after ``--help`` and ``--print_config``, and after Ctrl-C.
     """
+    return guarded(lambda: TrainingCLI(read_command(argv)))
+
+
+def guarded(body: Callable[[], Any]) -> int:
+    """Call ``body`` without what Lightning says about intended things, with its refusals as our errors."""
     for noisy in ("lightning.pytorch", "lightning.fabric"):  # seeds, devices, litlogger advertisements
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     check_datamodules()
     try:
-        TrainingCLI(read_command(argv))
+        body()
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except RuntimeError as error:

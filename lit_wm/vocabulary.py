@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         names: its old names, separated by spaces. A dash counts as an underscore.
-        to: our options that receive the value; none if it is ignored.
+        to: our options that receive the value, ``*`` for the same name; none if it is ignored.
         change: value -> our value.
         note: added to the printed line.
         refused: the reason why there is no such thing, and what to write instead; nothing is then translated.
@@ -36,16 +36,16 @@ class Row:
     note: str = ""
     refused: str = ""
 
+    def options(self, name: str) -> list[str]:
+        """Our options that ``name`` stands for."""
+        return [path.replace("*", name) for path in self.to]
+
 
 def horizon_of(gamma: float) -> float:
     """Discount horizon of a discount factor: 1 / (1 - gamma)."""
     if not 0 < gamma < 1:
         raise ConfigError(f"a discount of {gamma} has no horizon; expected 0 < gamma < 1, or model.horizon")
     return round(1 / (1 - gamma), 6)
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _preset(size: Any) -> Any:
@@ -75,42 +75,39 @@ BOTH_KL = "both terms are KL(posterior, prior), with the gradient stopped on one
 SAMPLED = "actions are drawn from the categorical itself and learnt by REINFORCE, without relaxation"
 FIXED = "see configs/ for what can be chosen\nRemove it"
 
+# fmt: off
 TABLE = (
     # Command lines
-    Row("timesteps total_timesteps max_steps steps", ("data.max_env_steps",), _whole, STEPS),
+    Row("timesteps total_timesteps max_steps steps", ("data.max_env_steps",), note=STEPS),
     Row("model_size", ("model.preset",), _preset),
     Row("train_ratio", ("data.train_ratio",), note="replayed steps per environment step, not updates"),
     Row("headless", note="nothing ever opens a window"),
-    Row(
-        "demos demo_path demonstrations",
+    Row("demos demo_path demonstrations",
         refused="reading demonstrations is not supported yet: the replay holds what the run collects\n"
-        "Remove it",
-    ),
-    Row(
-        "pretrain pretrain_wm pretrain_steps",
+        "Remove it"),
+    Row("pretrain pretrain_wm pretrain_steps",
         refused="there is no phase of its own for it\nTrain N updates with --model.train_actor false "
-        "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last and both true",
-    ),
+        "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last and both true"),
     # Replay and schedule
-    Row("batch_size", ("data.batch_size",), _whole),
-    Row("sequence_length seq_len batch_length", ("data.batch_length",), _whole),
-    Row("buffer_size replay_buffer_size replay_size", ("data.capacity",), _whole, "rows, one per step"),
-    Row("buffer_init_steps prefill_steps prefill", ("data.prefill",), _whole, "steps of random actions"),
+    Row("batch_size", ("data.batch_size",)),
+    Row("sequence_length seq_len batch_length", ("data.batch_length",)),
+    Row("buffer_size replay_buffer_size replay_size", ("data.capacity",), note="rows, one per step"),
+    Row("buffer_init_steps prefill_steps prefill", ("data.prefill",), note="steps of random actions"),
     Row("world_model_updates policy_updates collect_steps collect_interval", refused=RATIO),
     # Sizes
-    Row("latent_size", ("model.stoch",), _whole, "deprecated: it means many things; here the categoricals"),
-    Row("stoch_size rssm_stochastic", ("model.stoch",), _whole),
-    Row("rssm_classes", ("model.classes",), _whole),
-    Row("deter_size rssm_hidden", ("model.deter",), _whole, "a multiple of model.blocks"),
-    Row("hidden_size hidden_units hidden_dim", ("model.hidden",), _whole, "the MLPs have model.units"),
-    Row("cnn_depth", ("model.depth",), _whole),
-    Row("dense_layers num_layers", ("model.layers.enc", "model.layers.dec"), _whole),
-    Row("encoder_layers", ("model.layers.enc",), _whole),
-    Row("decoder_layers", ("model.layers.dec",), _whole),
-    Row("reward_layers", ("model.layers.rew",), _whole),
-    Row("discount_layers continue_layers", ("model.layers.con",), _whole),
-    Row("actor_layers policy_layers", ("model.layers.pol",), _whole),
-    Row("critic_layers value_layers", ("model.layers.val",), _whole),
+    Row("latent_size", ("model.stoch",), note="deprecated: it means many things; here the categoricals"),
+    Row("stoch_size rssm_stochastic", ("model.stoch",)),
+    Row("rssm_classes", ("model.classes",)),
+    Row("deter_size rssm_hidden", ("model.deter",), note="a multiple of model.blocks"),
+    Row("hidden_size hidden_units hidden_dim", ("model.hidden",), note="the MLPs have model.units"),
+    Row("cnn_depth", ("model.depth",)),
+    Row("dense_layers num_layers", ("model.layers.enc", "model.layers.dec")),
+    Row("encoder_layers", ("model.layers.enc",)),
+    Row("decoder_layers", ("model.layers.dec",)),
+    Row("reward_layers", ("model.layers.rew",)),
+    Row("discount_layers continue_layers", ("model.layers.con",)),
+    Row("actor_layers policy_layers", ("model.layers.pol",)),
+    Row("critic_layers value_layers", ("model.layers.val",)),
     Row("embed_size embed_dim", note="the token's size follows from model.units and model.depth"),
     Row("obs_dim obs_size action_dim action_size", note="read from the environment"),
     # Losses
@@ -122,53 +119,37 @@ TABLE = (
     Row("reward_coef", ("model.loss_scales.rew",)),
     Row("continue_coef", ("model.loss_scales.con",)),
     Row("entropy_coef", ("model.actent",)),
-    Row("train_world_model", ("model.train_world_model",)),
-    Row("train_actor", ("model.train_actor",)),
-    Row("train_critic", ("model.train_critic",)),
-    Row(
-        "reward_signals", ("model.reward_scale",), _strength, "changes the problem, not the weight of a loss"
-    ),
-    Row("reward_scale", ("model.reward_scale",)),
+    Row("reward_signals", ("model.reward_scale",), _strength, "changes the problem, not a loss's weight"),
+    Row("reward_scale train_world_model train_actor train_critic actor_lr critic_lr", ("model.*",)),
     # Imagination and returns
-    Row("imagination_horizon imag_horizon", ("model.imag_length",), _whole),
-    Row(
-        "horizon",
+    Row("imagination_horizon imag_horizon", ("model.imag_length",)),
+    Row("horizon",
         refused="two things have this name\nWrite model.imag_length for the imagined steps (15), or "
-        "model.horizon for the discount horizon (333): gamma = 1 - 1/horizon",
-    ),
+        "model.horizon for the discount horizon (333): gamma = 1 - 1/horizon"),
     Row("discount gamma", ("model.horizon",), lambda gamma: horizon_of(float(gamma)), "1 / (1 - gamma)"),
     Row("lambda lambda_ lambda_coef", ("model.lam",)),
     Row("tau", ("model.slow_rate",), note="of a regulariser, not of the bootstrap; the reference has 0.02"),
     Row("return_normalization return_normalisation", ("model.return_norm",), _return_norm),
-    Row(
-        "start_states num_starts imagination_starts",
+    Row("start_states num_starts imagination_starts",
         refused="a dream starts from every replayed step, batch_size * batch_length of them\nRemove it, or "
-        "take the last n steps of each sequence: model.imag_last",
-    ),
+        "take the last n steps of each sequence: model.imag_last"),
     # Optimiser
     Row("learning_rate world_lr model_lr", ("model.lr",), note="of all three groups"),
-    Row("actor_lr", ("model.actor_lr",)),
-    Row("critic_lr", ("model.critic_lr",)),
     Row("adam_epsilon", ("model.eps",), note="LaProp has 1e-20: above 1e-8 small gradients move little"),
     Row("grad_clip", ("model.grad_clip",), note="of the global norm, beside model.agc of each parameter"),
     # Another algorithm
     Row("ensemble ensemble_size", refused="DreamerV3 has one world model, no ensemble\nRemove it"),
-    Row(
-        "kernel kernel_size conv_kernel conv_kernels stride conv_stride",
+    Row("kernel kernel_size conv_kernel conv_kernels stride conv_stride",
         refused="convolutions are 5 x 5 with stride 1, norm and pooling\nRemove it; model.strided: true "
-        "halves and doubles images by strided convolutions instead",
-    ),
+        "halves and doubles images by strided convolutions instead"),
     Row("critic_loss value_loss", refused=f"the critic is two-hot over exponential bins, no MSE; {FIXED}"),
-    Row(
-        "reward_head reward_dist reward_loss reward_transform",
-        refused=f"the reward is two-hot over exponential bins, no number in symlog space; {FIXED}",
-    ),
+    Row("reward_head reward_dist reward_loss reward_transform",
+        refused=f"the reward is two-hot over exponential bins, no number in symlog space; {FIXED}"),
     Row("gumbel gumbel_softmax gumbel_temperature", refused=f"{SAMPLED}; {FIXED}"),
-    Row(
-        "straight_through",
-        refused=f"latents always pass gradients straight through, actions never need it; {FIXED}",
-    ),
+    Row("straight_through",
+        refused=f"latents always pass gradients straight through, actions never need it; {FIXED}"),
 )
+# fmt: on
 INDEX = {name: row for row in TABLE for name in row.names.split()}
 
 
@@ -181,10 +162,11 @@ def old_name(path: str) -> str:
 
 
 def number(word: Any) -> Any:
-    """The value of a flag's word, with ``1e6`` as a number; other values as they are."""
+    """The value of a flag's word, with ``1e6`` as a whole number; other values as they are."""
     try:
         value = yaml.safe_load(word) if isinstance(word, str) else word
-        return float(value) if isinstance(value, str) else value
+        value = float(value) if isinstance(value, str) else value
+        return int(value) if isinstance(value, float) and value.is_integer() else value
     except (ValueError, yaml.YAMLError):
         return word
 
@@ -242,7 +224,7 @@ class Translator:
             name, shown = old_name(path), path.replace(".init_args", "")
             row = INDEX[name]
             ours = "." in path and name in self.known[path.split(".")[0]]
-            if ours or not all(map(self._takes, row.to)) or (row.refused and not self.dreamer):
+            if ours or not all(map(self._takes, row.options(name))) or (row.refused and not self.dreamer):
                 continue
             if row.refused:
                 raise ConfigError(f"'{shown}' is refused: {row.refused}")
@@ -278,7 +260,7 @@ class Translator:
                 pair = (scale, 0.1 * scale) if b is None else (scale * b, scale * (1 - b))
                 values = dict(zip(row.to, (round(x, 12) for x in pair), strict=True))
             else:
-                values = {target: row.change(given) for target in row.to}
+                values = {target: row.change(given) for target in row.options(name)}
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:

@@ -1,0 +1,396 @@
+"""``explain``: what a configuration means, before it is trained: shapes, sizes, memory, and on request time.
+
+Nothing is guessed that can be derived. The model is built on the ``meta`` device, where tensors have shapes
+and no memory, and one update is traced there; ``--measure N`` trains for N updates in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_wm.dreamerv3 import DreamerV3, DreamerV3Module
+from lit_wm.errors import ConfigError
+from lit_wm.training_cli import TrainingCLI, guarded, read_command
+from lit_wm.types import Batch, Spec
+
+USAGE = """\
+usage: lit-wm explain [--config FILE]... [--GROUP.OPTION VALUE]... [--measure N] [--json]
+
+Says what the configuration means that 'fit' would train: shapes, sizes, updates, replay, memory.
+  --measure N   train for N updates in a temporary folder and predict the time to the end
+  --json        the same as JSON
+"""
+COLD = 2  # first updates, which are not timed: memory is being acquired
+
+
+# -- arithmetic and memory of one update -------------------------------------------------------------------
+
+
+def update_flops(model: DreamerV3, batch: int, length: int) -> int:
+    """Arithmetic of one update by formula: matrix products and convolutions, 2 per multiply-add.
+
+    Of the algorithm, whatever the code executes: the backward pass costs twice the forward pass of what is
+    trained, the roll-out has none, and first layers need no gradient of their input.
+    """
+    pixels = {"imgout": 4**4}  # of each convolution's output, in units of the innermost grid
+    pixels |= {f"conv{i}": 4 ** (3 - i) for i in range(3)} | {f"cnn{i}": 4 ** (4 - i) for i in range(4)}
+    if model.dec.outer:
+        pixels = {k: min(n, 4**3) for k, n in pixels.items()}
+
+    def count(module: nn.Module, *names: str) -> int:
+        """Multiply-adds of a row, of the layers whose names begin so; all without names."""
+        total = 0
+        for name, p in module.named_parameters():
+            if p.ndim > 1 and (not names or name.startswith(names)):
+                area = prod(model.dec.minres) * pixels[name.split(".")[0]] if p.ndim == 4 else 1
+                total += p.numel() * area
+        return total
+
+    core, prior, post = count(model.dyn, "dyn"), count(model.dyn, "prior"), count(model.dyn, "obs")
+    enc, dec, rew, con, pol, val = map(
+        count, (model.enc, model.dec, model.rew, model.con, model.pol, model.val)
+    )
+    first = count(model.pol, "mlp.linear0") + count(model.val, "mlp.linear0")
+    H, rows, starts = model.imag_length, batch * length, batch * (model.imag_last or length)
+    world = 3 * (enc + core + post + prior + dec + rew + con) - count(model.enc, "mlp0.", "cnn0.")
+    replayed = world - count(model.dyn, "dynin2.") + 4 * val
+    imagined = H * (core + prior + pol) + pol + (H + 1) * (rew + con + val + 3 * (pol + val) - first)
+    return 2 * (rows * replayed + starts * imagined)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages of all tensors that operations make, for as long as they live.
+
+    Attributes:
+        now: bytes alive.
+        peak: most bytes that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Blank:
+    """Noise without values."""
+
+    def exponential(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    normal = exponential
+
+
+def update_memory(module: DreamerV3Module, batch: int, length: int) -> dict[str, int]:
+    """Bytes of one training process by purpose, from the trace of one update on the ``meta`` device.
+
+    Args:
+        module: built on ``meta``. batch: its sequences per update. length: their steps.
+    """
+    model, lead = module.model, (batch, length)
+
+    def blank(spec: Spec) -> Tensor:
+        return torch.empty(*lead, *spec.shape, dtype=getattr(torch, spec.dtype))
+
+    with torch.device("meta"), LiveBytes() as live:
+        flag = torch.empty(lead, dtype=torch.bool)
+        data = Batch(
+            {k: blank(s) for k, s in model.spaces.obs.items()},
+            {k: blank(s) for k, s in model.spaces.action.items()},
+            torch.empty(lead),
+            flag,
+            flag.clone(),
+            flag.clone(),
+        )
+        out = model.loss(data, model.initial(batch), _Blank(), module.trained)
+        out.total.backward()
+    groups = [sum(p.nbytes for p in model.group(k)) for k, on in module.trained.items() if on]
+    weights, slow = (sum(p.nbytes for p in m.parameters()) for m in (model, model.slowval))
+    # An optimizer's step makes two more tensors of each of its parameters while the batch's results live.
+    peak = max(live.peak, live.now + 2 * max(groups))
+    return {
+        "weights": weights - slow,
+        "slow critic": slow,
+        "optimizer": 2 * sum(groups),
+        "gradients": sum(groups),
+        "activations": peak - sum(groups),
+    }
+
+
+# -- the configuration -------------------------------------------------------------------------------------
+
+
+class _Inspection(TrainingCLI):
+    """Builds what ``fit`` would train, on ``meta`` or for real, and runs nothing."""
+
+    def __init__(self, argv: list[str], device: str):
+        self.device = device
+        super().__init__(read_command(["fit", *argv]))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        with torch.device(self.device):
+            super().instantiate_classes()
+        options = self.config["fit"].trainer
+        self.bf16 = str(options.precision).startswith("bf16")
+        devices = options.devices
+        count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+        self.processes = max(1, count) * options.num_nodes
+        if not isinstance(self.model, DreamerV3Module):
+            raise ConfigError(f"explain knows lit_wm.DreamerV3Module only, not {type(self.model).__name__}")
+        self.model.model.compute_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # The share of one process: it makes every update, with a part of the batch.
+        for name in ("batch_size", "num_envs", "capacity", "max_env_steps"):
+            value = getattr(self.datamodule, name)
+            setattr(self.datamodule, name, value and value // self.processes)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
+    """Everything that can be said without training, in groups."""
+    data: Any = cli.datamodule
+    module: DreamerV3Module = cli.model
+    model, spaces = module.model, module.model.spaces
+    options = cli.config["fit"].trainer
+    if options.logger is not False:
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a run holds it too
+    process, P = resident_bytes() / 1e9, cli.processes
+    networks = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    slow, batch, length = networks.pop("slowval"), data.batch_size, data.batch_length
+    per_step = Fraction(str(data.train_ratio)) / (batch * P * length)
+    first = max(data.prefill, P * (batch * length + data.num_envs * (data.window - 1)))
+    steps = data.max_env_steps and data.max_env_steps * P
+    updates = None if steps is None else 1 + int((steps - first) * per_step)
+    if options.max_steps > 0 and (updates is None or updates > options.max_steps):
+        updates = options.max_steps
+        steps = first + int((updates - 1) / per_step)
+    starts = batch * P * (model.imag_last or length)
+    rows = data.row_bytes(module.latent_specs())
+    disk = min(data.capacity * P, steps or data.capacity * P) * sum(rows.values()) / 1e9
+    folder = Path(data.replay_dir or cli.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    tensors = {k: n / 1e9 for k, n in update_memory(module, batch, length).items()}
+    return {
+        "environment": {
+            "id": data.env,
+            "environments": data.num_envs * P,
+            "frames per step": data.repeat,
+            **{f"observation {k}": _entry(s) for k, s in spaces.obs.items()},
+            **{f"action {k}": _entry(s) for k, s in spaces.action.items()},
+        },
+        "model": {
+            "parameters": sum(networks.values()),
+            "networks": {k: n for k, n in networks.items() if n},
+            "copy of the critic": slow,
+            "compute": "bfloat16" if cli.bf16 else "float32",
+            "discount": f"gamma = 1 - 1/{model.horizon:g} = {1 - 1 / model.horizon:.6f}",
+            "imagination": f"{model.imag_length} steps from {starts:,} states",
+            "TFLOP per update": update_flops(model, batch * P, length) / 1e12,
+        },
+        "training": {
+            "batch": f"{batch * P} x {length} steps, {data.replay_context} of context",
+            "updates per env step": str(per_step),
+            "replayed steps per env step": data.train_ratio,
+            "first update after env steps": first,
+            "env steps": steps,
+            "updates": updates,
+        },
+        "replay": {
+            "rows": data.capacity * P,
+            "bytes per row": {"all": sum(rows.values()), **rows},
+            "disk GB": {"used": disk, "as much for resuming": disk, "free": free},
+            "in": str(folder),
+            "memory": "the system's page cache as far as it is free",
+        },
+        "memory GB" if P == 1 else f"memory GB of 1 in {P} processes": {
+            "on a CPU": process + sum(tensors.values()),
+            "on a GPU": sum(tensors.values()),
+            "the program": process,
+            "tensors": tensors,
+        },
+    }
+
+
+def _entry(spec: Spec) -> str:
+    shape = "x".join(map(str, spec.shape)) or "one"
+    return f"{spec.dtype} {shape}" + (f", {spec.classes} classes" if spec.classes else "")
+
+
+# -- measurement -------------------------------------------------------------------------------------------
+
+
+class _Stopwatch(pl.Callback):
+    """Times updates and, apart from them, the collecting that happens inside: (wall, processor) seconds."""
+
+    def __init__(self) -> None:
+        self.updates: list[np.ndarray] = []
+        self.collects: list[np.ndarray] = []
+        self.rows: list[int] = []
+        self._begin = _now()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        collector = trainer.datamodule.collector  # type: ignore[attr-defined]
+        collect: Callable[..., int] = collector.collect
+
+        def timed(*args: Any) -> int:
+            begin = _now()
+            self.rows.append(collect(*args))
+            self.collects.append(_now() - begin)
+            self._begin = self._begin + self.collects[-1]
+            return self.rows[-1]
+
+        collector.collect = timed
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._begin = _now()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.updates.append(_now() - self._begin)
+
+
+def _now() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measure(argv: list[str], count: int, training: dict[str, Any]) -> dict[str, Any]:
+    """Train for ``count`` updates after a few cold ones, in one process, and predict the whole run."""
+    cli = _Inspection(argv, "cpu")
+    data: Any = cli.datamodule
+    options, evaluate, watch = cli.config["fit"].trainer, cli.config_init["fit"].evaluate, _Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        data.replay_dir = folder
+        trainer = pl.Trainer(
+            accelerator=options.accelerator, precision=options.precision, devices=1, max_steps=count + COLD,
+            max_epochs=-1, default_root_dir=folder, logger=False, enable_checkpointing=False,
+            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
+        )  # fmt: skip
+        trainer.fit(cli.model, data)
+        lengths = [length for _, length in data.pop_finished()]
+        data.close()
+    update: np.ndarray = np.median(watch.updates[COLD:], axis=0)
+    cold = len(watch.rows) // 10
+    step: np.ndarray = np.sum(watch.collects[cold:], axis=0) / sum(watch.rows[cold:])
+    result = {
+        "on": f"{cli.model.device}, {torch.get_num_threads()} threads, {len(watch.updates) - COLD} updates",
+        "seconds per update": {"median": update[0], "of the processor": update[1]},
+        "env steps per second": cli.processes / step[0],
+    }
+    if (updates := training["updates"]) is None:
+        return result
+    every = options.val_check_interval
+    episodes = evaluate.episodes * (updates // every if isinstance(every, int) else 0)
+    length = min(float(np.mean(lengths)) if lengths else np.inf, evaluate.max_episode_steps)
+    parts = {
+        "collecting": training["env steps"] / cli.processes * step,
+        "updates": updates * update,
+        f"evaluation, {length:.0f} steps an episode": episodes * length * step,
+    }
+    wall, processor = sum(parts.values()) / 3600
+    shares = {k: v[0] / 3600 for k, v in parts.items()}
+    return result | {"hours to finish": {"in all": wall, **shares, "of the processor": processor}}
+
+
+# -- printing ----------------------------------------------------------------------------------------------
+
+
+def text(known: dict[str, dict[str, Any]]) -> str:
+    """The facts for people."""
+    lines = [
+        f"{'' if i else group:<14}{name:<30}{_shown(value)}"
+        for group, entries in known.items()
+        for i, (name, value) in enumerate(entries.items())
+    ]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case dict():
+            return "  ".join(f"{k} {_shown(v)}" for k, v in value.items())
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+    return "no limit" if value is None else str(value)
+
+
+def explain(argv: list[str]) -> int:
+    """The command; returns its exit status.
+
+    Raises:
+        LitWMError: for a configuration that ``fit`` would refuse too.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE, end="")
+        return 0
+    argv, as_json, count = list(argv), "--json" in argv, 0
+    argv = [word for word in argv if word != "--json"]
+    if "--measure" in argv:
+        at = argv.index("--measure")
+        word = argv[at + 1] if at + 1 < len(argv) else ""
+        if not word.isdigit() or not int(word):
+            raise ConfigError(f"--measure {word}: expected the number of updates to time, 1 or more")
+        count = int(word)
+        del argv[at : at + 2]
+
+    def body() -> None:
+        known = facts(_Inspection(argv, "meta"))
+        known["time"] = {"not measured": "add --measure N"}
+        if count:
+            known["time"] = measure(argv, count, known["training"])
+        print(json.dumps(known, indent=1) if as_json else text(known))
+
+    return guarded(body)
