@@ -48,7 +48,7 @@ class ResumableCheckpoint(ModelCheckpoint):
     Uses of the data module: ``rank_state_dict``, ``load_rank_state_dict``, ``snapshot_replay(dir)`` and
     ``restore_replay(dir)``; of the module: ``updates``, ``rank_state_dict`` and ``load_rank_state_dict``.
     Everything is saved between two updates. Ctrl-C and SIGTERM let the running update end, save ``last`` and
-    stop; a second signal stops at once.
+    stop; Ctrl-C after that stops at once.
 
     Args:
         dirpath: folder of the checkpoints; None is ``checkpoints`` in the run directory.

@@ -304,7 +304,7 @@ def _success(info: dict[str, Any], i: int) -> bool | None:
 
 
 class Interrupts:
-    """While entered, Ctrl-C and SIGTERM are noted in ``number``; a second one stops at once.
+    """While entered, Ctrl-C and SIGTERM are noted in ``number``; Ctrl-C after that stops at once.
 
     Args:
         answer: printed behind the signal's name.
@@ -327,11 +327,12 @@ class Interrupts:
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.number is not None:
+        if self.number is None:
+            self.number = number
+            print(f"\n{signal.Signals(number).name}: {self._answer}; Ctrl-C now stops at once", flush=True)
+        elif number == signal.SIGINT:  # SIGTERM may come twice, from the outside and from the first process
             self.__exit__()
             raise KeyboardInterrupt
-        self.number = number
-        print(f"\n{signal.Signals(number).name}: {self._answer}; once more stops at once", flush=True)
 
     def check(self, done: int, episodes: int) -> None:
         """Raise Interrupted if not all episodes are ``done``."""
@@ -467,6 +468,9 @@ class Evaluate(pl.Callback):
                     stop=lambda: leaving(trainer) if fitting else signals.number is not None,
                     progress=None if show is None else lambda done, steps: show(done, mine, steps, trainer),
                 )
+            launcher: Any = trainer.strategy.launcher
+            if signals.number == signal.SIGTERM and hasattr(launcher, "kill"):
+                launcher.kill(signal.SIGTERM)  # the processes that this one started, and waits for now
             if world > 1:
                 results = _gather(results, -(-episodes // world), trainer)
         if not fitting:
