@@ -58,7 +58,9 @@ class Crafter(gym.Env):
                 '  Fix: pip install "lit-wm[crafter]"'
             ) from error
         height, width = check_size(size, f"crafter:{task}")
-        self._env = crafter.Env(size=(width, height), reward=task == "reward", length=time_limit)
+        # Without a seed it would draw one from NumPy's global generator, which belongs to the training.
+        chance = int(np.random.default_rng().integers(2**31))
+        self._env = crafter.Env(size=(width, height), reward=task == "reward", length=time_limit, seed=chance)
         world = self._env._world
         begin = world.reset
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,7 +46,9 @@ def test_seeds_and_snapshots_determine_the_game(tmp_path: Path) -> None:
 
 
 def test_spaces_ends_and_options() -> None:
+    before = np.random.get_state()[2]  # noqa: NPY002
     env = make_env("crafter:noreward", seed=0, size=[48, 64], time_limit=5)
+    assert np.random.get_state()[2] == before  # noqa: NPY002
     assert env.observation_space["image"].shape == (48, 64, 3)
     assert env.action_space["action"].n == 17
     env.reset()
