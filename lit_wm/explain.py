@@ -53,6 +53,10 @@ def update_flops(model: DreamerV3, batch: int, length: int) -> int:
     pixels |= {f"conv{i}": 4 ** (3 - i) for i in range(3)} | {f"cnn{i}": 4 ** (4 - i) for i in range(4)}
     if model.dec.outer:
         pixels = {k: min(n, 4**3) for k, n in pixels.items()}
+    if model.dec.strided:  # a quarter of the places; the outermost stage of ``outer`` has no stride
+        pixels = {
+            k: n // (1 if model.dec.outer and k in ("cnn0", "imgout") else 4) for k, n in pixels.items()
+        }
 
     def count(module: nn.Module, *names: str) -> int:
         """Multiply-adds of a row, of the layers whose names begin so; all without names."""
@@ -125,6 +129,7 @@ def update_memory(module: DreamerV3Module, batch: int, length: int) -> dict[str,
         module: built on ``meta``. batch: its sequences per update. length: their steps.
     """
     model, lead = module.model, (batch, length)
+    model.follow_schedules(2**62)  # imagination at its full length
 
     def blank(spec: Spec) -> Tensor:
         return torch.empty(*lead, *spec.shape, dtype=getattr(torch, spec.dtype))

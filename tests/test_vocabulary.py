@@ -142,7 +142,9 @@ def test_an_old_name_is_translated_with_a_note(name, value, becomes, tmp_path, c
             places += [{group: {name: value}}, {group: {"init_args": {name: value}}}]
     for place in places:
         assert said(file=place, tmp_path=tmp_path) == becomes
-        assert [line for line in capsys.readouterr().err.splitlines() if f"{name}: " in line and " -> " in line]
+        assert [
+            line for line in capsys.readouterr().err.splitlines() if f"{name}: " in line and " -> " in line
+        ]
     flags = ["--" + ".".join(key for key in flatten(place)) for place in places]
     word = next(iter(flatten({"": value}).values()))
     for flag in flags:
