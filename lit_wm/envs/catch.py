@@ -17,7 +17,7 @@ class Catch(gym.Env):
 
     The court is ``cells`` x ``cells``; a ball starts in a random column of the top row, falls a cell per step
     and drifts by -1, 0 or 1. The paddle, three cells wide in the bottom row, moves left, stays or moves right
-    by a cell. A ball caught gives 1; the episode ends with the last ball. The picture (4 * cells, 4 * cells,
+    by a cell. A ball caught gives 1; the episode ends with the last ball. The picture (6 * cells, 6 * cells,
     1) shows ball and paddle white on black; nothing else tells where they are.
 
     Args:
@@ -29,10 +29,10 @@ class Catch(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
-        self, balls: int = 5, cells: int = 12, blind: bool = False, render_mode: str | None = "rgb_array"
+        self, balls: int = 5, cells: int = 8, blind: bool = False, render_mode: str | None = "rgb_array"
     ):
         self.balls, self.cells, self.blind, self.render_mode = balls, cells, blind, render_mode
-        self.observation_space = gym.spaces.Box(0, 255, (4 * cells, 4 * cells, 1), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (6 * cells, 6 * cells, 1), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
 
     def reset(
@@ -67,10 +67,10 @@ class Catch(gym.Env):
         if not self.blind:
             court[-1, self._paddle - 1 : self._paddle + 2] = 255
             court[self._ball[1], self._ball[0]] = 255
-        return court.repeat(4, 0).repeat(4, 1)[..., None]
+        return court.repeat(6, 0).repeat(6, 1)[..., None]
 
     def render(self) -> np.ndarray:
-        """The picture in colour. (4 * cells, 4 * cells, 3) uint8"""
+        """The picture in colour. (6 * cells, 6 * cells, 3) uint8"""
         return self._observe().repeat(3, 2)
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,0 +1,269 @@
+"""Does it learn? Train a configuration on several seeds, judge each last checkpoint, write it down.
+
+    python benchmarks/prove.py TASK [--jobs N] [--runs DIR] [--out DIR]
+
+For every seed: ``lit-wm fit`` with the configuration as it stands, then ``lit-wm evaluate`` of the LAST
+checkpoint, never the best one, on seeds that no training meets. Figures, curves and commands go into the
+results; the first seed's model goes to ``benchmarks/checkpoints``. A training that was interrupted is resumed,
+a finished one is only judged. One thread per training: small networks are fastest so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lit_wm.envs import make_env
+from lit_wm.envs.catch import Catch
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@dataclass
+class Proof:
+    """What is trained, and what is promised of every seed's last checkpoint."""
+
+    config: str
+    seeds: tuple[int, ...]
+    metric: str  # of the evaluation
+    least: float
+    unit: str
+    bound: Callable[[], tuple[str, float]] | None = None  # a further line to beat
+    episodes: int = 20
+
+
+def best_blind() -> tuple[str, float]:
+    """Balls of 5 caught without looking: only where the paddle stands when a ball lands counts."""
+    env, caught = Catch(balls=5_000, blind=True), []
+    for place in range(1, env.cells - 1):
+        env.reset(seed=0)
+        env._paddle, total, ended = place, 0.0, False
+        while not ended:
+            _, reward, ended, *_ = env.step(1)
+            total += reward
+        caught.append(5 * total / env.balls)
+    return "best blind player", max(caught)
+
+
+PROOFS = {
+    "cartpole": Proof("dreamer_cartpole", (0, 1, 2), "return", 475, "return"),
+    "pendulum": Proof("dreamer_pendulum", (0, 1), "return", -250, "return"),
+    "robot": Proof("dreamer_robot", (0,), "success", 0.8, "goals reached", episodes=100),
+    "pixels": Proof("dreamer_catch", (0,), "return", 4.0, "balls caught of 5", best_blind, 100),
+}
+
+
+def train(proof: Proof, seed: int, run: Path) -> None:
+    """Train one seed, or go on with it, or leave it if it has finished."""
+    done = run / "finished"
+    if done.exists():
+        return
+    last = run / "checkpoints" / "last.ckpt"
+    words = ["fit", "--ckpt_path", str(last)] if last.exists() else fit_command(proof, seed)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.with_suffix(".log"), "a") as log:
+        command = [sys.executable, "-m", "lit_wm", *words, "--trainer.default_root_dir", str(run)]
+        subprocess.run(command, cwd=ROOT, env=ENV, stdout=log, stderr=log, check=True)
+    done.touch()
+
+
+def fit_command(proof: Proof, seed: int) -> list[str]:
+    """The words behind ``lit-wm`` that repeat a training."""
+    return ["fit", "--config", f"configs/{proof.config}.yaml", "--seed_everything", str(seed)]
+
+
+def judge(proof: Proof, run: Path) -> dict[str, Any]:
+    """Evaluate the last checkpoint of a run."""
+    report, last = run / "evaluate.json", run / "checkpoints" / "last.ckpt"
+    words = ["evaluate", "--ckpt", str(last), "--episodes", str(proof.episodes), "--json", str(report)]
+    subprocess.run([sys.executable, "-m", "lit_wm", *words], cwd=ROOT, env=ENV, check=True)
+    return json.loads(report.read_text())
+
+
+def random_player(env_id: str, episodes: int = 100) -> float:
+    """Mean return of uniformly random actions."""
+    env = make_env(env_id, seed=0)
+    total = 0.0
+    for _ in range(episodes):
+        env.reset()
+        ended = False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, ended = total + reward, terminated or truncated
+    env.close()
+    return total / episodes
+
+
+def curve(run: Path, name: str) -> tuple[list[int], list[float]]:
+    """Environment steps and values of a column of ``metrics.csv``."""
+    with open(run / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
+    return [int(float(row["step"])) for row in rows], [float(row[name]) for row in rows]
+
+
+def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float]) -> None:
+    """Evaluations bold, means of ten lines of training returns thin, promises and baselines dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for (label, run), colour in zip(
+        runs.items(), plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False
+    ):
+        steps, values = curve(run, "train/return")
+        width = min(10, len(values))
+        means = np.convolve(values, np.ones(width) / width, "valid")
+        axes.plot(steps[width - 1 :], means, color=colour, alpha=0.35, linewidth=1)
+        axes.plot(*curve(run, "eval/return"), color=colour, marker=".", label=label)
+    for label, value in lines.items():
+        axes.axhline(value, color="grey", linestyle="--", linewidth=0.8)
+        axes.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.set(title=title, xlabel="environment steps", ylabel="return")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def text_of(task: str, proof: Proof, results: list[dict[str, Any]], record: dict[str, Any], env_id: str,
+            lines: dict[str, float]) -> str:  # fmt: skip
+    """The results page."""
+    commits = sorted({r["git"]["commit"][:7] for r in results})
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k in SHOWN)
+    kept = all(r["value"] >= proof.least for r in results)
+    page = [
+        f"# {task}: {'kept' if kept else 'NOT kept'}",
+        "",
+        f"`make prove-{task}` trains `configs/{proof.config}.yaml` on {len(proof.seeds)} seed(s) and plays "
+        f"{proof.episodes} episodes with the last checkpoint of each. Promised of every seed: {proof.unit} at "
+        f"least {proof.least:g}.",
+        "",
+        "```bash",
+        "python -m lit_wm " + " ".join(fit_command(proof, proof.seeds[0])[:-1]) + " SEED",
+        f"python -m lit_wm evaluate --ckpt RUN/checkpoints/last.ckpt --episodes {proof.episodes}",
+        "```",
+        "",
+        f"| seed | {proof.unit} | 95 % interval of the return | env steps | updates | minutes | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        low, high = r["metrics"]["return_low"], r["metrics"]["return_high"]
+        page.append(
+            f"| {r['seed']} | **{r['value']:.4g}** | {low:.4g} to {high:.4g} | {r['env_steps']:,} "
+            f"| {r['updates']:,} | {r['minutes']:.0f} | {r['git']['commit'][:7]} |"
+        )
+    page += ["", *(f"- {name}: {value:.4g}" for name, value in lines.items()), ""]
+    page += [
+        f"![curves](prove-{task}.png)",
+        "",
+        "Bold: evaluations; thin: training episodes, mean of ten lines.",
+    ]
+    page += [
+        "",
+        f"Machine: {record['machine']}. {versions}. Commit of the training: {', '.join(commits)}.",
+        "",
+    ]
+    return "\n".join(page)
+
+
+SHOWN = ("python", "torch", "lightning", "gymnasium", "torchrl")
+
+
+def minutes(run: Path) -> float:
+    """Wall time of a training, from its first to its last file."""
+    return ((run / "finished").stat().st_mtime - (run / "config.yaml").stat().st_mtime) / 60
+
+
+def machine() -> str:
+    """Processor and cores."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return (
+        f"{os.cpu_count()} cores, {names[0] if names else 'unknown'}; one thread per training, busy machine"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("task", choices=PROOFS)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "prove", help="where runs are (runs/prove)"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    given = parser.parse_args()
+    proof = PROOFS[given.task]
+    runs = {seed: given.runs.resolve() / f"{given.task}-{seed}" for seed in proof.seeds}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda seed: train(proof, seed, runs[seed]), proof.seeds))
+    results = []
+    for seed, run in runs.items():
+        report, record = judge(proof, run), json.loads((run / "run.json").read_text())
+        results.append(
+            report | {"seed": seed, "value": report["metrics"][proof.metric], "git": record["git"],
+                      "minutes": minutes(run)}
+        )  # fmt: skip
+    config = yaml.safe_load((ROOT / "configs" / f"{proof.config}.yaml").read_text())
+    env_id = config["data"]["init_args"]["env"]
+    lines = {"promise": proof.least, "random actions": random_player(env_id)}
+    if proof.bound is not None:
+        lines |= dict([proof.bound()])
+    given.out.mkdir(parents=True, exist_ok=True)
+    plot(given.out / f"prove-{given.task}.png", env_id, {f"seed {s}": r for s, r in runs.items()}, lines)
+    record["machine"] = machine()
+    (given.out / f"prove-{given.task}.md").write_text(
+        text_of(given.task, proof, results, record, env_id, lines)
+    )
+    curves = {seed: {k: curve(run, k) for k in ("train/return", "eval/return")} for seed, run in runs.items()}
+    (given.out / f"prove-{given.task}.json").write_text(
+        json.dumps({"results": results, "curves": curves}) + "\n"
+    )
+    share(given.task, runs[proof.seeds[0]], results[0], env_id, proof)
+    failed = [r["seed"] for r in results if r["value"] < proof.least]
+    print(f"prove-{given.task}: " + (f"seeds {failed} below {proof.least}" if failed else "kept"))
+    return bool(failed)
+
+
+def share(task: str, run: Path, result: dict[str, Any], env_id: str, proof: Proof) -> None:
+    """Put the first seed's last checkpoint beside the results, without optimizers, with a card."""
+    folder = ROOT / "benchmarks" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{task}.ckpt"
+    words = ["export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "-o", str(path)]
+    path.unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-m", "lit_wm", *words], cwd=ROOT, env=ENV, check=True)
+    commit, megabytes = result["git"]["commit"][:7], path.stat().st_size / 1e6
+    card = f"""# {task}.ckpt
+
+A DreamerV3 for `{env_id}`, made by `make prove-{task}` (seed {result["seed"]}, commit {commit}); weights only,
+{megabytes:.1f} MB, MIT like the code.
+
+- Trained: {result["env_steps"]:,} environment steps, {result["updates"]:,} updates, `configs/{proof.config}.yaml`.
+- Reached: {proof.unit} {result["value"]:.4g} over {proof.episodes} episodes; curves and further seeds in
+  [prove-{task}.md](../results/prove-{task}.md).
+- For: trying the verbs, notebooks, tests. Not for: comparisons with published scores; the model is smaller
+  and its learning rate higher than the reference's.
+
+```bash
+python -m lit_wm evaluate --ckpt benchmarks/checkpoints/{task}.ckpt --episodes 20
+```
+"""
+    path.with_suffix(".md").write_text(card)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
