@@ -14,10 +14,10 @@ FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.
 	tests/test_distributions.py tests/test_optim.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hour test test-all check bench clean
+.PHONY: help setup demo demo-hour test test-all check bench clean prove-cartpole prove-pendulum prove-robot prove-pixels
 
 help:  ## print this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -53,6 +53,14 @@ check: $(VENV)/.installed-$(SUITES)+dev  ## format, lint, types, import rules, f
 
 bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM peak
 	$(ENV) $(BIN)/python benchmarks/step.py
+
+prove-%: $(VENV)/.installed-plots
+	$(BIN)/python benchmarks/prove.py $*
+
+prove-cartpole:  ## CartPole from its numbers: 3 seeds, about an hour on 2 cores
+prove-pendulum:  ## Pendulum: 2 seeds, about half an hour
+prove-robot:  ## the robot with LiDAR, about 40 minutes
+prove-pixels:  ## Catch from its picture, about 25 minutes
 
 clean:  ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

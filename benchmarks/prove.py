@@ -4,8 +4,8 @@
 
 For every seed: ``lit-wm fit`` with the configuration as it stands, then ``lit-wm evaluate`` of the LAST
 checkpoint, never the best one, on seeds that no training meets. Figures, curves and commands go into the
-results; the first seed's model goes to ``benchmarks/checkpoints``. A training that was interrupted is resumed,
-a finished one is only judged. One thread per training: small networks are fastest so.
+results; the first seed's model goes to ``benchmarks/checkpoints``. A training that was interrupted is
+resumed, a finished one is only judged. One thread per training: small networks are fastest so.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def text_of(task: str, proof: Proof, results: list[dict[str, Any]], record: dict
         f"# {task}: {'kept' if kept else 'NOT kept'}",
         "",
         f"`make prove-{task}` trains `configs/{proof.config}.yaml` on {len(proof.seeds)} seed(s) and plays "
-        f"{proof.episodes} episodes with the last checkpoint of each. Promised of every seed: {proof.unit} at "
-        f"least {proof.least:g}.",
+        f"{proof.episodes} episodes with the last checkpoint of each. Promised of every seed: "
+        f"{proof.unit} at least {proof.least:g}.",
         "",
         "```bash",
         "python -m lit_wm " + " ".join(fit_command(proof, proof.seeds[0])[:-1]) + " SEED",
@@ -249,10 +249,10 @@ def share(task: str, run: Path, result: dict[str, Any], env_id: str, proof: Proo
     commit, megabytes = result["git"]["commit"][:7], path.stat().st_size / 1e6
     card = f"""# {task}.ckpt
 
-A DreamerV3 for `{env_id}`, made by `make prove-{task}` (seed {result["seed"]}, commit {commit}); weights only,
-{megabytes:.1f} MB, MIT like the code.
+A DreamerV3 for `{env_id}`, made by `make prove-{task}` (seed {result["seed"]}, commit {commit});
+weights only, {megabytes:.1f} MB, MIT like the code.
 
-- Trained: {result["env_steps"]:,} environment steps, {result["updates"]:,} updates, `configs/{proof.config}.yaml`.
+- Trained: `configs/{proof.config}.yaml`, {result["env_steps"]:,} environment steps, {result["updates"]:,} updates.
 - Reached: {proof.unit} {result["value"]:.4g} over {proof.episodes} episodes; curves and further seeds in
   [prove-{task}.md](../results/prove-{task}.md).
 - For: trying the verbs, notebooks, tests. Not for: comparisons with published scores; the model is smaller
