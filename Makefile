@@ -14,7 +14,7 @@ FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.
 	tests/test_distributions.py tests/test_optim.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hour test test-all check bench clean prove-cartpole prove-pendulum prove-robot prove-pixels
+.PHONY: help setup demo demo-hour test test-all check bench clean $(PROOFS)
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,7 +54,8 @@ check: $(VENV)/.installed-$(SUITES)+dev  ## format, lint, types, import rules, f
 bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM peak
 	$(ENV) $(BIN)/python benchmarks/step.py
 
-prove-%: $(VENV)/.installed-plots
+PROOFS = prove-cartpole prove-pendulum prove-robot prove-pixels
+$(PROOFS): prove-%: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/prove.py $*
 
 prove-cartpole:  ## CartPole from its numbers: 3 seeds, about an hour on 2 cores

@@ -252,7 +252,7 @@ def share(task: str, run: Path, result: dict[str, Any], env_id: str, proof: Proo
 A DreamerV3 for `{env_id}`, made by `make prove-{task}` (seed {result["seed"]}, commit {commit});
 weights only, {megabytes:.1f} MB, MIT like the code.
 
-- Trained: `configs/{proof.config}.yaml`, {result["env_steps"]:,} environment steps, {result["updates"]:,} updates.
+- Trained: `configs/{proof.config}.yaml`, {result["env_steps"]:,} env steps, {result["updates"]:,} updates.
 - Reached: {proof.unit} {result["value"]:.4g} over {proof.episodes} episodes; curves and further seeds in
   [prove-{task}.md](../results/prove-{task}.md).
 - For: trying the verbs, notebooks, tests. Not for: comparisons with published scores; the model is smaller
