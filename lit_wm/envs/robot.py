@@ -48,7 +48,7 @@ class LidarRobot(gym.Env):
         self,
         obstacles: int = 3,
         room: float = 3.0,
-        goal_radius: float = 0.3,
+        goal_radius: float = 0.4,
         render_mode: str | None = None,
     ):
         self.obstacles, self.half, self.goal_radius = obstacles, room / 2, goal_radius
