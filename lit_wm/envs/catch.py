@@ -18,7 +18,8 @@ class Catch(gym.Env):
     The court is ``cells`` x ``cells``; a ball starts in a random column of the top row, falls a cell per step
     and drifts by -1, 0 or 1. The paddle, three cells wide in the bottom row, moves left, stays or moves right
     by a cell. A ball caught gives 1; the episode ends with the last ball. The picture (6 * cells, 6 * cells,
-    1) shows ball and paddle white on black; nothing else tells where they are.
+    1) shows the ball white, three cells wide and high, and the paddle grey on black; nothing else tells where
+    they are.
 
     Args:
         balls: per episode.
@@ -65,8 +66,9 @@ class Catch(gym.Env):
     def _observe(self) -> np.ndarray:
         court = np.zeros((self.cells, self.cells), np.uint8)
         if not self.blind:
-            court[-1, self._paddle - 1 : self._paddle + 2] = 255
-            court[self._ball[1], self._ball[0]] = 255
+            x, y = self._ball
+            court[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = 255
+            court[-1, self._paddle - 1 : self._paddle + 2] = 128
         return court.repeat(6, 0).repeat(6, 1)[..., None]
 
     def render(self) -> np.ndarray:

@@ -10,10 +10,12 @@ from lit_wm.envs.catch import Catch
 
 
 def columns(picture):
-    """Column of the ball (None once it is in the paddle's row) and middle of the paddle."""
-    cells = picture[::6, ::6, 0] == 255
-    ball = np.argwhere(cells[:-1])
-    return (ball[0][1] if len(ball) else None), int(np.median(np.flatnonzero(cells[-1])))
+    """Columns of the ball's and the paddle's middle."""
+    cells = picture[::6, ::6, 0]
+    ball = np.unique(np.argwhere(cells == 255)[:, 1])
+    # A ball at a wall shows two columns only.
+    middle = int(np.mean(ball)) if len(ball) == 3 else {0: 0, 6: 7}[ball[0]]
+    return middle, int(np.median(np.flatnonzero(cells[-1] == 128)))
 
 
 def play(env, choose, episodes=20):
@@ -28,7 +30,7 @@ def play(env, choose, episodes=20):
 
 def follow(picture):
     ball, paddle = columns(picture)
-    return 1 if ball is None else 1 + int(np.sign(ball - paddle))
+    return 1 + int(np.sign(ball - paddle))
 
 
 def test_it_is_a_gymnasium_environment():
