@@ -60,9 +60,9 @@ def best_blind() -> tuple[str, float]:
 
 
 ROBOT = """A sparse reward is found or not, so runs differ. On the way to this configuration two runs of
-seed 0 had not begun to reach goals when they were stopped: one whose learning rate fell faster (`anneal: 4900`,
-2,262 updates) and one without `reward_scale`, with a smaller goal (0.3 m) and half the updates per step (2,000
-updates)."""
+seed 0 had not begun to reach goals when they were stopped: one whose learning rate fell faster
+(`anneal: 4900`, 2,262 updates), and one without `reward_scale`, with a smaller goal (0.3 m) and half the
+updates per step (1,850 updates)."""
 PROOFS = {
     "cartpole": Proof("dreamer_cartpole", (0, 1, 2), "return", 475, "return"),
     "pendulum": Proof("dreamer_pendulum", (0, 1), "return", -250, "return"),
