@@ -140,11 +140,10 @@ class ReplayDataModule(LightningDataModule):
                 raise ConfigError(f"data.{name} is {value!r}, expected a whole number of {low} or more.")
         if not 0 < self.train_ratio < float("inf"):
             raise ConfigError(f"data.train_ratio is {self.train_ratio!r}, expected a number above 0.")
-        if not 0 <= self.epsilon <= 1 or not 0 <= self.action_noise < float("inf"):
-            raise ConfigError(
-                f"data.epsilon is {self.epsilon!r} and data.action_noise {self.action_noise!r}; expected a "
-                "probability and a standard deviation."
-            )
+        if not 0 <= self.epsilon <= 1:
+            raise ConfigError(f"data.epsilon is {self.epsilon!r}, expected a probability, 0 to 1.")
+        if not 0 <= self.action_noise < float("inf"):
+            raise ConfigError(f"data.action_noise is {self.action_noise!r}, expected 0 or more.")
         if self.vectorization not in ("sync", "async"):
             raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
         # Each stream needs its first window, then one more row per window.

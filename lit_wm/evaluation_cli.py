@@ -238,7 +238,7 @@ def evaluate(argv: list[str]) -> int:
     check_outputs(given.video, given.json)
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
-    path = find_checkpoint("evaluate", given.ckpt, {"data.env": given.env})
+    path = find_checkpoint("evaluate", given.ckpt, {})
     assert path is not None
     module, about = load_module(path, given.device)
     env_id = given.env or about["env"]
@@ -276,8 +276,10 @@ def evaluate(argv: list[str]) -> int:
     signals.check(len(results.returns), given.episodes)
 
     score, lengths, spread = results.summary(""), results.lengths, ""
+    if "return_std" in score:
+        spread = ", std {return_std:.2f}".format(**score)
     if "return_low" in score:
-        spread = ", std {return_std:.2f}, 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
+        spread += ", 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
     cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
     print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
     print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")

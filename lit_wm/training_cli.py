@@ -604,6 +604,12 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def after_fit(self) -> None:
+        """Say where everything is and what comes next, unless a signal has ended the training early."""
+        stopped = getattr(self.trainer.checkpoint_callback, "stopping", False)
+        if self.trainer.is_global_zero and not stopped:
+            print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}")
+
     def after_validate(self) -> None:
         """Print what the evaluation found and write it to ``validate.json`` in the run directory."""
         evaluate = self._get(self.config_init, "evaluate")

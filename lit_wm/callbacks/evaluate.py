@@ -87,7 +87,7 @@ class EpisodeResults:
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     def summary(self, prefix: str = "eval/") -> dict[str, float]:
-        """Means over the episodes; from two on, the spread and the 95 % interval of the mean return.
+        """Means over the episodes; from two on their spread, from five on the return's 95 % interval.
 
         ``success`` is there if the environment reports it (an episode without a report counts as failed),
         ``cut``, the number of episodes cut by the evaluation's limit, if there are any.
@@ -104,8 +104,9 @@ class EpisodeResults:
         if any(self.cut):
             result[f"{prefix}cut"] = float(sum(self.cut))
         if len(values) > 1:
-            low, high = confidence_interval(values)
             result[f"{prefix}return_std"] = float(values.std(ddof=1))
+        if len(values) >= 5:  # resampling fewer gives an interval that is far too narrow
+            low, high = confidence_interval(values)
             result[f"{prefix}return_low"] = low
             result[f"{prefix}return_high"] = high
         return result
@@ -554,8 +555,9 @@ class Evaluate(pl.Callback):
         path = Path(trainer.default_root_dir) / "test.json"
         write_atomic(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
         value, low, high = (metrics.get(f"test/return{x}", float("nan")) for x in ("", "_low", "_high"))
-        print(f"test: return {value:.2f}, 95 % interval {low:.2f} to {high:.2f}, ", end="")
-        print(f"{len(self.results.returns)} episodes{self.cut_note()}: {path}")
+        interval = "" if low != low else f"95 % interval {low:.2f} to {high:.2f}, "
+        episodes = f"{len(self.results.returns)} episodes{self.cut_note()}"
+        print(f"test: return {value:.2f}, {interval}{episodes}: {path}")
 
     def cut_note(self) -> str:
         """How many of the last episodes ``max_episode_steps`` has cut, for the line of their score."""

@@ -143,12 +143,14 @@ def test_no_more_windows_are_kept_than_wanted_and_full_ones_come_first():
     assert windows.valid.all()
 
 
-def test_summary_has_an_interval_from_two_episodes_on():
+def test_summary_has_an_interval_from_five_episodes_on():
+    five = EpisodeResults([0.0, 1.0, 2.0, 3.0, 4.0], [10] * 5, [True] * 5).summary()
+    assert 0 < five["eval/return_low"] < 2 < five["eval/return_high"] < 4
     summary = EpisodeResults([1.0, 3.0], [10, 30], [True, True]).summary()
     assert summary["eval/return"] == 2
     assert summary["eval/length"] == 20
     assert summary["eval/return_std"] == pytest.approx(2**0.5)
-    assert summary["eval/return_low"] < 2 < summary["eval/return_high"]
+    assert "eval/return_low" not in summary
     assert set(EpisodeResults([1.0], [10], [True]).summary()) == {
         "eval/episodes",
         "eval/return",

@@ -79,7 +79,7 @@ def test_evaluation_logs_at_env_steps_and_best_is_saved(make_trainer, tmp_path):
     steps = [step for step, metrics in logger.metrics if "eval/return" in metrics]
     assert steps == [2, 4]
     metrics = logger.metrics[-1][1]
-    assert {"eval/length", "eval/return_low", "dream/reconstruction/image", "dream/mean_frame/image"} <= set(
+    assert {"eval/length", "eval/return_std", "dream/reconstruction/image", "dream/mean_frame/image"} <= set(
         metrics
     )
     assert trainer.callback_metrics["eval/return"] == pytest.approx(metrics["eval/return"])
