@@ -13,6 +13,7 @@ ENV = OMP_NUM_THREADS=1 MLFLOW_DISABLE_TELEMETRY=true
 FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.py tests/test_returns.py \
 	tests/test_distributions.py tests/test_optim.py)
 
+PROOFS = prove-cartpole prove-pendulum prove-robot prove-pixels
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-hour test test-all check bench clean $(PROOFS)
 
@@ -54,7 +55,6 @@ check: $(VENV)/.installed-$(SUITES)+dev  ## format, lint, types, import rules, f
 bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM peak
 	$(ENV) $(BIN)/python benchmarks/step.py
 
-PROOFS = prove-cartpole prove-pendulum prove-robot prove-pixels
 $(PROOFS): prove-%: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/prove.py $*
 

@@ -220,6 +220,8 @@ class ReplayDataModule(LightningDataModule):
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
         num_envs, self.local_batch = self._share("num_envs"), self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
+        if self.action_noise and all(spec.is_discrete for spec in spaces.action.values()):
+            raise ConfigError(f"data.action_noise: {self.env} has no continuous action. Use data.epsilon.")
         reachable = None
         if self.max_env_steps is not None:  # the last loop may go beyond by two rows per environment
             reachable = self.max_env_steps // self.world_size + 2 * num_envs

@@ -177,20 +177,22 @@ class DreamerV3Module(WorldModelModule):
         rates = {"lr": lr, "actor_lr": lr if actor_lr is None else actor_lr}
         rates["critic_lr"] = lr if critic_lr is None else critic_lr
         for name, rate in rates.items():
-            if rate <= 0:
+            if not 0 < rate < float("inf"):
                 raise ConfigError(f"model.{name} is {rate}; expected more than 0")
         if warmup < 0 or schedule not in ("const", "linear", "cosine"):
             raise ConfigError(
                 f"model.warmup is {warmup} and model.schedule {schedule!r}; expected 0 updates or more, and "
                 "'const', 'linear' or 'cosine'"
             )
+        if schedule == "const" and anneal:
+            raise ConfigError(f"model.anneal is {anneal}, but model.schedule is const: use linear or cosine")
         if schedule != "const" and anneal <= warmup:
             raise ConfigError(
                 f"model.schedule {schedule!r} ends at model.anneal, which is {anneal}; expected more than "
                 f"model.warmup, {warmup} updates"
             )
         self.grad_clip = grad_clip
-        if grad_clip is not None and grad_clip <= 0:
+        if grad_clip is not None and not grad_clip > 0:
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
         if not any(self.trained.values()):
             raise ConfigError(
@@ -347,8 +349,15 @@ class DreamerV3(WorldModel):
         scales = LOSS_SCALES | (loss_scales or {})
         self.loss_scales = {k: scales.get(k, scales["rec"]) for k in spaces.obs} | scales
         self.loss_scales.pop("rec")
+        if not all(0 <= x < float("inf") for x in self.loss_scales.values()) or not 0 < reward_scale < float(
+            "inf"
+        ):
+            raise ConfigError(
+                f"model.loss_scales is {loss_scales} and model.reward_scale {reward_scale}; expected 0 or "
+                "more for each loss, and more than 0"
+            )
         depths = LAYERS | (layers or {})
-        if depths.keys() != LAYERS.keys() or min(depths.values()) < 1:
+        if depths.keys() != LAYERS.keys() or any(not isinstance(n, int) or n < 1 for n in depths.values()):
             raise ConfigError(
                 f"model.layers is {layers}; expected at least 1 for some of {', '.join(LAYERS)}"
             )

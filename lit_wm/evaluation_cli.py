@@ -97,10 +97,13 @@ def load_module(path: Path, device: str = "cpu") -> tuple[WorldModelModule, dict
         CheckpointError: the file is none, or its class or weights are not of this version.
     """
     about = read_about(path)
-    loaded, kind = (
-        torch.load(path, map_location="cpu", weights_only=True),
-        pydoc.locate(str(about["class_path"])),
-    )
+    name, (_, stored) = str(about["class_path"]), stored_run(path)
+    # Importing runs code: a file may name our classes, any other one must stand in its run's configuration.
+    if not name.startswith("lit_wm.") and name != flatten(stored).get("model.class_path"):
+        raise CheckpointError(
+            f"{path}: its class {name!r} is not of this package; evaluate it in its run directory"
+        )
+    loaded, kind = torch.load(path, map_location="cpu", weights_only=True), pydoc.locate(name)
     if not (isinstance(kind, type) and issubclass(kind, WorldModelModule)):
         raise CheckpointError(f"{path}: its class {about['class_path']!r} is no world model known here")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -195,7 +196,7 @@ class _Inspection(TrainingCLI):
 def resident_bytes() -> int:
     """Memory that this process holds now; 0 where the system does not tell."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
@@ -260,8 +261,9 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
         },
         "memory GB" if P == 1 else f"memory GB of 1 in {P} processes": {
             "on a CPU": process + sum(tensors.values()),
-            "on a GPU": sum(tensors.values()),
+            "on a GPU": f"{sum(tensors.values()):.4g}, not compared with a run; CUDA's own comes on top",
             "the program": process,
+            **({"environments": "a process each, not counted"} if data.vectorization == "async" else {}),
             "tensors": tensors,
         },
     }
@@ -315,6 +317,9 @@ def measure(argv: list[str], count: int, training: dict[str, Any]) -> dict[str, 
     cli = _Inspection(argv, "cpu")
     data: Any = cli.datamodule
     options, evaluate, watch = cli.config["fit"].trainer, cli.config_init["fit"].evaluate, _Stopwatch()
+    steps = training["first update after env steps"]
+    steps += int((count + COLD) / Fraction(training["updates per env step"])) + 3 * data.num_envs
+    data.capacity = min(data.capacity, 2 * steps)  # what is measured fits into the temporary folder
     with tempfile.TemporaryDirectory() as folder:
         data.replay_dir = folder
         trainer = pl.Trainer(
@@ -322,9 +327,11 @@ def measure(argv: list[str], count: int, training: dict[str, Any]) -> dict[str, 
             max_epochs=-1, default_root_dir=folder, logger=False, enable_checkpointing=False,
             limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
         )  # fmt: skip
-        trainer.fit(cli.model, data)
-        lengths = [length for _, length in data.pop_finished()]
-        data.close()
+        try:
+            trainer.fit(cli.model, data)
+            lengths = [length for _, length in data.pop_finished()]
+        finally:
+            data.close()
     update: np.ndarray = np.median(watch.updates[COLD:], axis=0)
     cold = len(watch.rows) // 10
     step: np.ndarray = np.sum(watch.collects[cold:], axis=0) / sum(watch.rows[cold:])

@@ -87,21 +87,24 @@ class LaProp(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params)
+            # Parameters that had no gradient for a while are behind the others.
+            of_step: dict[int, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float64)  # exact up to 2**53 updates
+                    state["rms"] = torch.zeros_like(p)
+                    state["momentum"] = torch.zeros_like(p)
+                state["step"] += 1  # lives on the host: no synchronisation
+                of_step.setdefault(int(state["step"]), []).append(p)
+            for n, params in of_step.items():
+                self._update(group, params, n)
         return loss
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], n: int) -> None:
         beta1, beta2 = group["betas"]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float64)  # exact up to 2**53 updates
-                state["rms"] = torch.zeros_like(p)
-                state["momentum"] = torch.zeros_like(p)
-            state["step"] += 1
-        n = int(self.state[params[0]]["step"])  # lives on the host: no synchronisation
         rms = [self.state[p]["rms"] for p in params]
         momentum = [self.state[p]["momentum"] for p in params]
         grads = [p.grad.float() for p in params]  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ does not answer then is an error, since it is usually a typing mistake.
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import logging
 import os
@@ -21,8 +22,8 @@ import time
 import warnings
 from argparse import Namespace
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,10 @@ class SafeMLFlowLogger(MLFlowLogger):
             file = Path(uri.removeprefix("sqlite:///")).resolve()
             uri, folder = f"sqlite:///{file}", file.parent / "mlruns" / folder_name(experiment_name)
             artifacts = folder.as_uri()
+        self._store = uri
         try:
-            super().__init__(experiment_name, run_name, uri, run_id=run_id, artifact_location=artifacts)
+            with self._alone():
+                super().__init__(experiment_name, run_name, uri, run_id=run_id, artifact_location=artifacts)
         except Exception as error:  # MLflow has no one class for an unknown scheme and a refused file store
             raise self._unreachable(error) from error
         self.tracking_uri, self.max_pending, self.drain_s = uri, max_pending, drain_s
@@ -212,12 +215,25 @@ class SafeMLFlowLogger(MLFlowLogger):
         if self._initialized:
             return
         try:
-            if self._run_id is None or not self._adopt(self._run_id):
-                self._create()
+            with self._alone():
+                if self._run_id is None or not self._adopt(self._run_id):
+                    self._create()
         except Exception as error:
             raise self._unreachable(error) from error
         self._initialized = True
         threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other trainings off a database file: several starting at once would all create its tables."""
+        if not self._store.startswith("sqlite:///"):
+            yield
+            return
+        lock = Path(self._store.removeprefix("sqlite:///") + ".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            yield
 
     def resume(self, run_id: str) -> None:
         """Go on with this run; of use before the first log only."""

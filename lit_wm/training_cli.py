@@ -70,7 +70,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 # Trainer arguments of which some values cannot work here: the others; why, and what to do.
-CLIPPED = "the optimisers clip each parameter themselves (adaptive gradient clipping)\nRemove it"
+CLIPPED = (
+    "the optimisers clip each parameter themselves (model.agc)\nRemove it; all gradients: model.grad_clip"
+)
 ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "precision": (
         (None, 32, "32", "32-true", "bf16", "bf16-mixed"),
@@ -604,10 +606,18 @@ class TrainingCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def before_fit(self) -> None:
+        """Remember how far the checkpoint had come."""
+        checkpoint = self.command.checkpoint
+        loaded = checkpoint and torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        self._done_before = loaded.get("global_step") if loaded else None
+
     def after_fit(self) -> None:
         """Say where everything is and what comes next, unless a signal has ended the training early."""
         stopped = getattr(self.trainer.checkpoint_callback, "stopping", False)
         if self.trainer.is_global_zero and not stopped:
+            if self.trainer.global_step == self._done_before:
+                print("fit: nothing was left to do: raise data.max_env_steps or trainer.max_steps")
             print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}")
 
     def after_validate(self) -> None:

@@ -87,7 +87,8 @@ TABLE = (
         "Remove it"),
     Row("pretrain pretrain_wm pretrain_steps",
         refused="there is no phase of its own for it\nTrain N updates with --model.train_actor false "
-        "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last and both true"),
+        "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last, both true and "
+        "--trainer.max_steps -1"),
     # Replay and schedule
     Row("batch_size", ("data.batch_size",)),
     Row("sequence_length seq_len batch_length", ("data.batch_length",)),
@@ -176,7 +177,9 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     *groups, last = path.replace(".", ".init_args.", 1).split(".")
     for group in groups:
         inner = tree.get(group)
-        tree[group] = {"class_path": inner} if isinstance(inner, str) else dict(inner or {})
+        if isinstance(inner, str):  # the class of a group, or a flag's dict: --model.loss_scales '{rew: 2}'
+            inner = {"class_path": inner} if group in GROUPS else yaml.safe_load(inner)
+        tree[group] = dict(inner or {})
         tree = tree[group]
     tree[last] = value
 

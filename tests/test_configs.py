@@ -31,6 +31,8 @@ def test_the_configuration_runs(name, tmp_path, monkeypatch):
     flags = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
     if Path(name).stem == "bf16":
         flags += ["--trainer.precision", "bf16-mixed"]
+    if any(name.startswith(f"dreamer_{new}") for new in ("dmc", "crafter", "robot", "catch")):
+        flags += ["--trainer.max_steps", "20"]
     assert main(["fit", *(word for layer in layers for word in ("--config", layer)), *flags]) == 0
     assert list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
 

@@ -18,7 +18,16 @@ UPDATES, SAVED_AT, KILLED_AT = 40, 20, 27
 WORLDS = {
     "CartPole-v1": {"num_envs": 2, "capacity": 96},
     "atari:pong": {"num_envs": 1, "capacity": 64, "env_options": {"size": 48, "gray": False}},
+    "lit_wm/LidarRobot-v0": {"num_envs": 2, "capacity": 96, "epsilon": 0.1, "action_noise": 0.2},
+    "dmc:reacher_hard": {"num_envs": 1, "capacity": 96, "env_options": {"time_limit": 30}},
 }
+
+
+# Everything that changes in the course of a training or draws random numbers of its own.
+OPTIONS = {
+    "kl_warmup": 30, "imag_warmup": 25, "imag_length": 4, "actent_final": 1e-3, "actent_anneal": 35,
+    "schedule": "cosine", "anneal": 38, "actor_lr": 2e-3, "grad_clip": 10.0, "reward_scale": 2.0,
+}  # fmt: skip
 
 
 def train(root, env, told=None):
@@ -28,7 +37,8 @@ def train(root, env, told=None):
     data = ReplayDataModule(
         env, batch_size=2, batch_length=8, train_ratio=8, replay_context=1, seed=3, **WORLDS[env]
     )
-    module = DreamerV3Module(data.spaces, preset="debug", lr=1e-3, warmup=3, log_every=7, seed=3)
+    options = OPTIONS if env.startswith("lit_wm/") else {}
+    module = DreamerV3Module(data.spaces, preset="debug", lr=1e-3, warmup=3, log_every=7, seed=3, **options)
     evaluate = Evaluate(episodes=1, max_episode_steps=12, windows=1, window_length=8)
 
     class Tell(pl.Callback):
@@ -98,6 +108,8 @@ def differences(a, b, where=""):
 def test_killed_and_resumed_training_equals_uninterrupted_training_bit_for_bit(env, tmp_path):
     if env.startswith("atari"):
         pytest.importorskip("ale_py")
+    if env.startswith("dmc"):
+        pytest.importorskip("dm_control")
     assert run(tmp_path / "whole", env) == 0
     assert run(tmp_path / "killed", env, kill_at=KILLED_AT) == -signal.SIGKILL
     at_kill, _, _ = saved(tmp_path / "killed")

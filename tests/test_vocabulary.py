@@ -106,7 +106,7 @@ REFUSED = [
     ("ensemble ensemble_size", ["no ensemble"]),
     (
         "pretrain pretrain_wm pretrain_steps",
-        ["--model.train_actor false", "trainer.max_steps", "--ckpt_path last"],
+        ["--model.train_actor false", "--trainer.max_steps -1", "--ckpt_path last"],
     ),
     ("demos demo_path demonstrations", ["not supported yet"]),
     ("world_model_updates policy_updates collect_steps collect_interval", ["data.train_ratio"]),
@@ -269,3 +269,19 @@ def test_the_page_has_every_name_and_names_only_what_exists():
     assert len(ours) > 30
     for group, key in ours:
         assert key in OURS[group], f"{group}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "meant"),
+    [
+        (
+            ["--model.loss_scales", "{dyn: 0.5}", "--kl_backward", ".3"],
+            "model.loss_scales",
+            {"dyn": 0.5, "rep": 0.3},
+        ),
+        (["--reward_layers", "2", "--model.layers", "{pol: 2}"], "model.layers", {"pol": 2, "rew": 2}),
+    ],
+)
+def test_a_flag_with_a_dict_and_an_old_name_are_merged(flags, key, meant):
+    config = said(*flags)
+    assert {k.removeprefix(f"{key}."): v for k, v in config.items() if k.startswith(key)} == meant

@@ -7,10 +7,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from lit_wm.envs.snapshot import from_plain, generator_state, load_generator, to_plain
-
-_FIELDS = ("_ball", "_drift", "_paddle", "_left")
-
 
 class Catch(gym.Env):
     """Balls fall one after the other, straight or slanting, and bounce off the walls; catch them.
@@ -28,6 +24,7 @@ class Catch(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    snapshot_fields = ("_ball", "_drift", "_paddle", "_left")
 
     def __init__(
         self, balls: int = 5, cells: int = 8, blind: bool = False, render_mode: str | None = "rgb_array"
@@ -74,14 +71,3 @@ class Catch(gym.Env):
     def render(self) -> np.ndarray:
         """The picture in colour. (6 * cells, 6 * cells, 3) uint8"""
         return self._observe().repeat(3, 2)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that step and reset read."""
-        state = {name: to_plain(getattr(self, name)) for name in _FIELDS}
-        return state | {"rng": generator_state(self._np_random), "seed": self._np_random_seed}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`snapshot`."""
-        for name in _FIELDS:
-            setattr(self, name, from_plain(state[name]))
-        self._np_random, self._np_random_seed = load_generator(state["rng"]), state["seed"]

@@ -23,7 +23,8 @@ class DMControl(gym.Env):
 
     Args:
         task: ``DOMAIN_TASK`` such as ``walker_walk`` or ``ball_in_cup_catch`` (also ``cup_catch``).
-        seed: of everything random that the task does; a seeded reset starts it anew.
+        seed: of everything random that the task does; a seeded reset starts it anew (of the lqr tasks, which
+            have no time limit either, the model itself is drawn when they are built).
         time_limit: environment steps until truncation, instead of the task's own.
         size: (height, width) of :meth:`render` in pixels.
         camera: index of the camera that renders; None for 0, in quadruped tasks 2.

@@ -51,7 +51,8 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
         env_id: ``CartPole-v1`` or any other Gymnasium id, also ``gym:ID`` and ``module:ID``; ``atari:GAME``
             (96 x 96 gray, sticky actions 0.25, all 18 actions) or ``atari100k:GAME`` (64 x 64 colour, no
             sticky actions, minimal actions), the game in snake_case; ``dmc:DOMAIN_TASK``, a task of
-            dm_control's suite.
+            dm_control's suite; ``crafter:reward``; MiniGrid's ids; ours: ``lit_wm/LidarRobot-v0``,
+            ``lit_wm/Catch-v0``.
         seed: determines everything from the first reset on, unless that reset has its own.
         options: for Atari and ``ALE/`` ids ``size, gray, sticky, actions, noops, repeat, length, pool`` (see
             :class:`~lit_wm.envs.atari.Atari`); for others ``repeat`` (environment steps per step),

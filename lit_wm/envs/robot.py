@@ -9,10 +9,9 @@ import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lit_wm.envs.snapshot import from_plain, generator_state, load_generator, to_plain
+from lit_wm.errors import EnvError
 
 RAYS = 24
-_FIELDS = ("_pose", "_speed", "_goal", "_obstacles", "_contact")
 
 
 class LidarRobot(gym.Env):
@@ -36,6 +35,7 @@ class LidarRobot(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    snapshot_fields = ("_pose", "_speed", "_goal", "_obstacles", "_contact")
 
     radius = 0.15  # of the robot, metres
     period = 0.2  # between two steps, seconds
@@ -51,6 +51,16 @@ class LidarRobot(gym.Env):
         goal_radius: float = 0.4,
         render_mode: str | None = None,
     ):
+        if (
+            not isinstance(obstacles, int)
+            or obstacles < 0
+            or not 2.5 <= room < np.inf
+            or not 0 < goal_radius < 1
+        ):
+            raise EnvError(
+                f"LidarRobot: obstacles={obstacles!r}, room={room!r}, goal_radius={goal_radius!r}; expected "
+                "a whole number, 2.5 metres or more, and less than 1 metre"
+            )
         self.obstacles, self.half, self.goal_radius = obstacles, room / 2, goal_radius
         self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (10 + RAYS,), np.float32)
@@ -61,21 +71,22 @@ class LidarRobot(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict]:
-        """Place robot, goal and obstacles, none touching another."""
+        """Place robot, goal and obstacles; obstacles may overlap, robot and goal stand free."""
         super().reset(seed=seed)
         rng, inner = self.np_random, self.half - 0.3
         start = rng.uniform(-inner, inner, 2)
         self._goal = rng.uniform(-inner, inner, 2)
         while np.linalg.norm(self._goal - start) < 1.0:
             self._goal = rng.uniform(-inner, inner, 2)
-        self._obstacles = np.zeros((self.obstacles, 3))  # x, y, radius
-        for i in range(self.obstacles):
+        placed = []  # x, y, radius
+        for _ in range(self.obstacles):
             for _ in range(1000):
                 place, radius = rng.uniform(-self.half, self.half, 2), rng.uniform(0.15, 0.35)
                 near = min(np.linalg.norm(place - start), np.linalg.norm(place - self._goal))
                 if near > radius + self.goal_radius + self.radius:  # room left to pass behind it
-                    self._obstacles[i] = *place, radius
+                    placed.append([*place, radius])
                     break
+        self._obstacles = np.array(placed).reshape(-1, 3)
         self._pose = np.array([*start, rng.uniform(-math.pi, math.pi)])
         self._speed, self._contact = np.zeros(2), 0.0
         return self._observe(), {}
@@ -145,14 +156,3 @@ class LidarRobot(gym.Env):
         nose = place + self.radius * np.array([math.cos(angles[0]), math.sin(angles[0])])
         draw.line([pixel(place), pixel(nose)], fill="white", width=2)
         return np.asarray(image)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Everything that step and reset read."""
-        state = {name: to_plain(getattr(self, name)) for name in _FIELDS}
-        return state | {"rng": generator_state(self._np_random), "seed": self._np_random_seed}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`snapshot`."""
-        for name in _FIELDS:
-            setattr(self, name, from_plain(state[name]))
-        self._np_random, self._np_random_seed = load_generator(state["rng"]), state["seed"]

@@ -98,16 +98,21 @@ def _is_mujoco(layer: gym.Env) -> bool:
     return type(layer).__module__.startswith("gymnasium.envs.mujoco.")
 
 
+def _known(layer: gym.Env) -> tuple[str, ...] | None:
+    # Of the class itself: a wrapper would answer for its inner environment.
+    return getattr(type(layer), "snapshot_fields", _FIELDS.get(type(layer)))
+
+
 def _fields(layer: gym.Env) -> list[str]:
-    if type(layer) in _FIELDS:
-        return list(_FIELDS[type(layer)])
+    if (known := _known(layer)) is not None:
+        return list(known)
     return [name for name in _MUJOCO_FIELDS if hasattr(layer, name)]
 
 
 def unsupported_layer(env: gym.Env) -> str | None:
     """Name of the first layer whose state cannot be read, None if the whole environment can be stored."""
     for layer in _layers(env):
-        if not (_has_own(layer) or type(layer) in _FIELDS or _is_mujoco(layer)):
+        if not (_has_own(layer) or _known(layer) is not None or _is_mujoco(layer)):
             return f"{type(layer).__module__}.{type(layer).__name__}"
     return None
 
@@ -121,7 +126,8 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
     if name := unsupported_layer(env):
         raise NotSupported(
             f"no exact snapshot of {name}: its state is unknown here.\n"
-            "  Known are classic control, MuJoCo, dmc, ALE, the dummy; classes with snapshot() and restore()."
+            "  Known: classic control, MuJoCo, dmc, Atari, Crafter, ours; classes with snapshot(), restore()\n"
+            "  or with snapshot_fields: the attributes that step() and reset() read and write."
         )
     parts = []
     for layer in _layers(env):

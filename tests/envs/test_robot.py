@@ -10,6 +10,7 @@ from gymnasium.utils.env_checker import check_env
 
 from lit_wm.envs import make_env, read_spaces
 from lit_wm.envs.robot import LidarRobot
+from lit_wm.errors import EnvError
 
 ID = "lit_wm/LidarRobot-v0"
 
@@ -77,6 +78,14 @@ def test_the_goal_is_seen_in_the_robots_frame_and_ends_the_episode():
         if terminated:
             break
     assert (reward, terminated, info["is_success"]) == (1.0, True, True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"room": 1.6}, {"obstacles": -1}, {"obstacles": 2.5}, {"goal_radius": 1.0}]
+)
+def test_rooms_without_place_are_refused(options):
+    with pytest.raises(EnvError, match=next(iter(options))):
+        LidarRobot(**options)
 
 
 def test_nothing_touches_at_the_start():
