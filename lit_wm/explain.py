@@ -261,7 +261,8 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
         },
         "memory GB" if P == 1 else f"memory GB of 1 in {P} processes": {
             "on a CPU": process + sum(tensors.values()),
-            "on a GPU": f"{sum(tensors.values()):.4g}, not compared with a run; CUDA's own comes on top",
+            "on a GPU": sum(tensors.values()),
+            "of which CUDA's own": "comes on top; the figure has not been compared with a run",
             "the program": process,
             **({"environments": "a process each, not counted"} if data.vectorization == "async" else {}),
             "tensors": tensors,

@@ -265,7 +265,11 @@ def translate(
     given.pop("ckpt_path", None)
     for target, value in translator.translate(words).items():
         put(given, target, value)
-    gone, kept, drop = before.keys() - flatten(words).keys(), list[str](), False
+    after = flatten(words)
+    gone, kept, drop = before.keys() - after.keys(), list[str](), False
+    for path, value in after.items():  # a flag with a dict that an old name has joined
+        if path.rpartition(".")[0] in gone:
+            put(given, path, value)
     for word in flags:
         if word.startswith("--"):
             drop = word.removeprefix("--").partition("=")[0].replace(".init_args", "") in gone

@@ -126,7 +126,7 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
     if name := unsupported_layer(env):
         raise NotSupported(
             f"no exact snapshot of {name}: its state is unknown here.\n"
-            "  Known: classic control, MuJoCo, dmc, Atari, Crafter, ours; classes with snapshot(), restore()\n"
+            "  Known: classic control, MuJoCo, dmc, Atari, Crafter, ours; classes with snapshot, restore\n"
             "  or with snapshot_fields: the attributes that step() and reset() read and write."
         )
     parts = []
