@@ -3,9 +3,12 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,3 +280,16 @@ def test_the_environment_variable_names_the_store(store, monkeypatch):
 def test_the_git_state_names_a_commit_or_nothing():
     state = git_state()
     assert state is None or len(state["commit"]) == 40
+
+
+def test_trainings_that_start_together_share_a_new_store(tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlruns.db'}"
+    program = "import sys, lit_wm.tracking as t; t.SafeMLFlowLogger('x', *sys.argv[1:]).start()"
+    words = [sys.executable, "-c", program]
+    processes = [subprocess.Popen([*words, f"run{i}", uri], cwd=Path(__file__).parents[1]) for i in range(3)]
+    assert [process.wait() for process in processes] == [0] * 3
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("x").experiment_id])
+    assert {run.info.run_name for run in runs} == {f"run{i}" for i in range(3)}
