@@ -345,11 +345,11 @@ def measure(argv: list[str], count: int, training: dict[str, Any]) -> dict[str, 
         return result
     every = options.val_check_interval
     episodes = evaluate.episodes * (updates // every if isinstance(every, int) else 0)
-    length = min(float(np.mean(lengths)) if lengths else np.inf, evaluate.max_episode_steps)
+    length = min(float(np.mean(lengths)) if lengths else 0.0, evaluate.max_episode_steps)
     parts = {
         "collecting": training["env steps"] / cli.processes * step,
         "updates": updates * update,
-        f"evaluation, {length:.0f} steps an episode": episodes * length * step,
+        "evaluation" if lengths else "evaluation (not counted: no episode ended)": episodes * length * step,
     }
     wall, processor = sum(parts.values()) / 3600
     shares = {k: v[0] / 3600 for k, v in parts.items()}

@@ -80,6 +80,11 @@ def load_generator(state: dict[str, Any] | None) -> Any:
     return generator
 
 
+def _holds_arrays(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return isinstance(value, np.ndarray | np.generic) or any(map(_holds_arrays, parts))
+
+
 def _layers(env: gym.Env) -> list[gym.Env]:
     layers = [env]
     while isinstance(layers[-1], gym.Wrapper):
@@ -131,15 +136,17 @@ def snapshot_layers(env: gym.Env) -> list[dict[str, Any]]:
         )
     parts = []
     for layer in _layers(env):
+        arrays = False
         if _has_own(layer):
             state = layer.snapshot()  # type: ignore[attr-defined]
+            arrays, state = _holds_arrays(state), to_plain(state)
         else:
             state = {name: to_plain(getattr(layer, name)) for name in _fields(layer)}
             if _is_mujoco(layer):
                 state["physics"] = physics_state(layer.model, layer.data)  # type: ignore[attr-defined]
             if not isinstance(layer, gym.Wrapper):  # a wrapper's generator is that of its inner environment
                 state |= {"rng": generator_state(layer._np_random), "seed": layer._np_random_seed}
-        parts.append({"layer": type(layer).__name__, "state": state})
+        parts.append({"layer": type(layer).__name__, "state": state, "arrays": arrays})
     return parts
 
 
@@ -159,7 +166,7 @@ def restore_layers(env: gym.Env, parts: list[dict[str, Any]]) -> None:
     for layer, part in zip(layers, parts, strict=True):
         state = part["state"]
         if _has_own(layer):
-            layer.restore(state)  # type: ignore[attr-defined]
+            layer.restore(from_plain(state) if part["arrays"] else state)  # type: ignore[attr-defined]
             continue
         for name in state.keys() - {"physics", "rng", "seed"}:
             setattr(layer, name, from_plain(state[name]))

@@ -120,3 +120,45 @@ def test_a_snapshot_does_not_go_into_another_environment() -> None:
         make_env("atari100k:pong", size=32).restore(state)
     with pytest.raises(CheckpointError, match="pools 2 frames"):
         make_env("atari100k:pong", pool=3).restore(state)
+
+
+class Own(gym.Env):
+    """Remembers NumPy values, as users' environments do, and hands them out as they are."""
+
+    observation_space = gym.spaces.Box(-9, 9, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = np.zeros(2, np.float32), np.int64(0)
+        return self.x, {}
+
+    def step(self, action):
+        self.x, self.t = self.x + self.np_random.normal(size=2).astype(np.float32), self.t + 1
+        return self.x, float(self.t), False, False, {}
+
+    def snapshot(self):
+        return {"x": self.x, "t": self.t, "rng": self.np_random.bit_generator.state}
+
+    def restore(self, state):
+        self.x, self.t = state["x"], state["t"]
+        self.np_random.bit_generator.state = state["rng"]
+
+
+class Named(Own):
+    snapshot_fields = ("x", "t")
+    snapshot = restore = None
+
+
+@pytest.mark.parametrize("kind", [Own, Named])
+def test_an_environment_of_the_users_own_goes_on_bitwise(kind):
+    one, two = (StandardEnv(kind(), "mine", seed=seed) for seed in (1, 2))
+    one.reset()
+    two.reset()
+    for _ in range(5):
+        one.step({"action": np.int32(0)})
+    two.packed = one.packed
+    for _ in range(20):
+        a, b = (env.step({"action": np.int32(0)}) for env in (one, two))
+        assert (a[0]["obs"] == b[0]["obs"]).all()
+        assert a[1] == b[1]
