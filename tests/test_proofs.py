@@ -1,0 +1,40 @@
+"""The shipped checkpoints play as their cards say, and the README repeats the recorded results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_wm.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINTS = sorted((ROOT / "benchmarks" / "checkpoints").glob("*.ckpt"))
+RESULTS = {p.stem.removeprefix("prove-"): p for p in (ROOT / "benchmarks" / "results").glob("prove-*.json")}
+
+
+def test_every_proof_has_its_page_curve_and_checkpoint():
+    assert {p.stem for p in CHECKPOINTS} == RESULTS.keys() >= {"cartpole", "pendulum", "robot", "pixels"}
+    for task, path in RESULTS.items():
+        assert path.with_suffix(".md").exists()
+        assert path.with_suffix(".png").exists()
+        assert (ROOT / "benchmarks" / "checkpoints" / f"{task}.md").exists()
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)
+def test_a_shipped_checkpoint_plays_as_recorded(path, tmp_path):
+    assert path.stat().st_size <= 5_000_000
+    out = tmp_path / "score.json"
+    assert main(["evaluate", "--ckpt", str(path), "--episodes", "8", "--seed", "7", "--json", str(out)]) == 0
+    played = json.loads(out.read_text())["metrics"]["return"]
+    recorded = json.loads(RESULTS[path.stem].read_text())["results"][0]["metrics"]
+    # Other episodes than the recorded ones: eight of them scatter by the recorded spread.
+    assert abs(played - recorded["return"]) <= 4 * recorded["return_std"] / 8**0.5 + 0.02 * abs(played)
+
+
+@pytest.mark.parametrize("task", RESULTS)
+def test_the_readme_repeats_the_recorded_figures(task):
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if f"prove-{task}.md" in line)
+    values = [result["value"] for result in json.loads(RESULTS[task].read_text())["results"]]
+    shown = [float(word) for word in re.findall(r"-?\d+\.?\d*", row.split("|")[3].replace(",", ""))]
+    assert shown == pytest.approx(values, abs=0.05 if max(map(abs, values)) > 2 else 0.005)
