@@ -58,10 +58,10 @@ bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM
 $(PROOFS): prove-%: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/prove.py $*
 
-prove-cartpole:  ## CartPole from its numbers: 3 seeds, about an hour on 2 cores
-prove-pendulum:  ## Pendulum: 2 seeds, about half an hour
-prove-robot:  ## the robot with LiDAR, about 40 minutes
-prove-pixels:  ## Catch from its picture, about 25 minutes
+prove-cartpole:  ## CartPole from its numbers: 3 seeds
+prove-pendulum:  ## Pendulum: 2 seeds
+prove-robot:  ## the robot with LiDAR
+prove-pixels:  ## Catch from its picture
 
 clean:  ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -69,7 +68,7 @@ def evaluate_parser() -> Parser:
         ("obs-noise", float, 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
             "units, images in parts of the whole scale, clipped and rounded; classes stay as they are (0)"),
         ("device", str, "cuda" if cuda else "cpu", "cpu|cuda", "where the model runs; cuda if there is one"),
-        ("video", Path, None, "F", "first episode, at most 2000 frames; .gif, .mp4 with the extra 'video'"),
+        ("video", Path, None, "F", "first episode as .gif, at most 2000 frames"),
         ("json", Path, None, "F", "write everything to this file"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
@@ -194,37 +193,14 @@ def open_envs(env_id: str, num_envs: int, options: dict[str, Any], render: bool)
     return make_vector_env(env_id, num_envs, list(range(num_envs)), **options, render_mode="rgb_array")
 
 
-def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
-    """Write a GIF (at most 50 frames per second: viewers slow down faster ones) or an MP4."""
-    if path.suffix == ".gif":
-        write_atomic(path, lambda part: write_gif(part, torch.from_numpy(np.stack(frames)), min(fps, 50)))
-        return
-    from imageio_ffmpeg import write_frames
-
-    height, width = (n // 2 * 2 for n in frames[0].shape[:2])  # the codec wants even numbers
-
-    def write(part: Path) -> None:
-        form = ["-f", "mp4"]
-        writer = write_frames(str(part), (width, height), fps=fps, macro_block_size=2, output_params=form)
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame[:height, :width]))
-        writer.close()
-
-    write_atomic(path, write)
-
-
 def check_outputs(video: Path | None, *others: Path | None) -> None:
     """Refuse files that could not be written, before hours of episodes."""
     for path in filter(None, (video, *others)):
         folder = next(p for p in path.absolute().parents if p.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigError(f"{path} cannot be written: give a file in a folder that is yours")
-    if video and video.suffix not in (".gif", ".mp4"):
-        raise ConfigError(f"--video {video}: expected a file name that ends in .gif or .mp4")
-    if video and video.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        fix = "Fix: pip install 'lit-wm[video]', or name a .gif"
-        raise ConfigError(f"--video {video}: MP4 needs the package imageio-ffmpeg\n{fix}")
+    if video and video.suffix != ".gif":
+        raise ConfigError(f"--video {video}: expected a file name that ends in .gif")
 
 
 def evaluate(argv: list[str]) -> int:
@@ -291,7 +267,9 @@ def evaluate(argv: list[str]) -> int:
         print(f"success:    {score['success']:.0%}")
     if given.video:
         fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
-        write_video(given.video, stage.frames, fps)
+        video = torch.from_numpy(np.stack(stage.frames))
+        # Viewers slow down what is faster than 50 frames per second.
+        write_atomic(given.video, lambda part: write_gif(part, video, min(fps, 50)))
         print(f"video:      {given.video} ({len(stage.frames)} frames)")
     if given.json:
         asked = ("episodes", "seed", "num_envs", "max_episode_steps", "obs_noise", "device")
