@@ -2,7 +2,7 @@
 
 Every place that draws noise has a stream of its own, seeded from (seed, rank, name). Adding a part to a model
 never changes what the other parts draw, a checkpoint stores each stream, and a test replays recorded noise by
-handing in another object with the same two methods.
+handing in another object with the same methods.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Noise(Protocol):
-    """What the models need: exponential and normal noise by stream name."""
+    """What the models need: exponential, normal and uniform noise by stream name."""
 
     def exponential(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
         """Exp(1) noise; ``t`` is the step of a roll-out, of use to replayed noise only."""
@@ -24,6 +24,10 @@ class Noise(Protocol):
 
     def normal(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
         """Standard normal noise."""
+        ...
+
+    def uniform(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        """Noise in [0, 1)."""
         ...
 
 
@@ -62,6 +66,10 @@ class NoiseStreams:
     def normal(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
         """Standard normal noise, float32."""
         return torch.randn(shape, device=self.device, generator=self.generator(name))
+
+    def uniform(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        """Noise in [0, 1), float32."""
+        return torch.rand(shape, device=self.device, generator=self.generator(name))
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, rank and the state of every stream used so far, as plain values and tensors."""

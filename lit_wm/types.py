@@ -90,12 +90,14 @@ class Spaces:
 
     obs: dict[str, Spec]
     action: dict[str, Spec]
+    episode_length: int | None = field(default=None, compare=False)  # decisions until the time limit
 
     def to_plain(self) -> dict[str, Any]:
         """A plain dict for hyper-parameters and checkpoints."""
         return {
             "obs": {k: s.to_plain() for k, s in self.obs.items()},
             "action": {k: s.to_plain() for k, s in self.action.items()},
+            "episode_length": self.episode_length,
         }
 
     @classmethod
@@ -106,6 +108,7 @@ class Spaces:
         return cls(
             {k: Spec.from_plain(s) for k, s in plain["obs"].items()},
             {k: Spec.from_plain(s) for k, s in plain["action"].items()},
+            plain.get("episode_length"),
         )
 
 
@@ -117,11 +120,15 @@ class State:
         deter: deterministic part.                                                   (..., D)
         stoch: one-hot stochastic part, None for models that have none.              (..., S, C)
         action: the action chosen at this state by ``act``, kept so that the next ``act`` knows it.
+        plan: mean of the last plan, from which the next one starts.                 (..., H, A)
+        task: number of the task, of multi-task models.                              (...) int64
     """
 
     deter: Tensor
     stoch: Tensor | None = None
     action: Tensors | None = None
+    plan: Tensor | None = None
+    task: Tensor | None = None
 
     @property
     def deterministic(self) -> Tensor:
@@ -136,7 +143,8 @@ class State:
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply ``fn`` to every tensor."""
         action = None if self.action is None else {k: fn(v) for k, v in self.action.items()}
-        return State(fn(self.deter), None if self.stoch is None else fn(self.stoch), action)
+        stoch, plan, task = (None if x is None else fn(x) for x in (self.stoch, self.plan, self.task))
+        return State(fn(self.deter), stoch, action, plan, task)
 
     def detach(self) -> State:
         """Cut the graph."""
@@ -200,6 +208,7 @@ class Batch:
         carry: latent state of the step before the first one; None starts from zeros. (B, ...)
         consecutive: True where the row goes on where the previous batch's row ended. (B,) bool or None
         write_back: called with the new (B, T, ...) states, so that the replay keeps fresh latents.
+        task: number of the task that a row is of; None for single-task data.          (B,) int64
         info: more columns (``index``, ``source`` ...), never read by the losses.
     """
 
@@ -212,6 +221,7 @@ class Batch:
     carry: State | None = None
     consecutive: Tensor | None = None
     write_back: Callable[[State], None] | None = None
+    task: Tensor | None = None
     info: Tensors = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -230,4 +240,5 @@ class Batch:
             is_terminal=move(self.is_terminal),
             carry=None if self.carry is None else self.carry.map(move),
             consecutive=None if self.consecutive is None else move(self.consecutive),
+            task=None if self.task is None else move(self.task),
         )
