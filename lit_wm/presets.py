@@ -1,14 +1,15 @@
 """The size presets as frozen data; this module imports neither torch nor Lightning.
 
-Without a preset the official defaults equal ``size200m``. An explicit argument of the module overrides its
-row. The nominal names match the parameter counts only roughly (``size200m`` has 166 M trainable parameters on
-images).
+Without a preset the official defaults equal ``size200m`` of DreamerV3 and ``5m`` of TD-MPC2. An explicit
+argument of the module overrides its row. The nominal names match the parameter counts only roughly
+(``size200m`` has 166 M trainable parameters on images).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 
 def _row(deter: int, hidden: int, stoch: int, classes: int, depth: int, units: int) -> Mapping[str, int]:
@@ -59,23 +60,93 @@ DREAMERV3_PARAMETERS_VECTOR: Mapping[str, int] = MappingProxyType(
 )
 
 
+def _tdmpc2_row(*sizes: int) -> Mapping[str, int]:
+    names = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
+    return MappingProxyType(dict(zip(names, sizes, strict=True)))
+
+
+TDMPC2: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "debug": _tdmpc2_row(16, 24, 16, 2, 2),
+        "1m": _tdmpc2_row(256, 384, 128, 2, 2),
+        "5m": _tdmpc2_row(256, 512, 512, 2, 5),
+        "19m": _tdmpc2_row(1024, 1024, 768, 3, 5),
+        "48m": _tdmpc2_row(1792, 1792, 768, 4, 5),
+        "317m": _tdmpc2_row(4096, 4096, 1376, 5, 8),
+    }
+)
+
+# Trainable parameters of the official code (target critics excluded): one task with 39 numbers and 6 actions,
+# the task sets, and two special cases of 5m.
+TDMPC2_PARAMETERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        kind: MappingProxyType(dict(zip(("1m", "5m", "19m", "48m", "317m"), counts, strict=True)))
+        for kind, counts in {
+            "vector": (1_218_491, 4_964_458, 18_077_802, 47_235_178, 312_656_857),
+            "mt30": (1_426_427, 5_241_066, 16_031_210, 48_242_410, 317_316_889),
+            "mt80": (1_435_067, 5_389_930, 18_970_218, 48_791_146, 317_383_129),
+        }.items()
+    }
+)
+TDMPC2_PARAMETERS_EPISODIC = 5_492_331  # 39 numbers, 6 actions, with the termination head
+TDMPC2_PARAMETERS_DOG = 5_159_082  # 223 numbers, 38 actions
+
+
+def _sizes(
+    name: str, rows: Mapping[str, Mapping[str, int]], given: Mapping[str, int | None]
+) -> dict[str, int]:
+    """The row of a preset with what is given; an entry of None is not."""
+    from lit_wm.errors import ConfigError, nearest
+
+    if name not in rows:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(rows)}{nearest(name, list(rows))}")
+    sizes = dict(rows[name]) | {k: v for k, v in given.items() if v is not None}
+    if bad := {k: v for k, v in sizes.items() if v < 1}:
+        raise ConfigError(f"model sizes must be at least 1, got {bad}")
+    return sizes
+
+
 def dreamerv3_sizes(preset: str, **overrides: int | None) -> dict[str, int]:
     """Sizes of a preset; an override that is not None replaces its entry.
 
     Raises:
         ConfigError: for an unknown preset or a size below 1.
     """
-    from lit_wm.errors import ConfigError, nearest
+    from lit_wm.errors import ConfigError
 
-    name = preset.removeprefix("dreamerv3:")
-    if name not in DREAMERV3:
-        raise ConfigError(
-            f"unknown preset {preset!r}; known: {', '.join(DREAMERV3)}{nearest(name, list(DREAMERV3))}"
-        )
-    sizes = dict(DREAMERV3[name]) | {k: v for k, v in overrides.items() if v is not None}
-    bad = {k: v for k, v in sizes.items() if v < 1}
-    if bad:
-        raise ConfigError(f"model sizes must be at least 1, got {bad}")
+    sizes = _sizes(preset.removeprefix("dreamerv3:"), DREAMERV3, overrides)
     if sizes["deter"] % sizes["blocks"]:
         raise ConfigError(f"model.deter={sizes['deter']} must be divisible by model.blocks={sizes['blocks']}")
     return sizes
+
+
+def tdmpc2_sizes(
+    preset: str, tasks: Any = None, *, task_dim: int | None = None, **overrides: int | None
+) -> dict[str, int]:
+    """Sizes of a preset; an override that is not None replaces its entry.
+
+    Args:
+        preset: ``5m`` or ``tdmpc2:5m``.
+        tasks: ``mt30``, ``mt80`` or a list, as :func:`lit_wm.tasks.task_list` takes them; None for one task.
+        task_dim: length of a task's embedding; None for the official one, always 0 for one task.
+
+    Raises:
+        ConfigError: for an unknown preset or task set, a size below 1, fewer than the two critics that every
+            estimate draws, or a ``task_dim`` without tasks.
+    """
+    from lit_wm.errors import ConfigError
+    from lit_wm.tasks import task_list
+
+    name = preset.removeprefix("tdmpc2:")
+    if tasks is not None:
+        task_list(tasks)
+        official = 8 if name == "debug" else 96 if tasks == "mt80" or name in ("1m", "317m") else 64
+        overrides["task_dim"] = official if task_dim is None else task_dim
+        if tasks == "mt30" and name == "19m" and overrides.get("latent_dim") is None:
+            overrides["latent_dim"] = 512
+    elif task_dim:
+        raise ConfigError(f"model.task_dim={task_dim} needs model.tasks: one task has no embedding")
+    sizes = _sizes(name, TDMPC2, overrides)
+    if sizes["num_q"] < 2:
+        raise ConfigError("model.num_q=1: expected 2 or more, since every estimate draws two of the critics")
+    return {"task_dim": 0} | sizes

@@ -1,0 +1,88 @@
+"""The official multi-task sets of TD-MPC2 as data; this module imports neither torch nor Lightning.
+
+The order is that of the checkpoints: row i of a task embedding belongs to task i of its set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from lit_wm.errors import ConfigError, nearest
+
+
+class Task(NamedTuple):
+    """One task: its name, sizes of its observation and action, and decisions until its time limit."""
+
+    name: str
+    obs: int
+    action: int
+    episode_length: int
+
+
+def _dmc(names: str, obs: int, action: int) -> list[Task]:
+    return [Task(name, obs, action, 500) for name in names.split()]
+
+
+_MT30 = (
+    *_dmc("walker-stand walker-walk walker-run", 24, 6),
+    *_dmc("cheetah-run", 17, 6),
+    *_dmc("reacher-easy reacher-hard", 6, 2),
+    *_dmc("acrobot-swingup", 6, 1),
+    *_dmc("pendulum-swingup", 3, 1),
+    *_dmc("cartpole-balance cartpole-balance-sparse cartpole-swingup cartpole-swingup-sparse", 5, 1),
+    *_dmc("cup-catch", 8, 2),
+    *_dmc("finger-spin", 9, 2),
+    *_dmc("finger-turn-easy finger-turn-hard", 12, 2),
+    *_dmc("fish-swim", 24, 5),
+    *_dmc("hopper-stand hopper-hop", 15, 4),
+    *_dmc("walker-walk-backwards walker-run-backwards", 24, 6),
+    *_dmc("cheetah-run-backwards cheetah-run-front cheetah-run-back cheetah-jump", 17, 6),
+    *_dmc("hopper-hop-backwards", 15, 4),
+    *_dmc("reacher-three-easy reacher-three-hard", 8, 3),
+    *_dmc("cup-spin", 8, 2),
+    *_dmc("pendulum-spin", 3, 1),
+)
+_METAWORLD = """
+    assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall
+    coffee-button coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close drawer-open
+    faucet-open faucet-close hammer handle-press-side handle-press handle-pull-side handle-pull lever-pull
+    peg-insert-side peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-slide-side
+    plate-slide-back plate-slide-back-side push-back push push-wall reach reach-wall shelf-place soccer
+    stick-push stick-pull sweep-into sweep window-open window-close bin-picking box-close door-lock
+    door-unlock hand-insert
+"""
+
+TASK_SETS: Mapping[str, tuple[Task, ...]] = MappingProxyType(
+    {"mt30": _MT30, "mt80": _MT30 + tuple(Task(f"mw-{name}", 39, 4, 100) for name in _METAWORLD.split())}
+)
+
+
+def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:
+    """The tasks of a set's name, or of a list of ``{name, obs, action, episode_length}``.
+
+    Raises:
+        ConfigError: for an unknown set, an entry with other fields or sizes below 1, or a name given twice.
+    """
+    if isinstance(tasks, str):
+        if tasks not in TASK_SETS:
+            raise ConfigError(
+                f"unknown task set {tasks!r}{nearest(tasks, list(TASK_SETS))}; known: mt30, mt80, "
+                "or a list of {name, obs, action, episode_length}"
+            )
+        return TASK_SETS[tasks]
+    out: list[Task] = []
+    for i, given in enumerate(tasks):
+        fields = given._asdict() if isinstance(given, Task) else given
+        sizes = [fields.get(k) for k in Task._fields[1:]] if isinstance(fields, Mapping) else []
+        if not sizes or set(fields) != set(Task._fields) or not isinstance(fields["name"], str):
+            raise ConfigError(f"tasks[{i}] is {given!r}; expected the fields {', '.join(Task._fields)}")
+        if not all(type(n) is int and n >= 1 for n in sizes):
+            raise ConfigError(
+                f"tasks[{i}] ({fields['name']}): sizes and length must be 1 or more, got {sizes}"
+            )
+        out.append(Task(**fields))
+    if not out or len({t.name for t in out}) < len(out):
+        raise ConfigError(f"tasks: expected one name or more, each once, got {[t.name for t in out]}")
+    return tuple(out)
