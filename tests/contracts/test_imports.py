@@ -20,7 +20,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_mathematics_loads_no_lightning():
-    modules = ["nets.rssm", "optim", "returns", "distributions", "world_model", "noise", "types"]
+    modules = ["nets.rssm", "optim", "returns", "distributions", "world_model", "noise", "types", "planners"]
     loaded = loaded_after("import " + ", ".join(f"lit_wm.{name}" for name in modules))
     assert "torch" in loaded
     assert not loaded & {"lightning", "pytorch_lightning", "mlflow", "gymnasium", "datamodules"}
