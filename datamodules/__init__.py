@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from datamodules.collect import Collector
     from datamodules.data import ReplayDataModule
     from datamodules.replay import RowReplay
-    from datamodules.views import dreamer_view
+    from datamodules.views import dreamer_view, tdmpc2_view
 
-_HOME = {"Collector": "collect", "ReplayDataModule": "data", "RowReplay": "replay", "dreamer_view": "views"}
+_HOME = {"Collector": "collect", "ReplayDataModule": "data", "RowReplay": "replay"}
+_HOME |= {"dreamer_view": "views", "tdmpc2_view": "views"}
 
-__all__ = ["Collector", "ReplayDataModule", "RowReplay", "dreamer_view"]
+__all__ = ["Collector", "ReplayDataModule", "RowReplay", "dreamer_view", "tdmpc2_view"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,14 +42,16 @@ class Collector:
         seed: environment i of process r starts with ``seed + 10_000 * r + i``.
         rank: number of this process.
         prefill: first env steps of this process with uniformly random actions; the policy still follows
-            along, so that their latents are valid.
+            along, so that their latents are valid. With a replay within episodes, which has none, these are
+            decisions and the policy is not asked before.
         epsilon: probability that an environment executes a uniformly random action instead of the policy's.
         action_noise: standard deviation of Gaussian noise on continuous actions, in units of half their
             range.
 
     Attributes:
         env_steps: rows written.
-        episodes: episodes finished.
+        decisions: actions executed.
+        episodes, terminations: episodes finished, and those among them that no time limit has ended.
         finished: (return, length) of finished episodes that nobody has taken yet; length counts actions.
     """
 
@@ -69,7 +72,7 @@ class Collector:
         self.seed, self.rank, self.prefill = seed, rank, prefill
         self.epsilon, self.action_noise = epsilon, action_noise
         self.same_step = env.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP
-        self.env_steps = self.episodes = 0
+        self.env_steps = self.decisions = self.episodes = self.terminations = 0
         self.finished: list[tuple[float, int]] = []
         self.frame_sums = {k: np.zeros(s.shape, np.int64) for k, s in spaces.obs.items() if s.is_image}
         self._streams = np.arange(env.num_envs)
@@ -96,22 +99,33 @@ class Collector:
         else:
             raw, is_first = self._step(self._action)
         obs = self._entries(raw)
+        state, latent = None, {}
         with torch.inference_mode():
-            seen = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
-            action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
-            executed = self._explore(action)
-            if executed is not action:
-                action = executed
-                if state.action is not None:  # stays on the policy's device, unlike what it hands out
-                    held = {k: action[k].to(v) for k, v in state.action.items()}
-                    state = State(state.deter, state.stoch, held)
-            latent = {k: v.cpu() for k, v in to_latents(state, self.replay.latents).items()}
+            if self.replay.within_episodes and self.prefilling:
+                n, specs = self.env.num_envs, self.spaces.action
+                action = self._explore(
+                    {k: torch.zeros(n, *s.shape, dtype=getattr(torch, s.dtype)) for k, s in specs.items()}
+                )
+            else:
+                seen = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
+                action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
+                executed = self._explore(action)
+                if executed is not action:
+                    action = executed
+                    if state.action is not None:  # stays on the policy's device, unlike what it hands out
+                        state = replace(state, action={k: action[k].to(v) for k, v in state.action.items()})
+                latent = {k: v.cpu() for k, v in to_latents(state, self.replay.latents).items()}
             chosen = {k: v.cpu().numpy() for k, v in action.items()}
         valid = np.ones_like(is_first)
         self.replay.append(self._streams, obs, is_first, valid, chosen, latent)
         self._count(obs)
         self._state, self._action = state, chosen
         return self.env_steps - before
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether the next action is one of the random ones before training."""
+        return (self.decisions if self.replay.within_episodes else self.env_steps) < self.prefill
 
     def _step(self, action: dict[str, np.ndarray]) -> tuple[Any, np.ndarray]:
         """Execute the actions, write outcomes and last rows, and begin new episodes where old ones ended."""
@@ -120,6 +134,8 @@ class Collector:
         self.replay.set_outcome(self._streams, reward, terminated, truncated)
         self._return += reward
         self._length += 1
+        self.decisions += len(reward)
+        self.terminations += int(terminated.sum())
         ended = terminated | truncated
         if ended.any():
             which = np.flatnonzero(ended)
@@ -155,7 +171,7 @@ class Collector:
         The draws depend on the step count only.
         """
         n = self.env.num_envs
-        if self.env_steps < self.prefill:
+        if self.prefilling:
             rng, random = counter_rng(self.seed, self.rank, "prefill", self.env_steps), np.ones(n, np.bool_)
         elif self.epsilon or self.action_noise:
             rng = counter_rng(self.seed, self.rank, "explore", self.env_steps)
@@ -205,11 +221,12 @@ class Collector:
                 )
         state = None
         if self._state is not None:
-            kept = self._state.map(lambda x: x.cpu().clone())
-            state = {"deter": kept.deter, "stoch": kept.stoch, "action": kept.action}
+            state = vars(self._state.map(lambda x: x.cpu().clone()))
         return {
             "env_steps": self.env_steps,
+            "decisions": self.decisions,
             "episodes": self.episodes,
+            "terminations": self.terminations,
             "frame_sums": {k: torch.from_numpy(v.copy()) for k, v in self.frame_sums.items()},
             "finished": [list(x) for x in self.finished],
             "return": self._return.tolist(),
@@ -226,6 +243,8 @@ class Collector:
         replay.
         """
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
+        # Older checkpoints, all of DreamerV3, lack these two; it does not count by them.
+        self.decisions, self.terminations = state.get("decisions", 0), state.get("terminations", 0)
         for key, total in state["frame_sums"].items():
             self.frame_sums[key][...] = total.numpy()
         self.finished = [(r, n) for r, n in state["finished"]]
@@ -240,7 +259,8 @@ class Collector:
         self.env.reset(seed=self._seeds())  # some environments create what they restore only here
         restore_vector_env(self.env, state["envs"])
         self._action = {k: v.numpy().copy() for k, v in state["action"].items()}
-        self._state = State(**state["state"]).map(lambda x: x.to(device))
+        if state["state"] is not None:
+            self._state = State(**state["state"]).map(lambda x: x.to(device))
 
     def close(self) -> None:
         """Close the environments."""

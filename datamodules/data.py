@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.views import dreamer_view, to_latents
+from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.types import Batch, Spaces, Spec, State
@@ -34,25 +34,27 @@ Ticket = Callable[[Any], Batch]
 
 
 class TrainRatio:
-    """How many updates are owed after a number of env steps, in whole numbers.
+    """How many updates are owed after a number of steps, in whole numbers.
 
-    The first update is owed once the replay is ready, then ``1 + floor((steps - steps_when_ready) *
+    The first updates are owed once the replay is ready, then ``first + floor((steps - steps_when_ready) *
     per_step)`` in all.
 
     Args:
-        per_step: updates per env step.
+        per_step: updates per step.
+        first: updates owed at once.
     """
 
-    def __init__(self, per_step: Fraction):
-        self.per_step = per_step
-        self.ready_at: int | None = None  # env steps when the replay became ready
+    def __init__(self, per_step: Fraction, first: int = 1):
+        self.per_step, self.first = per_step, first
+        self.ready_at: int | None = None  # steps when the replay became ready
         self.done = 0  # updates served
 
     def owed(self, steps: int) -> int:
         """Updates owed and not yet served."""
         if self.ready_at is None:
             return 0
-        return 1 + (steps - self.ready_at) * self.per_step.numerator // self.per_step.denominator - self.done
+        later = (steps - self.ready_at) * self.per_step.numerator // self.per_step.denominator
+        return self.first + later - self.done
 
 
 class ReplayDataModule(LightningDataModule):
@@ -67,13 +69,21 @@ class ReplayDataModule(LightningDataModule):
         num_envs: environments over all processes.
         eval_envs: environments for evaluation over all processes.
         vectorization: ``sync`` steps the environments in this process, ``async`` in one process each.
+        windows: ``stream`` draws sequences uniformly over all rows, across the ends of episodes, for Dreamer;
+            ``episode`` draws them within finished episodes, uniformly over episodes, for TD-MPC2: the batch
+            is that of :func:`~datamodules.views.tdmpc2_view`, ``batch_length`` is the horizon + 1, there are
+            no latents, and ``online_queue`` and ``time_limit_is_terminal`` are not used.
         train_ratio: replayed steps per env step.
+        utd: updates per decision (executed action), instead of ``train_ratio``.
+        first_updates: updates owed at once when training begins. The official TD-MPC2 has ``seed_steps`` of
+            them after ``seed_steps + 1`` random decisions, then ``utd`` 1.
         batch_size: sequences per update over all processes.
         batch_length: steps T of a sequence, without context; at least 2, as a return needs a next step.
         replay_context: steps K before a sequence; with 1 or more it starts from a stored latent, with 0 from
-            zeros.
+            zeros. null is 1, and 0 with ``windows: episode``, where nothing else is possible.
         capacity: rows kept over all processes; one row per env step.
-        prefill: env steps over all processes with random actions before training begins.
+        prefill: env steps over all processes with random actions before training begins; decisions with
+            ``windows: episode``.
         epsilon: probability of a uniformly random action at collection, in each environment and step.
         action_noise: standard deviation of Gaussian noise on continuous actions at collection, in units of
             half their range.
@@ -98,7 +108,7 @@ class ReplayDataModule(LightningDataModule):
         train_ratio: float = 32.0,
         batch_size: int = 16,
         batch_length: int = 64,
-        replay_context: int = 1,
+        replay_context: int | None = None,
         capacity: int = 5_000_000,
         prefill: int = 0,
         epsilon: float = 0.0,
@@ -108,11 +118,17 @@ class ReplayDataModule(LightningDataModule):
         time_limit_is_terminal: bool | None = None,
         replay_dir: str | None = None,
         seed: int = 0,
+        windows: str = "stream",
+        utd: float | None = None,
+        first_updates: int = 1,
     ):
         super().__init__()
         self.env, self.env_options = env, dict(env_options or {})
         self.num_envs, self.eval_envs, self.vectorization = num_envs, eval_envs, vectorization
         self.train_ratio, self.batch_size, self.batch_length = train_ratio, batch_size, batch_length
+        self.windows, self.utd, self.first_updates = windows, utd, first_updates
+        if replay_context is None:
+            replay_context = 0 if windows == "episode" else 1
         self.replay_context, self.capacity, self.prefill = replay_context, capacity, prefill
         self.epsilon, self.action_noise = epsilon, action_noise
         self.max_env_steps, self.online_queue = max_env_steps, online_queue
@@ -132,27 +148,35 @@ class ReplayDataModule(LightningDataModule):
     def _check(self) -> None:
         at_least = {
             "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 2,
-            "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0,
+            "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0, "first_updates": 1,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"data.{name} is {value!r}, expected a whole number of {low} or more.")
-        if not 0 < self.train_ratio < float("inf"):
-            raise ConfigError(f"data.train_ratio is {self.train_ratio!r}, expected a number above 0.")
+        for name in ("train_ratio", *(["utd"] if self.utd is not None else [])):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"data.{name} is {getattr(self, name)!r}, expected a number above 0.")
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"data.epsilon is {self.epsilon!r}, expected a probability, 0 to 1.")
         if not 0 <= self.action_noise < float("inf"):
             raise ConfigError(f"data.action_noise is {self.action_noise!r}, expected 0 or more.")
         if self.vectorization not in ("sync", "async"):
             raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
-        # Each stream needs its first window, then one more row per window.
-        first = self.batch_size * self.batch_length + self.num_envs * self.window
+        if self.windows not in ("stream", "episode"):
+            raise ConfigError(f"data.windows is {self.windows!r}, expected 'stream' or 'episode'.")
+        if self.within_episodes and self.replay_context:
+            raise ConfigError(
+                f"data.replay_context is {self.replay_context}, but data.windows: episode keeps no latents.\n"
+                "  Leave replay_context out, or set it to 0."
+            )
+        # Each stream needs its first window, then one more row per window; in episodes one window will do.
+        begin = 0 if self.within_episodes else self.batch_size * self.batch_length
+        first = begin + self.num_envs * self.window
         if self.capacity < first:
             raise ConfigError(
                 f"data.capacity is {self.capacity:,}, but training begins with "
-                f"{self.batch_size * self.batch_length:,} windows of {self.window} rows in {self.num_envs} "
-                "environments.\n"
+                f"{begin or 1:,} windows of {self.window} rows in {self.num_envs} environments.\n"
                 f"  Raise capacity to {first:,} or more, or lower batch_size, batch_length or num_envs."
             )
         first = max(first, self.prefill)
@@ -163,9 +187,14 @@ class ReplayDataModule(LightningDataModule):
             )
 
     @property
+    def within_episodes(self) -> bool:
+        """Whether windows lie within episodes."""
+        return self.windows == "episode"
+
+    @property
     def window(self) -> int:
         """Rows of a window, with those before the sequence."""
-        return self.batch_length + max(self.replay_context, 1)
+        return self.batch_length + (0 if self.within_episodes else max(self.replay_context, 1))
 
     def row_bytes(self, latents: Mapping[str, Spec]) -> dict[str, int]:
         """Bytes of a replay row by the file that holds them: ``row`` for the small columns."""
@@ -222,6 +251,7 @@ class ReplayDataModule(LightningDataModule):
         spaces = Spaces.from_plain(self.spaces)
         if self.action_noise and all(spec.is_discrete for spec in spaces.action.values()):
             raise ConfigError(f"data.action_noise: {self.env} has no continuous action. Use data.epsilon.")
+        self._check_model(module, spaces, num_envs)
         reachable = None
         if self.max_env_steps is not None:  # the last loop may go beyond by two rows per environment
             reachable = self.max_env_steps // self.world_size + 2 * num_envs
@@ -240,6 +270,7 @@ class ReplayDataModule(LightningDataModule):
             reachable,
             sharers=trainer.num_devices,
             pin=trainer.strategy.root_device.type == "cuda",
+            within_episodes=self.within_episodes,
         )
         seeds = [self.seed + 10_000 * self.rank + i for i in range(num_envs)]
         envs = self.make_envs(num_envs, seeds)
@@ -249,8 +280,27 @@ class ReplayDataModule(LightningDataModule):
         )
         # Through str, so that 0.1 means one tenth. Per step of this process, as every process makes every
         # update.
-        per_step = Fraction(str(self.train_ratio)) * self.world_size / (self.batch_size * self.batch_length)
-        self.ratio = TrainRatio(per_step)
+        per_step = Fraction(str(self.train_ratio)) / (self.batch_size * self.batch_length)
+        if self.utd is not None:
+            per_step = Fraction(str(self.utd))
+        self.ratio = TrainRatio(per_step * self.world_size, self.first_updates)
+
+    def _check_model(self, module: Any, spaces: Spaces, num_envs: int) -> None:
+        """Refuse windows that the model cannot learn from, and a ring that may never hold one."""
+        wanted = getattr(module, "windows", "stream" if module.latent_specs() else self.windows)
+        if wanted != self.windows:
+            raise ConfigError(
+                f"data.windows is {self.windows!r}, but {type(module).__name__} learns from {wanted!r}.\n"
+                f"  Set data.windows: {wanted}"
+            )
+        # While an episode runs, whole windows of the one before must still be there.
+        rows, most = self.capacity // self.world_size // num_envs, spaces.episode_length
+        if self.within_episodes and most is not None and rows < (need := most + 1 + self.window):
+            raise ConfigError(
+                f"data.capacity is {self.capacity:,}, {rows:,} rows for each environment, but an episode of "
+                f"{self.env} has up to {most + 1:,}, and one window before it {self.window}.\n"
+                f"  Raise capacity to {need * self.num_envs:,} or more."
+            )
 
     def ticket(self, module: Any) -> Batch:
         """Collect until an update is owed, then draw its batch.
@@ -261,25 +311,38 @@ class ReplayDataModule(LightningDataModule):
         """
         collector, replay, ratio = self._open()
         self._flush()
-        while not ratio.owed(collector.env_steps):
-            collector.collect(module.policy, module.device)
-            if (
-                ratio.ready_at is None
-                and collector.env_steps >= collector.prefill
-                and replay.num_windows >= self.local_batch * self.batch_length
-            ):
-                ratio.ready_at = collector.env_steps
+        enough = 1 if self.within_episodes else self.local_batch * self.batch_length
+        while not ratio.owed(self._clock):
+            self._collect(module)
+            if ratio.ready_at is None and not collector.prefilling and replay.num_windows >= enough:
+                ratio.ready_at = self._clock
         while replay.num_windows == 0:  # resumed without its replay
-            collector.collect(module.policy, module.device)
+            self._collect(module)
         ratio.done += 1
-        self._totals = self._sum([collector.env_steps, ratio.owed(collector.env_steps)], module.device)
+        self._totals = self._sum([collector.env_steps, ratio.owed(self._clock)], module.device)
         return self._batch(replay.sample(self.local_batch), module.device)
+
+    @property
+    def _clock(self) -> int:
+        """What updates are counted by: decisions with ``utd``, else env steps."""
+        collector, _, _ = self._open()
+        return collector.env_steps if self.utd is None else collector.decisions
+
+    def _collect(self, module: Any) -> None:
+        collector, _, _ = self._open()
+        collector.collect(module.policy, module.device)
+        if self.within_episodes and collector.terminations and not getattr(module, "episodic", True):
+            raise ConfigError(
+                f"an episode of {self.env} ended by itself, which a model without termination head takes for "
+                "a time limit.\n  Set model.episodic: true."
+            )
 
     def report_batch(self, batch_size: int, length: int, device: torch.device | str = "cpu") -> Batch:
         """Windows of ``length`` steps for a report; leaves the training draws as they are.
 
         Raises:
             DataError: if there is no complete window yet.
+            NotSupported: for another length than ``batch_length`` with ``windows: episode``.
         """
         _, replay, _ = self._open()
         self._flush()
@@ -293,6 +356,9 @@ class ReplayDataModule(LightningDataModule):
 
     def _batch(self, rows: Any, device: torch.device | str) -> Batch:
         _, replay, _ = self._open()
+        if self.within_episodes:
+            batch = tdmpc2_view(rows)
+            return batch if torch.device(device).type == "cpu" else batch.to(device)
         batch = dreamer_view(rows, self.replay_context, self.time_limit_is_terminal, replay.latents)
         index, generation = batch.info["index"], batch.info["generation"]
 

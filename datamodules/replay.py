@@ -37,7 +37,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from datamodules.views import NO_LATENT
-from lit_wm.errors import CheckpointError, ConfigError, DataError
+from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported
 from lit_wm.noise import stream_seed
 from lit_wm.types import Spaces, Spec
 
@@ -152,7 +152,8 @@ class RowStorage(Storage):
         capacity: rows in all, a multiple of ``streams`` (what is over is not used).
         streams: number of environments.
         directory: where the column files lie; column files of an earlier run in it are replaced.
-        lead: rows of a window that stand before the ones to train on; they come without observations.
+        lead: rows of a window that stand before the ones to train on; they come without observations. With 0
+            there are no latents.
         pin: put gathered observations into page-locked memory, for copies to a GPU that do not block.
     """
 
@@ -495,9 +496,15 @@ class WindowSampler(Sampler):
     def __init__(self, storage: RowStorage, window: int, context: int, seed: int, rank: int, online: bool):
         self.storage, self.window, self.context = storage, window, context
         self.seed, self.rank, self.online = seed, rank, online
+        self.before = int(context == 0)  # rows that come with a window and stand before it
         self.length, self.mode = window, "train"  # of the next draw
         self.draws = {"train": 0, "report": 0}
         self.queue: deque[tuple[int, int]] = deque()
+
+    @property
+    def num_windows(self) -> int:
+        """Complete training windows that can be drawn."""
+        return int(self.starts(self.window)[1].sum())
 
     def starts(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """First possible start and number of windows of ``length`` rows, per stream."""
@@ -527,36 +534,49 @@ class WindowSampler(Sampler):
         Raises:
             DataError: if there is no complete window yet.
         """
-        low, count = self.starts(self.length)
-        ends = np.cumsum(count)
-        if ends[-1] == 0:
-            raise DataError(
-                f"the replay has no complete window of {self.length} rows yet: collect more steps first."
-            )
         chosen: list[tuple[int, int]] = []
         if self.mode == "train" and self.length == self.window:
+            tail = self.starts(self.length)[0] if self.queue else ()
             while self.queue and len(chosen) < batch_size:
                 queued = self.queue.popleft()
-                if queued[1] >= low[queued[0]]:  # else evicted unseen
+                if queued[1] >= tail[queued[0]]:  # else evicted unseen
                     chosen.append(queued)
         rng = counter_rng(self.seed, self.rank, f"replay/{self.mode}", self.draws[self.mode])
+        stream, start = self._draw(rng, batch_size - len(chosen))
         self.draws[self.mode] += 1
-        draw = rng.integers(ends[-1], size=batch_size - len(chosen))
-        stream = np.searchsorted(ends, draw, side="right")
-        start = low[stream] + draw - (ends - count)[stream]
         if chosen:
             first = np.array(chosen)
             stream, start = np.append(first[:, 0], stream), np.append(first[:, 1], start)
-        lead = 1 if self.context == 0 else 0
-        position = start[:, None] + np.arange(-lead, self.length)
-        if lead:
+        position = start[:, None] + np.arange(-self.before, self.length)
+        if self.before:
             position = np.maximum(position, self.storage.tail[stream][:, None])
         index = self.storage.rows(stream[:, None], position)
         return torch.from_numpy(index), {"generation": torch.from_numpy(position)}
 
+    def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Streams and first positions of ``count`` windows."""
+        low, windows = self.starts(self.length)
+        stream, number = self._pick(rng, windows, count)
+        return stream, low[stream] + number
+
+    def _pick(self, rng: np.random.Generator, sizes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """``count`` uniform draws from things of which stream s has ``sizes[s]``: stream, number in it."""
+        ends = np.cumsum(sizes)
+        if ends[-1] == 0:
+            raise DataError(
+                f"the replay has no complete window of {self.length} rows yet: collect more steps first."
+            )
+        draw = rng.integers(ends[-1], size=count)
+        stream = np.searchsorted(ends, draw, side="right")
+        return stream, draw - (ends - sizes)[stream]
+
+    def rebuild(self) -> None:
+        """Derive from the rows what is kept beside them: nothing here."""
+
     def _empty(self) -> None:
         self.draws = dict.fromkeys(self.draws, 0)
         self.queue.clear()
+        self.rebuild()
 
     def state_dict(self) -> dict[str, Any]:
         """Number of draws and the queue."""
@@ -566,6 +586,7 @@ class WindowSampler(Sampler):
         """Inverse of :meth:`state_dict`."""
         self.draws = dict(state_dict["draws"])
         self.queue = deque((s, p) for s, p in state_dict["queue"])
+        self.rebuild()
 
     def dumps(self, path: Any) -> None:
         """Write the state to its file in a snapshot."""
@@ -574,6 +595,90 @@ class WindowSampler(Sampler):
     def loads(self, path: Any) -> None:
         """Read :meth:`dumps`."""
         self.load_state_dict(_read_json(Path(path) / self.file, self.state_dict()))
+
+
+class EpisodeSampler(WindowSampler):
+    """Draws windows that lie within one finished episode, as TD-MPC2 does.
+
+    A *piece* is what the ring still holds of an episode. Draws are uniform over the finished pieces of at
+    least ``window`` rows, then uniform over the starts within the piece: a row of a short episode comes more
+    often. The running episodes of the streams are never drawn. Source: TorchRL's ``SliceSampler`` as the
+    official code sets it (``num_slices``, ``strict_length``).
+
+    Everything but the number of draws follows from the rows. A stream cannot hold more than
+    ``ring // window`` such pieces, so they too lie in a ring, and only the oldest can be shortened.
+    """
+
+    def __init__(self, storage: RowStorage, window: int, seed: int, rank: int):
+        super().__init__(storage, window, 0, seed, rank, False)
+        self.before = 0
+        self._pieces = np.zeros((storage.streams, storage.ring // window + 1, 2), np.int64)  # start, stop
+        self._oldest, self._count, self._windows, self._open = np.zeros((4, storage.streams), np.int64)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that can be drawn."""
+        lost = self.storage.tail - self._pieces[np.arange(len(self._count)), self._oldest, 0]
+        return int((self._windows - np.where(self._count > 0, np.maximum(lost, 0), 0)).sum())
+
+    def rebuild(self) -> None:
+        """Find the pieces in the rows; costs a pass over all of them."""
+        storage = self.storage
+        self._oldest[:] = self._count[:] = self._windows[:] = 0
+        self._open[:] = -1
+        for stream, (tail, head) in enumerate(zip(storage.tail, storage.head, strict=True)):
+            if tail == head:
+                continue
+            rows = storage.rows(stream, np.arange(tail, head))
+            first = storage.arrays["is_init",][rows].copy()
+            first[0] = True
+            starts = tail + np.flatnonzero(first)
+            for start, stop in zip(starts, starts[1:], strict=False):
+                self._close(stream, start, stop)
+            self._open[stream] = starts[-1]
+            if not storage.arrays["valid",][rows[-1]]:
+                self._close(stream, starts[-1], int(head))
+
+    def extend(self, index: Any) -> None:
+        """Take notice of new rows: forget pieces that have become too short, add those that are complete."""
+        storage = self.storage
+        rows = np.asarray(index)
+        streams = rows // storage.ring
+        tail, head = storage.tail[streams], storage.head[streams]
+        while True:
+            oldest = self._pieces[streams, self._oldest[streams]]
+            gone = (self._count[streams] > 0) & (oldest[:, 1] - tail < self.window)
+            if not gone.any():
+                break
+            which = streams[gone]
+            self._windows[which] -= oldest[gone, 1] - oldest[gone, 0] - self.window + 1
+            self._oldest[which] = (self._oldest[which] + 1) % self._pieces.shape[1]
+            self._count[which] -= 1
+        first, ends = storage.arrays["is_init",][rows], ~storage.arrays["valid",][rows]
+        for i in np.flatnonzero(first | ends):
+            stream = int(streams[i])
+            if first[i]:
+                if self._open[stream] >= 0:  # broken off
+                    self._close(stream, self._open[stream], head[i] - 1)
+                self._open[stream] = head[i] - 1
+            if ends[i]:
+                self._close(stream, self._open[stream], head[i])
+
+    def _close(self, stream: int, start: int, stop: int) -> None:
+        """The episode from ``start`` ends before position ``stop``."""
+        self._open[stream] = -1
+        start = max(start, self.storage.tail[stream])
+        if stop - start >= self.window:
+            slot = (self._oldest[stream] + self._count[stream]) % self._pieces.shape[1]
+            self._pieces[stream, slot] = start, stop
+            self._count[stream] += 1
+            self._windows[stream] += stop - start - self.window + 1
+
+    def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        stream, number = self._pick(rng, self._count, count)
+        start, stop = self._pieces[stream, (self._oldest[stream] + number) % self._pieces.shape[1]].T
+        start = np.maximum(start, self.storage.tail[stream])
+        return stream, start + rng.integers(stop - start - self.window + 1)
 
 
 class RowReplay:
@@ -592,6 +697,8 @@ class RowReplay:
         reachable: rows that the run can reach at most, if it is known; only those count for the disk space.
         sharers: processes that put a replay of this size on the same disk.
         pin: gather into page-locked memory, for a GPU.
+        within_episodes: draw windows that lie in one finished episode (:class:`EpisodeSampler`), with the
+            observations of all their rows; ``context``, ``online`` and ``latents`` are not used.
 
     Raises:
         ConfigError: if the replay cannot hold one window per stream or would not fit on the disk; nothing has
@@ -613,8 +720,12 @@ class RowReplay:
         reachable: int | None = None,
         sharers: int = 1,
         pin: bool = False,
+        within_episodes: bool = False,
     ):
-        lead = max(context, 1)
+        if within_episodes:
+            latents, context, lead = None, 0, 0
+        else:
+            lead = max(context, 1)
         if capacity // streams < window - context + lead:
             raise ConfigError(
                 f"a capacity of {capacity:,} leaves {capacity // streams:,} rows for each of {streams} "
@@ -626,7 +737,12 @@ class RowReplay:
         rows = capacity if reachable is None else min(capacity, reachable)
         require_disk(directory, rows * sharers, row_bytes(specs))
         self.storage = RowStorage(specs, capacity, streams, directory, lead, pin)
-        self.sampler = WindowSampler(self.storage, window, context, seed, rank, online)
+        self.within_episodes = within_episodes
+        self.sampler = (
+            EpisodeSampler(self.storage, window, seed, rank)
+            if within_episodes
+            else WindowSampler(self.storage, window, context, seed, rank, online)
+        )
         self.writer = RingWriter(streams)
         self.buffer = ReplayBuffer(
             storage=self.storage, sampler=self.sampler, writer=self.writer, collate_fn=_identity
@@ -639,7 +755,7 @@ class RowReplay:
     @property
     def num_windows(self) -> int:
         """Complete training windows that can be drawn."""
-        return int(self.sampler.starts(self.window)[1].sum())
+        return self.sampler.num_windows
 
     def append(
         self,
@@ -702,13 +818,15 @@ class RowReplay:
             if not arrays["is_init",][newest] and storage.head[stream] - 1 > storage.tail[stream]:
                 before = storage.rows(stream, storage.head[stream] - 2)
                 arrays["next", "truncated"][before] = arrays["next", "done"][before] = True
+        self.sampler.rebuild()
 
     def sample(self, batch_size: int, length: int | None = None, mode: str = "train") -> TensorDict:
-        """Draw windows uniformly over all complete windows of all streams.
+        """Draw windows uniformly over all complete windows of all streams, or as :class:`EpisodeSampler`.
 
         Args:
             batch_size: number of windows B.
-            length: rows of a window, context included; None is the training window.
+            length: rows of a window, context included; None is the training window, the only one within
+                episodes.
             mode: ``"train"`` empties the online queue first; ``"report"`` draws from random numbers of its
                 own and leaves the training draws as they are.
 
@@ -718,7 +836,10 @@ class RowReplay:
 
         Raises:
             DataError: if there is no complete window yet.
+            NotSupported: for another length within episodes.
         """
+        if self.within_episodes and length not in (None, self.window):
+            raise NotSupported(f"windows within episodes have {self.window} rows here, not {length}.")
         self.sampler.length, self.sampler.mode = length or self.window, mode
         data, info = self.buffer.sample(batch_size, return_info=True)
         data["index"], data["generation"] = info["index"], info["generation"]

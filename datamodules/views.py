@@ -94,6 +94,39 @@ def dreamer_view(
     )
 
 
+def tdmpc2_view(rows: Any) -> Batch:
+    """Sampled rows as a TD-MPC2 batch of T = H + 1 steps, all of one episode::
+
+        row      s          s+1        s+2                  batch t = row s + t
+        obs      o[0]       o[1]       o[2]
+        action   a[0]       a[1]       (not read)           prev_action[t] = action of the row before
+        next.*   r[1]       r[2]       (not read)           reward[t]      = next.reward of the row before
+        batch 0  zeros: what led to the first observation is not used
+
+    Args:
+        rows: what ``RowReplay.sample`` returned for windows of T rows within episodes.
+
+    Returns:
+        A batch of T steps. ``is_terminal`` is set where the task itself ended, never by a time limit;
+        ``is_first`` and ``is_last`` where the episode begins and ends.
+    """
+    outcome = rows["next"]
+    return Batch(
+        obs=_entries(rows, "observation", "obs"),
+        prev_action={k: _later(v) for k, v in _entries(rows, "action", "action").items()},
+        reward=_later(outcome["reward"].squeeze(-1)),
+        is_first=rows["is_init"].squeeze(-1),
+        is_last=~rows["valid"].squeeze(-1),
+        is_terminal=_later(outcome["terminated"].squeeze(-1)),
+        info={"index": rows["index"], "generation": rows["generation"]},
+    )
+
+
+def _later(x: Tensor) -> Tensor:
+    """Moved on by one step, with zeros first. (B, T, ...)"""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
 def _entries(rows: Any, group: str, alone: str) -> Tensors:
     value = rows[group]
     return {alone: value} if isinstance(value, Tensor) else dict(value.items())

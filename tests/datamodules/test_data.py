@@ -6,7 +6,7 @@ import torch
 
 from datamodules import ReplayDataModule
 from datamodules.data import TrainRatio
-from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.errors import CheckpointError, ConfigError, NotSupported
 from lit_wm.types import Spec, State
 
 
@@ -200,6 +200,11 @@ def test_another_number_of_processes_is_refused(tmp_path):
         ({"train_ratio": 0}, "data.train_ratio is 0"),
         ({"train_ratio": float("nan")}, "data.train_ratio is nan"),
         ({"vectorization": "thread"}, "expected 'sync' or 'async'"),
+        ({"windows": "episodes"}, "expected 'stream' or 'episode'"),
+        ({"windows": "episode", "replay_context": 1}, "Leave replay_context out"),
+        ({"windows": "episode", "capacity": 15}, "Raise capacity to 16 or more"),
+        ({"utd": 0}, "data.utd is 0"),
+        ({"first_updates": 0}, "data.first_updates is 0"),
         ({"capacity": 49}, "Raise capacity to 50 or more"),
         ({"max_env_steps": 20}, "training begins after about 50"),
         ({"max_env_steps": 900, "prefill": 1000}, "training begins after about 1,000"),
@@ -232,3 +237,125 @@ def test_processes_that_cannot_share_are_refused(tmp_path):
 def test_an_unknown_environment_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="CartPoll"):
         _ = ReplayDataModule("CartPoll-v1").spaces
+
+
+class Planner(Module):
+    """A model without latents: remembers at which decision it was asked and what it learned from."""
+
+    episodic, windows = True, "episode"
+
+    def __init__(self, updates=None):
+        super().__init__(updates)
+        self.asked, self.at = [], []
+
+    def latent_specs(self):
+        return {}
+
+    def policy(self, obs, state, is_first, mode="train"):
+        self.asked.append((self.trainer.datamodule.collector.decisions, state is None))
+        plan = torch.zeros(len(is_first), 2, 1) if state is None else state.plan + obs["obs"][:, :1, None]
+        action = {"action": (plan[:, 0, 0] + torch.rand(len(plan), generator=self.generator) > 0.5).int()}
+        return action, State(obs["obs"], action=action, plan=plan)
+
+    def training_step(self, ticket, batch_idx):
+        batch = ticket(self)
+        kept = (batch.obs["obs"], batch.prev_action["action"], batch.reward, batch.is_terminal)
+        self.seen.append([x.clone() for x in kept])
+        self.at.append(self.trainer.datamodule.collector.decisions)
+        self.optimizers().step()
+        if self.trainer.datamodule.exhausted or len(self.seen) == self.updates:
+            self.trainer.should_stop = True
+
+
+def plan_of(tmp_path, module, **options):
+    defaults = {"windows": "episode", "utd": 1, "prefill": 40, "num_envs": 1, "batch_length": 4}
+    defaults |= {"capacity": 600, "env_options": {"time_limit": 12}}
+    data = data_of(tmp_path, **(defaults | options))
+    return data, trainer_of(tmp_path)
+
+
+@pytest.mark.parametrize(("envs", "utd", "first"), [(1, 1, 60), (1, 1, 1), (2, 0.5, 7), (3, 2, 61)])
+def test_updates_are_counted_by_decisions(tmp_path, envs, utd, first):
+    """The official loop: ``first`` updates at once after ``prefill`` random decisions, then ``utd`` each."""
+    module = Planner(updates=first + 40)
+    data, trainer = plan_of(tmp_path, module, num_envs=envs, utd=utd, prefill=60, first_updates=first)
+    trainer.fit(module, datamodule=data)
+    begin = -(-60 // envs) * envs  # whole loops; the first episode has ended by then
+    assert module.at[:first] == [begin] * first
+    assert all(first + int((at - begin) * utd) > i for i, at in enumerate(module.at))  # never early
+    owed = [first + int((at - begin) * utd) for at in module.at]
+    late = [owed[i - 1] > i for i in range(1, len(owed)) if module.at[i] > module.at[i - 1]]
+    assert not any(late)  # never another step before all that was owed is done
+    if envs == utd == 1:
+        assert module.at[first:] == list(range(begin + 1, begin + 41))
+    assert module.asked[0] == (begin, True)  # the planner is not asked before, and begins anew then
+    assert data.collector.decisions == data.collector.env_steps - data.collector.episodes - envs
+    data.close()
+
+
+def test_planning_resumes_bitwise_while_rows_are_overwritten(tmp_path):
+    for at in (1, 90):
+        whole = Planner(at + 60)
+        data, trainer = plan_of(tmp_path / "whole", whole, capacity=100)
+        trainer.fit(whole, datamodule=data)
+        data.close()
+        part = Planner(at)
+        data, trainer = plan_of(tmp_path / "part", part, capacity=100)
+        trainer.fit(part, datamodule=data)
+        state = {"shared": data.state_dict(), "rank": data.rank_state_dict()}
+        torch.save(state | {"noise": part.generator.get_state()}, tmp_path / "state.pt")
+        data.snapshot_replay(tmp_path / "saved")
+        assert (data.replay.storage.tail > 0) == (at == 90)
+        data.close()
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        rest = Planner(60)
+        data, trainer = plan_of(tmp_path / "rest", rest, capacity=100)
+        rest.generator.set_state(state["noise"])
+
+        class Resume(pl.Callback):
+            def on_fit_start(self, trainer, pl_module, data=data, state=state):
+                data.load_state_dict(state["shared"])
+                data.restore_replay(tmp_path / "saved")
+                data.load_rank_state_dict(state["rank"])
+
+        trainer.callbacks.append(Resume())
+        trainer.fit(rest, datamodule=data)
+        assert part.at + rest.at == whole.at
+        assert part.asked + rest.asked == whole.asked
+        assert all(
+            torch.equal(a, b)
+            for x, y in zip(part.seen + rest.seen, whole.seen, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        data.close()
+
+
+def test_a_model_without_termination_head_refuses_episodes_that_end_by_themselves(tmp_path):
+    module = Planner(10)
+    module.episodic = False
+    data, trainer = plan_of(tmp_path, module, env_options={})
+    with pytest.raises(ConfigError, match=r"CartPole-v1 ended by itself(.|\n)*model.episodic: true"):
+        trainer.fit(module, datamodule=data)
+    data.close()
+
+
+def test_windows_that_do_not_fit_the_model_or_the_ring_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"learns from 'stream'(.|\n)*Set data.windows: stream"):
+        fit(tmp_path, updates=1, windows="episode")
+    module = Planner(1)
+    data, trainer = plan_of(tmp_path, module, windows="stream")
+    with pytest.raises(ConfigError, match="Set data.windows: episode"):
+        trainer.fit(module, datamodule=data)
+    data, trainer = plan_of(tmp_path, module, capacity=33, num_envs=2)
+    with pytest.raises(ConfigError, match=r"CartPole-v1 has up to 13(.|\n)*Raise capacity to 34 or more"):
+        trainer.fit(module, datamodule=data)
+
+
+def test_a_report_within_episodes_has_their_windows(tmp_path):
+    module = Planner(3)
+    data, trainer = plan_of(tmp_path, module)
+    trainer.fit(module, datamodule=data)
+    assert data.report_batch(5, 4).reward.shape == (5, 4)
+    with pytest.raises(NotSupported, match="4 rows"):
+        data.report_batch(5, 8)
+    data.close()

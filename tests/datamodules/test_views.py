@@ -1,10 +1,12 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.views import class_index, dreamer_view, one_hot, to_latents, to_state
+from datamodules.views import class_index, dreamer_view, one_hot, tdmpc2_view, to_latents, to_state
 from lit_wm.types import Spec, State
 
 LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=4)}
@@ -89,6 +91,31 @@ def test_a_time_limit_is_terminal_only_if_asked(make_replay, play):
     assert not plain.is_terminal[timeouts].any()
     assert official.is_terminal[timeouts].all()
     assert torch.equal(plain.is_last, official.is_last)
+
+
+def test_the_tdmpc2_view_is_what_happened_step_by_step(make_replay, play):
+    """Against the driver's log: what led to an observation stands with it, from the second on."""
+    replay = make_replay(capacity=180, window=4, within_episodes=True)
+    game = play(replay, 0, 6.0).run(90)
+    batch = tdmpc2_view(replay.sample(200))
+    assert batch.carry is None and batch.write_back is None and batch.task is None  # noqa: PT018
+    ends = Counter()
+    for b in range(200):
+        stream, start = map(int, batch.obs["obs"][b, 0, :2])
+        assert batch.info["generation"][b].tolist() == list(range(start, start + 4))
+        for t in range(4):
+            step, before = game.steps[stream][start + t], game.steps[stream][start + t - 1]
+            assert batch.obs["obs"][b, t].tolist() == step["obs"].tolist()
+            assert bool(batch.is_first[b, t]) == step["is_first"]
+            assert bool(batch.is_last[b, t]) == step["is_last"]
+            led = (before["action"], step["reward"], step["is_terminal"]) if t else (0, 0, False)
+            got = (batch.prev_action["action"][b, t], batch.reward[b, t], batch.is_terminal[b, t])
+            assert tuple(x.item() for x in got) == led
+            ends["time limit" if step["timeout"] and not step["is_terminal"] else step["is_terminal"]] += 1
+    assert ends["time limit"] > 5
+    assert ends[True] > 5
+    assert batch.reward.dtype == torch.float32
+    assert batch.is_first.dtype == batch.is_last.dtype == batch.is_terminal.dtype == torch.bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
