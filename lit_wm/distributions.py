@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_wm.functional import one_hot, symexp
+from lit_wm.functional import one_hot, symexp, symlog
 
 # --- Categorical ----------------------------------------------------------------------------------
 
@@ -186,3 +186,30 @@ def two_hot_loss(logits: Tensor, bins: Tensor, *targets: Tensor, log_probs: Tens
         index += [below, above]
         weight += [w_below, w_above]
     return _TwoHotLoss.apply(logits, log_probs, torch.stack(index, -1), torch.stack(weight, -1))
+
+
+# --- Two-hot over evenly spaced bins in symlog space ------------------------------------------------
+
+
+def symlog_two_hot_loss(logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
+    """Cross-entropy between ``logits`` (..., n) and the two-hot symlog of ``target`` (...), broadcast. (...)
+
+    Args:
+        logits: over n bins from ``low`` to ``high``, float32; with more leading axes if need be.
+        target: values, clamped to the bins' range.
+
+    Source: tdmpc2 ``soft_ce`` and ``two_hot``.
+    """
+    n = logits.shape[-1]
+    place = (symlog(target).clamp_(low, high) - low) / ((high - low) / (n - 1))
+    below = place.floor()
+    share = place - below
+    # At the upper end all mass lies on the last bin, and what wraps around to the first is 0.
+    index = torch.stack([below, (below + 1) % n], -1).long().expand(*logits.shape[:-1], 2)
+    weight = torch.stack([1 - share, share], -1).expand(*logits.shape[:-1], 2)
+    return _TwoHotLoss.apply(logits, torch.log_softmax(logits.detach(), -1), index, weight)
+
+
+def symlog_two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Expected symlog value of ``logits`` (..., n) over ``bins`` (n,), back in its own units. (...)"""
+    return symexp(torch.softmax(logits, -1) @ bins)

@@ -223,7 +223,8 @@ class DreamerV3Module(WorldModelModule):
         # float32.
         with torch.autocast(self.device.type, enabled=False):
             out = self.model.loss(batch, carry, self.noise, self.trained)
-            self.optimise(out.total)  # backward, gradients of all processes, AGC, LaProp
+            # Backward, gradients of all processes, AGC, LaProp.
+            out.metrics["opt/grad_norm"] = self.optimise(out.total)
         if self.trained["critic"]:
             self.model.update_slow_critic()
 

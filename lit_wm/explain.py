@@ -120,7 +120,7 @@ class _Blank:
     def exponential(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    normal = exponential
+    normal = uniform = exponential
 
 
 def update_memory(module: DreamerV3Module, batch: int, length: int) -> dict[str, int]:

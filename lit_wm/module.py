@@ -51,39 +51,42 @@ class WorldModelModule(pl.LightningModule):
 
     # --- One update --------------------------------------------------------------------------------
 
-    _grad_norm: Tensor
-
     def draw(self, batch: Any) -> Batch:
         """The batch itself, or what its ticket draws: collecting first, if the train ratio owes environment
         steps.
         """
         return batch if isinstance(batch, Batch) else cast(Batch, batch(self))
 
-    def optimise(self, total: Tensor) -> None:
-        """One backward pass, then all optimizers step: equal to one joint optimizer.
+    def optimise(self, loss: Tensor, *names: str) -> Tensor:
+        """One backward pass, then the optimizers ``names`` (all, without names) step as one joint optimizer.
 
-        The first trained optimizer advances ``trainer.global_step``, the others do not.
+        The first trained optimizer advances ``trainer.global_step``, the others do not. Gradients of other
+        parameters stay.
+
+        Returns:
+            Norm of all gradients together, before ``grad_clip``.
         """
         optimizers = cast(list[LightningOptimizer], self.optimizers())
-        total.backward()
-        live = [opt for opt, on in zip(optimizers, self.trained.values(), strict=True) if on]
+        loss.backward()
+        trained = {n: opt for (n, on), opt in zip(self.trained.items(), optimizers, strict=True) if on}
+        live = {n: opt for n, opt in trained.items() if n in (names or trained)}
         grads = []
-        for opt in live:
+        for opt in live.values():
             sync_gradients(opt.optimizer)
             grads += [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
-        self._grad_norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+        norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
         if self.grad_clip is not None:
-            torch._foreach_mul_(grads, (self.grad_clip / self._grad_norm.clamp(min=1e-12)).clamp(max=1.0))
-        for i, opt in enumerate(live):
-            with uncounted(opt) if i else nullcontext():
+            torch._foreach_mul_(grads, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        for name, opt in live.items():
+            with nullcontext() if name == next(iter(trained)) else uncounted(opt):
                 opt.step()
             opt.zero_grad(set_to_none=True)
+        return norm
 
     def finish_update(self, metrics: Tensors) -> None:
         """Count the update and add up its metrics."""
         self.updates += 1
         self.updates_done += 1
-        metrics["opt/grad_norm"] = self._grad_norm
         if not self._sums:
             self._sums = {k: v.detach().float().clone() for k, v in metrics.items()}
         else:

@@ -75,11 +75,7 @@ class ReturnNorm(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Move the statistics towards those of ``x`` (any shape)."""
-        flat = x.detach().float().flatten()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, flat)
-            flat = torch.cat(parts)
+        flat = gather_values(x)
         if self.impl == "perc":
             lo, hi = torch.quantile(flat, self.percentiles)
         else:
@@ -96,3 +92,13 @@ class ReturnNorm(nn.Module):
         if self.impl == "perc":
             return lo, (hi - lo).clamp(min=self.limit)
         return lo, (hi - lo.square()).clamp(min=0).sqrt().clamp(min=self.limit)
+
+
+def gather_values(x: Tensor) -> Tensor:
+    """The values of ``x`` (any shape) of all processes, flat and in float32."""
+    flat = x.detach().float().flatten()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, flat)
+        flat = torch.cat(parts)
+    return flat

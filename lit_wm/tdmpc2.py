@@ -1,0 +1,908 @@
+"""TD-MPC2 (Hansen, Su, Wang 2024, "TD-MPC2: Scalable, robust world models for continuous control").
+
+Read top to bottom: :meth:`TDMPC2Module.training_step` is one gradient step, :meth:`TDMPC2.model_loss` and
+:meth:`TDMPC2.policy_loss` are its two halves, and what they call follows. Acting plans through
+:mod:`lit_wm.planners` with :meth:`TDMPC2.propose` and :meth:`TDMPC2.value`. Equal to the official code
+(nicklashansen/tdmpc2) up to float32 rounding; ``docs/parity.md`` lists what is compared and every knowing
+deviation.
+
+Shapes, beside those of :mod:`lit_wm.types`: ``L`` latent, ``K`` critics, ``H`` steps of a training window and
+of a plan, ``A`` flat action, ``N`` environments, ``S`` candidates of a plan. Inside the losses time is the
+first axis, so that every step is contiguous.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_wm.distributions import categorical_entropy, symlog_two_hot_loss, symlog_two_hot_mean
+from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest
+from lit_wm.functional import one_hot
+from lit_wm.module import WorldModelModule
+from lit_wm.nets.coders import discrete_one_hot
+from lit_wm.nets.heads import flat_action
+from lit_wm.nets.normed import Layers, PixelEncoder
+from lit_wm.noise import Noise
+from lit_wm.planners import make_planner
+from lit_wm.presets import tdmpc2_sizes
+from lit_wm.returns import gather_values
+from lit_wm.tasks import Task, task_list
+from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
+from lit_wm.world_model import WorldModel
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class TDMPC2Module(WorldModelModule):
+    """TD-MPC2 under a Lightning Trainer. Every default is the reference's value.
+
+    Args:
+        spaces: observation and action entries as a plain dict; linked from the data.
+        preset: sizes of all networks, 1m ... 317m or debug (see ``lit-wm presets``).
+        enc_dim: width of the state encoder; None = from the preset, here and below.
+        mlp_dim: width of all other networks.
+        latent_dim: size L of the latent state; of images what the encoder leaves, 512 for 64x64 pixels.
+        num_enc_layers: layers of the state encoder.
+        num_q: critics K.
+        task_dim: size of a task's embedding.
+        num_channels: of the pixel encoder.
+        simnorm_dim: entries of a group of the latent state.
+        dropout: of the critics' first layer.
+        num_bins, vmin, vmax: bins of rewards and values, in symlog space.
+        log_std_min, log_std_max: bounds of the policy's standard deviation.
+        horizon: steps H of a plan and of a training window, which is ``data.batch_length - 1``.
+        rho: weight of each further step of a window, relative to the one before.
+        consistency_coef, reward_coef, value_coef, termination_coef: weights of the losses.
+        entropy_coef: weight of the policy's entropy.
+        tau: share of the new values in each update of the target critics and of the value scale.
+        lr: learning rate.
+        enc_lr_scale: factor on it for the encoder.
+        grad_clip: largest norm of the gradients of the model, and of those of the policy.
+        discount: gamma, of every task if it is a list; None = by the length of an episode: with
+            f = length / ``discount_denom``, (f - 1) / f within ``discount_min`` ... ``discount_max``.
+        discount_denom, discount_min, discount_max: see ``discount``. An environment without a time limit
+            counts as one of 1,000 decisions.
+        episodic: learn and plan with terminations; needed where episodes end by themselves.
+        tasks: ``mt30``, ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
+        task: the one of ``tasks`` that the environment is; a name that is not there is a further task.
+        task_like: the task whose embedding a further one begins with; None = small random numbers.
+        start_from: checkpoint whose weights a new run begins with; all but a further task's embedding.
+        task_embedding_policy_grad: ``official`` adds what the policy loss says of the task embedding to the
+            next update of the model, as the reference does; ``none`` leaves it out.
+        planner: ``mppi``, ``cem``, ``gradient``, or ``policy`` to act without planning.
+        planner_options: merged over the planner's defaults, e.g. ``{num_samples: 256}``.
+        train_world_model: False freezes encoder, dynamics, reward, termination and task embedding.
+        train_actor: False freezes the policy.
+        train_critic: False freezes the critics.
+        log_every: updates between two lines of metrics.
+        seed: seed of the noise streams.
+    """
+
+    model: TDMPC2
+
+    def __init__(
+        self,
+        spaces: dict[str, Any],
+        preset: str = "5m",
+        enc_dim: int | None = None,
+        mlp_dim: int | None = None,
+        latent_dim: int | None = None,
+        num_enc_layers: int | None = None,
+        num_q: int | None = None,
+        task_dim: int | None = None,
+        num_channels: int = 32,
+        simnorm_dim: int = 8,
+        dropout: float = 0.01,
+        num_bins: int = 101,
+        vmin: float = -10.0,
+        vmax: float = 10.0,
+        log_std_min: float = -10.0,
+        log_std_max: float = 2.0,
+        horizon: int = 3,
+        rho: float = 0.5,
+        consistency_coef: float = 20.0,
+        reward_coef: float = 0.1,
+        value_coef: float = 0.1,
+        termination_coef: float = 1.0,
+        entropy_coef: float = 1e-4,
+        tau: float = 0.01,
+        lr: float = 3e-4,
+        enc_lr_scale: float = 0.3,
+        grad_clip: float = 20.0,
+        discount: float | list[float] | None = None,
+        discount_denom: float = 5.0,
+        discount_min: float = 0.95,
+        discount_max: float = 0.995,
+        episodic: bool = False,
+        tasks: str | list[dict[str, Any]] | None = None,
+        task: str | None = None,
+        task_like: str | None = None,
+        start_from: str | None = None,
+        task_embedding_policy_grad: str = "official",
+        planner: str = "mppi",
+        planner_options: dict[str, Any] | None = None,
+        train_world_model: bool = True,
+        train_actor: bool = True,
+        train_critic: bool = True,
+        log_every: int = 100,
+        seed: int = 0,
+    ):
+        super().__init__(log_every=log_every, seed=seed)
+        self.save_hyperparameters()
+        sizes = tdmpc2_sizes(
+            preset, tasks, enc_dim=enc_dim, mlp_dim=mlp_dim,
+            latent_dim=latent_dim, num_enc_layers=num_enc_layers, num_q=num_q, task_dim=task_dim,
+        )  # fmt: skip
+        # The model's own arguments, by name.
+        names = inspect.signature(TDMPC2).parameters.keys() - {"spaces"}
+        options: dict[str, Any] = {k: v for k, v in self.hparams.items() if k in names} | sizes
+        self.model = TDMPC2(Spaces.from_plain(spaces), **options)
+        for name, value in {"lr": lr, "enc_lr_scale": enc_lr_scale, "grad_clip": grad_clip}.items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"model.{name} is {value}; expected more than 0")
+        self.grad_clip, self.episodic = grad_clip, episodic
+        parts = {"world_model": train_world_model, "critic": train_critic}
+        self.model.trained = parts
+        self.trained = {"model": any(parts.values()), "policy": train_actor}
+        if not any(self.trained.values()):
+            raise ConfigError(
+                "train_world_model, train_actor and train_critic are all false: nothing would be trained"
+            )
+
+    @classmethod
+    def from_official(cls, path: str | Path, **overrides: Any) -> TDMPC2Module:
+        """A checkpoint of the official code (either of its formats) as a module of ours.
+
+        Args:
+            path: the file.
+            overrides: arguments of the module that the file does not know, e.g. ``tasks`` or ``discount``.
+
+        Raises:
+            CheckpointError: for a damaged file or one of other networks.
+        """
+        from lit_wm.convert.official_tdmpc2 import module_from_official
+
+        return module_from_official(path, **overrides)
+
+    def setup(self, stage: str) -> None:
+        """Begin a new run with the weights of ``start_from``."""
+        super().setup(stage)
+        start = self.hparams["start_from"]
+        if stage == "fit" and start and self.trainer.ckpt_path is None and not self.updates:
+            self.model.load_weights(start, self.hparams["task_like"])
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Model (the encoder at its own rate) and policy."""
+        lr, encoder = self.hparams["lr"], list(self.model.encoder.parameters())
+        rest = [p for p in self.model.group("model") if all(p is not q for q in encoder)]
+        groups = [{"params": encoder, "lr": lr * self.hparams["enc_lr_scale"]}, {"params": rest}]
+        return [
+            torch.optim.Adam(groups, lr=lr, fused=True),
+            torch.optim.Adam(self.model.group("policy"), lr=lr, eps=1e-5, fused=True),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One gradient step: the model's, then the policy's against the new critics, then the target critics.
+
+        Args:
+            batch: a :class:`Batch` of H + 1 steps, or a ticket that draws one (collecting as needed).
+        """
+        batch = self.draw(batch)
+        # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay
+        # float32.
+        with torch.autocast(self.device.type, enabled=False):
+            out = self.model.model_loss(batch, self.noise)
+            metrics = out.metrics
+            if self.trained["model"]:
+                metrics["opt/grad_norm"] = self.optimise(out.total, "model")  # backward, clip, Adam
+            if self.trained["policy"]:
+                policy_loss, more = self.model.policy_loss(out.zs, batch.task, self.noise)
+                metrics |= more | {"opt/pi_grad_norm": self.optimise(policy_loss, "policy")}
+        if self.model.trained["critic"]:
+            self.model.update_target()
+        self.finish_update(metrics)
+
+
+@dataclass
+class ModelLoss:
+    """What :meth:`TDMPC2.model_loss` returns: the total to differentiate and what it was made of."""
+
+    total: Tensor
+    losses: Tensors  # scalars, not weighted
+    metrics: Tensors  # scalars on the device
+    zs: Tensor  # (H+1, B, L), with autograd
+    next_z: Tensor  # (H, B, L), encoded
+    td_target: Tensor  # (H, B)
+
+
+class Policy(NamedTuple):
+    """What the policy says of some latent states."""
+
+    action: Tensor  # (..., A) a sample; one-hot if actions are discrete
+    mean: Tensor  # (..., A) in -1 ... 1; the likeliest class, one-hot
+    entropy: Tensor  # (...) of the sample
+    scaled_entropy: Tensor  # (...) what the loss rewards
+    log_std: Tensor | None = None  # (..., A)
+    probs: Tensor | None = None  # (..., A) of the classes
+
+
+class TDMPC2(WorldModel):
+    """The networks, the losses and the verbs, free of Lightning. See :class:`TDMPC2Module` for the arguments.
+
+    Actions are vectors in -1 ... 1, or one discrete entry, which is an extension of ours: a categorical
+    policy whose loss is the exact expectation over the classes, and one-hot vectors everywhere else.
+    """
+
+    decodes = False
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        enc_dim: int,
+        mlp_dim: int,
+        latent_dim: int,
+        num_enc_layers: int,
+        num_q: int,
+        task_dim: int = 96,
+        num_channels: int = 32,
+        simnorm_dim: int = 8,
+        dropout: float = 0.01,
+        num_bins: int = 101,
+        vmin: float = -10.0,
+        vmax: float = 10.0,
+        log_std_min: float = -10.0,
+        log_std_max: float = 2.0,
+        horizon: int = 3,
+        rho: float = 0.5,
+        consistency_coef: float = 20.0,
+        reward_coef: float = 0.1,
+        value_coef: float = 0.1,
+        termination_coef: float = 1.0,
+        entropy_coef: float = 1e-4,
+        tau: float = 0.01,
+        discount: float | list[float] | None = None,
+        discount_denom: float = 5.0,
+        discount_min: float = 0.95,
+        discount_max: float = 0.995,
+        episodic: bool = False,
+        tasks: str | list[dict[str, Any]] | None = None,
+        task: str | None = None,
+        task_embedding_policy_grad: str = "official",
+        planner: str = "mppi",
+        planner_options: dict[str, Any] | None = None,
+    ):
+        super().__init__(spaces)
+        self.latent_dim, self.simnorm_dim, self.dropout = latent_dim, simnorm_dim, dropout
+        self.vmin, self.vmax, self.log_std_min, self.log_std_max = vmin, vmax, log_std_min, log_std_max
+        self.horizon, self.rho, self.entropy_coef, self.tau = horizon, rho, entropy_coef, tau
+        self.coefs = {"consistency": consistency_coef, "reward": reward_coef, "value": value_coef}
+        self.coefs |= {"termination": termination_coef} if episodic else {}
+        self.episodic = episodic
+        self.trained = {"world_model": True, "critic": True}
+        for name, value, least, most in (
+            ("horizon", horizon, 1, float("inf")),
+            ("num_q", num_q, 2, float("inf")),
+            ("num_bins", num_bins, 2, float("inf")),
+            ("dropout", dropout, 0, 0.99),
+            ("tau", tau, 0, 1),
+        ):
+            if not least <= value <= most:
+                raise ConfigError(f"model.{name} is {value}; expected {least} or more, up to {most}")
+        if not vmin < vmax or not log_std_min < log_std_max:
+            raise ConfigError("model.vmin and log_std_min must be below vmax and log_std_max")
+        if task_embedding_policy_grad not in ("official", "none"):
+            raise ConfigError(
+                f"model.task_embedding_policy_grad is {task_embedding_policy_grad!r}; expected 'official' or "
+                "'none'"
+            )
+        self.task_embedding_policy_grad = task_embedding_policy_grad
+        self.image_keys = [k for k, s in spaces.obs.items() if s.is_image]
+        self.discrete = self._check_spaces()
+
+        # Tasks: sizes are those of the largest, the others are filled up with zeros.
+        self.tasks, self.task_index = list_tasks(tasks, task, spaces)
+        own = sum(s.size for s in spaces.obs.values()), sum(s.size for s in spaces.action.values())
+        self.obs_dim, self.action_dim = own
+        if self.tasks:
+            if self.image_keys or episodic or self.discrete:
+                raise ConfigError(
+                    "several tasks (model.tasks) go with vector observations, continuous actions and "
+                    "episodic: false; the reference has no other"
+                )
+            largest = max(t.obs for t in self.tasks), max(t.action for t in self.tasks)
+            if self.task_index is None and own != largest or own[0] > largest[0] or own[1] > largest[1]:
+                raise ConfigError(
+                    f"the data has {own[0]} observed numbers and {own[1]} action numbers, the largest of "
+                    f"model.tasks {largest[0]} and {largest[1]}\nSay with model.task which task it is, or "
+                    "train on data that is filled up to the largest"
+                )
+            self.obs_dim, self.action_dim = largest
+            self.task_embedding = nn.Embedding(len(self.tasks), task_dim)
+            nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
+            sizes = torch.tensor([t.action for t in self.tasks])
+            mask = (torch.arange(self.action_dim) < sizes.unsqueeze(1)).float()
+            self.register_buffer("action_mask", mask)
+        lengths = [t.episode_length for t in self.tasks] or [spaces.episode_length or 1000]
+        gammas = [min(max(1 - discount_denom / n, discount_min), discount_max) for n in lengths]
+        if discount is not None:
+            gammas = discount if isinstance(discount, list) else [discount] * len(lengths)
+        if len(gammas) != len(lengths) or not all(0 <= g <= 1 for g in gammas):
+            raise ConfigError(
+                f"model.discount is {discount}, discount_min {discount_min} and discount_max {discount_max}; "
+                f"expected numbers of 0 to 1, one or {len(lengths)} for the tasks"
+            )
+        discounts = torch.tensor(gammas, dtype=torch.float32)
+        self.register_buffer("discount", discounts if self.tasks else discounts[0], persistent=False)
+
+        T = task_dim if self.tasks else 0
+        L, A, M = latent_dim, self.action_dim, mlp_dim
+        if L % simnorm_dim:
+            raise ConfigError(f"model.latent_dim is {L}; expected a multiple of simnorm_dim, {simnorm_dim}")
+        if self.image_keys:
+            self.encoder: nn.Module = self._pixel_encoder(num_channels)
+        else:
+            hidden = [enc_dim] * max(num_enc_layers - 1, 1)
+            self.encoder = Layers(self.obs_dim + T, *hidden, L, act="simnorm", width=simnorm_dim)
+        self.dynamics = Layers(L + T + A, M, M, L, act="simnorm", width=simnorm_dim)
+        self.reward = Layers(L + T + A, M, M, num_bins, zero=True)
+        if episodic:
+            self.termination = Layers(L, M, M, 1)
+        self.policy = Layers(L + T, M, M, A if self.discrete else 2 * A)
+        self.critic = Layers(L + T + A, M, M, num_bins, members=num_q, zero=True)
+        self.target_critic = Layers(L + T + A, M, M, num_bins, members=num_q, zero=True)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("bins", torch.linspace(vmin, vmax, num_bins), persistent=False)
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+        self.register_buffer("rhos", rho ** torch.arange(horizon + 1.0), persistent=False)
+        self.planner = None
+        if planner != "policy":
+            self.planner = make_planner(planner, {"horizon": horizon} | (planner_options or {}))
+
+    bins: Tensor
+    scale: Tensor
+    discount: Tensor
+    percentiles: Tensor
+    rhos: Tensor
+    action_mask: Tensor
+
+    def _check_spaces(self) -> bool:
+        """Whether actions are discrete."""
+        obs, action = self.spaces.obs, self.spaces.action
+        if self.image_keys and len(self.image_keys) < len(obs):
+            others = sorted(obs.keys() - set(self.image_keys))
+            raise ConfigError(
+                f"TD-MPC2 encodes vectors or images, not both: {self.image_keys} and {others}\n"
+                "Leave some out, e.g. data.env_options.drop: [NAME]"
+            )
+        discrete = [k for k, s in action.items() if s.is_discrete]
+        if discrete and (len(action) > 1 or action[discrete[0]].shape):
+            raise ConfigError(
+                f"TD-MPC2 acts by vectors or by one discrete choice, not by {sorted(action)} with discrete "
+                f"{discrete}"
+            )
+        return bool(discrete)
+
+    def _pixel_encoder(self, channels: int) -> PixelEncoder:
+        """The encoder of images, if its output has the size of the latent state."""
+        sizes = {k: self.spaces.obs[k].hwc for k in self.image_keys}
+        if len({s[:2] for s in sizes.values()}) > 1:
+            raise ConfigError(f"images must share one height and width, got {sizes}")
+        height, width, _ = next(iter(sizes.values()))
+        h, w = PixelEncoder.feature_map(height, width)
+        there, cells = min(h, w) > 0, h * w
+        if not there or channels * cells != self.latent_dim:
+            left = f"{channels} x {h} x {w} = {channels * cells} numbers" if there else "nothing"
+            fits = f"{self.latent_dim // cells}" if there and self.latent_dim % cells == 0 else ""
+            raise ConfigError(
+                f"the pixel encoder leaves {left} of {height}x{width} images, model.latent_dim is "
+                f"{self.latent_dim}; they must be equal\n"
+                + (f"Use model.num_channels: {fits}, or " if fits else "Use ")
+                + (f"model.latent_dim: {channels * cells}" if there else "at least 47x47 pixels")
+            )
+        return PixelEncoder((sum(s[2] for s in sizes.values()), height, width), channels, self.simnorm_dim)
+
+    def group(self, name: str) -> list[nn.Parameter]:
+        """Parameters of ``model`` (all that the first optimizer steps) or ``policy``."""
+        if name == "policy":
+            return list(self.policy.parameters())
+        policy = {id(p) for p in self.policy.parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
+
+    # --- The losses, in the paper's order -----------------------------------------------------------
+
+    def model_loss(self, batch: Batch, noise: Noise) -> ModelLoss:
+        """Latent consistency, rewards, values and terminations of one batch at the current weights.
+
+        Args:
+            batch: (B, H+1) steps of which none but the last ends an episode.
+            noise: streams ``shift/next``, ``shift/first``, ``td/policy``, ``td/q``, ``dropout/model``.
+        """
+        obs, action = self.observations(batch.obs), self.actions(batch.prev_action)
+        obs, action = obs.transpose(0, 1), action[:, 1:].transpose(0, 1)  # (H+1, B, ...), (H, B, A)
+        reward, terminated = batch.reward[:, 1:].T, batch.is_terminal[:, 1:].T.float()  # (H, B)
+        H, B = reward.shape
+        if self.horizon != H:
+            raise ConfigError(
+                f"data.batch_length is {H + 1}; expected {self.horizon + 1}, one step more than model.horizon"
+            )
+        world_model, critic = self.trained["world_model"], self.trained["critic"]
+        task = self.task_of(batch.task, B)
+        with torch.set_grad_enabled(world_model and torch.is_grad_enabled()):
+            emb = self.embed(task)  # (B, T)
+
+        # 1. What the steps lead to: encoded latents, and the values that they promise --------------------
+        with torch.no_grad():
+            next_z = self.latents(obs[1:], emb, noise, "shift/next")  # (H, B, L)
+            td_target = self.td_target(next_z, reward, terminated, task, emb, noise)  # (H, B)
+
+        # 2. What the model foresees: a roll-out in latent space ------------------------------------------
+        with torch.set_grad_enabled(world_model and torch.is_grad_enabled()):
+            z = self.latents(obs[0], emb, noise, "shift/first")  # (B, L)
+            steps = [z]
+            for t in range(H):
+                z = self.dynamics(self.inputs(z, emb, action[t]))
+                steps.append(z)
+            zs = torch.stack(steps)  # (H+1, B, L)
+        known = self.inputs(zs[:-1], emb, action).flatten(0, 1)  # (H*B, L+T+A)
+
+        # 3. Losses; a step counts rho times the one before ------------------------------------------------
+        rho = self.rhos[:-1].unsqueeze(1)  # (H, 1)
+        losses: Tensors = {}
+        metrics: Tensors = {}
+        if world_model:
+            # Means over the batch, sums over time.
+            losses["consistency"] = (rho * (zs[1:] - next_z).square().mean(-1)).mean()
+            reward_logits = self.reward(known).view(H, B, -1)
+            losses["reward"] = (rho * symlog_two_hot_loss(reward_logits, reward, self.vmin, self.vmax)).mean()
+            if self.episodic:
+                logit = self.termination(zs[1:].to(self.compute_dtype)).squeeze(-1)  # (H, B)
+                losses["termination"] = F.binary_cross_entropy_with_logits(logit, terminated)
+                metrics |= termination_metrics(logit.detach()[-1], terminated[-1])
+        if critic:
+            keep = self.dropout_of(noise, "dropout/model", known, len(self.critic.first.weight))
+            q_logits = self.critic(known, keep).unflatten(1, (H, B))  # (K, H, B, bins)
+            losses["value"] = (rho * symlog_two_hot_loss(q_logits, td_target, self.vmin, self.vmax)).mean()
+        total = torch.stack([zs.new_zeros(()), *(self.coefs[k] * v for k, v in losses.items())]).sum()
+        metrics |= {f"loss/{k}": v.detach() for k, v in losses.items()} | {"opt/loss": total.detach()}
+        return ModelLoss(total, losses, metrics, zs, next_z, td_target)
+
+    def td_target(
+        self, next_z: Tensor, reward: Tensor, terminated: Tensor, task: Tensor | None, emb: Tensor | None,
+        noise: Noise,
+    ) -> Tensor:  # fmt: skip
+        """r + gamma (1 - terminated) min of two target critics at an action of the policy. (H, B)"""
+        pi = self.pi(next_z, emb, task, self.policy_noise(noise, "td/policy", next_z.shape[:-1]))
+        x = self.inputs(next_z, emb, pi.action).flatten(0, 1)
+        value = self.drawn_values(self.target_critic, x, noise, "td/q").amin(0).view(reward.shape)
+        return reward + self.gamma(task) * (1 - terminated) * value
+
+    def policy_loss(self, zs: Tensor, task: Tensor | None, noise: Noise) -> tuple[Tensor, Tensors]:
+        """-(Q / scale + entropy) of the policy at the latents of the model's roll-out.
+
+        Args:
+            zs: (H+1, B, L); no gradient reaches them, nor the critics.
+            noise: streams ``policy``, ``policy/q``, ``dropout/policy``.
+        """
+        zs = zs.detach()
+        steps, B = zs.shape[:2]
+        task = self.task_of(task, B)
+        emb = self.embed(task)
+        if emb is not None and (self.task_embedding_policy_grad == "none" or not self.trained["world_model"]):
+            emb = emb.detach()
+        pi = self.pi(zs, emb, task, self.policy_noise(noise, "policy", zs.shape[:-1]))
+        if pi.probs is None:
+            x = self.inputs(zs, emb, pi.action).flatten(0, 1)
+            q = self.drawn_values(self.critic, x, noise, "policy/q", "dropout/policy").mean(0).view(steps, B)
+        else:  # every class, weighted by its probability
+            classes = torch.eye(self.action_dim, device=zs.device).expand(steps, B, -1, -1)
+            each = zs.unsqueeze(2).expand(-1, -1, self.action_dim, -1)
+            x = self.inputs(each, None, classes).flatten(0, 2)
+            values = self.drawn_values(self.critic, x, noise, "policy/q", "dropout/policy").mean(0)
+            q = (pi.probs * values.view(steps, B, -1)).sum(-1)
+        self.update_scale(q[0])
+        gain = q / self.scale + self.entropy_coef * pi.scaled_entropy  # (H+1, B)
+        loss = -(self.rhos * gain.mean(1)).mean()
+        metrics = {"loss/policy": loss.detach(), "pi/entropy": pi.entropy.detach().mean()}
+        metrics |= {"pi/scaled_entropy": pi.scaled_entropy.detach().mean(), "pi/scale": self.scale[0].clone()}
+        return loss, metrics
+
+    @torch.no_grad()
+    def update_scale(self, q: Tensor) -> None:
+        """Move the scale towards the range from the 5th to the 95th percentile of ``q``, at least 1."""
+        low, high = torch.quantile(gather_values(q), self.percentiles)
+        self.scale.lerp_((high - low).clamp(min=1.0).view(1), self.tau)
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """target <- target + tau (critic - target)."""
+        torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.tau)
+
+    # --- The networks on latents --------------------------------------------------------------------
+
+    def inputs(self, *parts: Tensor | None) -> Tensor:
+        """The parts that there are, side by side in the compute dtype; shorter ones at every step."""
+        there = [p for p in parts if p is not None]
+        lead = there[0].shape[:-1]
+        return torch.cat([p.expand(*lead, p.shape[-1]).to(self.compute_dtype) for p in there], -1)
+
+    def latents(self, obs: Tensor, emb: Tensor | None, noise: Noise, stream: str) -> Tensor:
+        """Flat observations (..., O) or images (..., C, H, W) -> latent states (..., L)."""
+        if not self.image_keys:
+            return self.encoder(self.inputs(obs, emb))
+        lead = obs.shape[:-3]
+        shifts = noise.uniform(stream, (*lead, 1, 1, 2)).view(-1, 2)
+        return self.encoder(obs.reshape(-1, *obs.shape[-3:]), shifts, self.compute_dtype).view(*lead, -1)
+
+    def pi(self, z: Tensor, emb: Tensor | None, task: Tensor | None, eps: Tensor) -> Policy:
+        """The policy at latent states (..., L).
+
+        Args:
+            eps: standard normal noise, or exponential noise if actions are discrete. (..., A)
+        """
+        out = self.policy(self.inputs(z, emb))
+        if self.discrete:
+            log_p = torch.log_softmax(out, -1)
+            probs = log_p.exp()
+            sample, best = (probs.detach() / eps).argmax(-1), probs.argmax(-1)
+            entropy = categorical_entropy(probs, log_p)
+            action, mode = one_hot(sample, self.action_dim), one_hot(best, self.action_dim)
+            return Policy(action, mode, entropy, entropy, probs=probs)
+        mean, raw = out.chunk(2, -1)
+        log_std = self.log_std_min + 0.5 * (self.log_std_max - self.log_std_min) * (raw.tanh() + 1)
+        size: Tensor | int = self.action_dim
+        if task is not None:
+            mask = self.action_mask[task]
+            mean, log_std, eps, size = mean * mask, log_std * mask, eps * mask, mask.sum(-1)
+        gauss = (-0.5 * eps.square() - log_std - LOG_SQRT_2PI).sum(-1)
+        action = torch.tanh(mean + eps * log_std.exp())
+        log_prob = gauss - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
+        # Reduces to -size * gauss; written, and differentiated, as the reference does.
+        scaled = -log_prob * (size * gauss / (log_prob + 1e-8))
+        return Policy(action, mean.tanh(), -log_prob, scaled, log_std=log_std)
+
+    def policy_noise(self, noise: Noise, stream: str, lead: tuple[int, ...], t: int = 0) -> Tensor:
+        """What :meth:`pi` needs for a sample. (*lead, A)"""
+        draw = noise.exponential if self.discrete else noise.normal
+        return draw(stream, (*lead, self.action_dim), t)
+
+    def drawn_values(
+        self, critics: Layers, x: Tensor, noise: Noise, stream: str, dropout: str | None = None, t: int = 0
+    ) -> Tensor:
+        """Values of two critics drawn for all rows, in whose parameters no gradient is wanted. (2, N)
+
+        Only these two are evaluated; the reference evaluates all and picks.
+        """
+        drawn = noise.uniform(stream, (len(critics.first.weight),), t).argsort()[:2]
+        keep = self.dropout_of(noise, dropout, x, 2) if dropout else None
+        return symlog_two_hot_mean(critics.chosen(drawn, x, keep), self.bins)
+
+    def dropout_of(self, noise: Noise, stream: str, x: Tensor, members: int) -> Tensor | None:
+        """Factors on the first layer's outputs, for each member and row. (members, N, M)"""
+        if not self.dropout:
+            return None
+        u = noise.uniform(stream, (members, x.shape[0], self.critic.first.weight.shape[1]))
+        return (u >= self.dropout).to(x.dtype).mul_(1 / (1 - self.dropout))
+
+    def gamma(self, task: Tensor | None) -> Tensor:
+        """Discount, of each row of a multi-task batch."""
+        return self.discount if task is None else self.discount[task]
+
+    # --- Inputs -------------------------------------------------------------------------------------
+
+    def observations(self, obs: Tensors) -> Tensor:
+        """All keys in one row in the environment's order, filled up with zeros to the largest task (..., O);
+        or all images (..., C, H, W).
+        """
+        if self.image_keys:
+            images = []
+            for k in self.image_keys:
+                images.append(obs[k] if self.spaces.obs[k].channels_first else obs[k].movedim(-1, -3))
+            return images[0] if len(images) == 1 else torch.cat(images, -3)
+        parts = []
+        for k, spec in self.spaces.obs.items():
+            if spec.is_discrete:
+                parts.append(discrete_one_hot(obs[k], spec, torch.float32))
+            else:
+                lead = obs[k].shape[: obs[k].ndim - len(spec.shape)]
+                parts.append(obs[k].float().reshape(*lead, -1))
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        missing = self.obs_dim - flat.shape[-1]
+        return F.pad(flat, (0, missing)) if missing else flat
+
+    def actions(self, actions: Tensors) -> Tensor:
+        """All keys in one row, discrete ones one-hot, filled up with zeros to the largest task. (..., A)"""
+        flat = flat_action(actions, self.spaces.action, torch.float32)
+        return (
+            F.pad(flat, (0, self.action_dim - flat.shape[-1])) if flat.shape[-1] < self.action_dim else flat
+        )
+
+    def action_keys(self, flat: Tensor) -> Tensors:
+        """Inverse of :meth:`actions`: what the environment takes."""
+        specs = self.spaces.action
+        if self.discrete:
+            return {k: flat.argmax(-1) for k in specs}
+        keys = sorted(specs)
+        parts = flat[..., : sum(specs[k].size for k in keys)].split([specs[k].size for k in keys], -1)
+        split = {k: p.reshape(*p.shape[:-1], *specs[k].shape) for k, p in zip(keys, parts, strict=True)}
+        return {k: split[k] for k in specs}
+
+    def task_of(self, task: Tensor | None, rows: int) -> Tensor | None:
+        """Task of each row: that of the data, or the environment's; None with a single task. (rows,)"""
+        if not self.tasks:
+            return None
+        if task is not None:
+            return task.to(self.device, torch.int64)
+        if self.task_index is None:
+            raise ConfigError(
+                f"this model has {len(self.tasks)} tasks: say which, by model.task or the argument `task`"
+            )
+        return torch.full((rows,), self.task_index, device=self.device)
+
+    def embed(self, task: Tensor | None) -> Tensor | None:
+        """Task embeddings (rows, T). Those longer than 1 are shortened in place, as the reference does."""
+        return None if task is None else F.embedding(task, self.task_embedding.weight, max_norm=1.0)
+
+    # --- What planners need -------------------------------------------------------------------------
+
+    def action_mask_of(self, state: State) -> Tensor | None:
+        """1 for the action entries that the task has. (N, A)"""
+        return None if state.task is None else self.action_mask[state.task]
+
+    def propose(self, state: State, n: int, horizon: int, noise: Noise) -> Tensor:
+        """Roll out the policy ``n`` times from each state. (N, n, H, A)"""
+        z, task = state.deter.repeat_interleave(n, 0), state.task
+        task = None if task is None else task.repeat_interleave(n, 0)
+        emb, actions = self.embed(task), []
+        for t in range(horizon):
+            lead = (len(state.deter), n)
+            eps = self.policy_noise(noise, "plan/propose", lead, t).flatten(0, 1)
+            actions.append(self.pi(z, emb, task, eps).action)
+            if t < horizon - 1:
+                z = self.dynamics(self.inputs(z, emb, actions[-1]))
+        return torch.stack(actions, 1).view(len(state.deter), n, horizon, -1)
+
+    def value(
+        self, state: State, actions: Tensor, noise: Noise, t: int = 0, deterministic: bool = False
+    ) -> Tensor:
+        """Predicted return of sequences of actions: discounted rewards, and the value of where they end.
+
+        Args:
+            state: where all sequences of a row start. (N, L)
+            actions: (N, S, H, A).
+            noise: streams ``plan/terminal`` and ``plan/q``; ``t`` is the planner's iteration.
+            deterministic: differentiable in the actions: the policy's mean, all critics, and terminations as
+                probabilities; else a sampled action, two critics and a yes or no.
+
+        Returns:
+            (N, S)
+        """
+        N, S, H, A = actions.shape
+        a = actions.permute(2, 0, 1, 3).reshape(H, N * S, A).to(self.compute_dtype)
+        emb, task, gamma = self.embed(state.task), state.task, self.gamma(state.task)
+        if task is not None:
+            gamma = gamma.repeat_interleave(S)
+            task = task.repeat_interleave(S)
+        # The first layers of reward and dynamics as one product, by the parts of their input: what does not
+        # differ between candidates (the start, the task) is multiplied once.
+        firsts, L = (self.reward.first, self.dynamics.first), self.latent_dim
+        weight = torch.cat([f.weight for f in firsts]).to(self.compute_dtype)
+        bias = torch.cat([f.bias for f in firsts]).to(self.compute_dtype)
+        w_z, w_task, w_a = weight[:, :L], weight[:, L:-A], weight[:, -A:]
+        if emb is not None:
+            bias = F.linear(emb.to(self.compute_dtype), w_task, bias)
+        z, total = state.deter, a.new_zeros((), dtype=torch.float32)
+        discount = alive = torch.ones_like(total)
+        for step in range(H):
+            h = F.linear(a[step], w_a)
+            if step == 0:
+                h = h.view(N, S, -1) + F.linear(z.to(h.dtype), w_z, bias).view(N, 1, -1)
+            else:
+                h = torch.addmm(h, z.to(h.dtype), w_z.T).view(N, S, -1) + bias.view(-1, 1, bias.shape[-1])
+            to_reward, to_next = h.view(N * S, -1).split([f.bias.shape[0] for f in firsts], -1)
+            reward = symlog_two_hot_mean(self.reward.after_first(to_reward), self.bins)
+            z = self.dynamics.after_first(to_next)
+            total = total + discount * alive * reward
+            discount = discount * gamma
+            if self.episodic:
+                ends = self.termination(z.to(self.compute_dtype)).squeeze(-1).sigmoid()
+                alive = alive * (1 - (ends if deterministic else (ends > 0.5).float()))
+        rows = None if emb is None else emb.repeat_interleave(S, 0)
+        if deterministic:
+            pi = self.pi(z, rows, task, torch.ones_like(a[0], dtype=torch.float32))
+            x = self.inputs(z, rows, pi.mean)
+            end = symlog_two_hot_mean(self.critic(x), self.bins).mean(0)
+        else:
+            pi = self.pi(z, rows, task, self.policy_noise(noise, "plan/terminal", (N, S), t).flatten(0, 1))
+            x = self.inputs(z, rows, pi.action)
+            end = self.drawn_values(self.critic, x, noise, "plan/q", t=t).mean(0)
+        return (total + discount * alive * end).view(N, S)
+
+    # --- The verbs ----------------------------------------------------------------------------------
+
+    def initial(self, batch_size: int) -> State:
+        """Zeros; nothing depends on them, as the state is what the last observation says."""
+        return State(torch.zeros(batch_size, self.latent_dim, device=self.device))
+
+    def latent_specs(self) -> dict[str, Spec]:
+        """None: states are encoded anew from every observation."""
+        return {}
+
+    def encode(
+        self,
+        obs: Tensors | Tensor,
+        state: State | None = None,
+        action: Tensors | Tensor | None = None,
+        is_first: Tensor | None = None,
+        noise: Noise | None = None,
+        task: Tensor | None = None,
+    ) -> State:
+        """The latent state of an observation; the past plays no part.
+
+        Args:
+            obs: (B, ...) by key, or the bare tensor of the only key.
+            task: number of the task of each row, of a multi-task model; None = that of ``state`` or of the
+                environment. (B,)
+        """
+        obs = self.obs_dict(obs)
+        key, spec = next(iter(self.spaces.obs.items()))
+        if obs[key].ndim != len(spec.shape) + 1:
+            raise ValueError("encode takes one step (batch, ...), not a sequence")
+        if task is None and state is not None:
+            task = state.task
+        task = self.task_of(task, len(obs[key]))
+        z = self.latents(self.observations(obs), self.embed(task), self.source(noise), "plan/shift")
+        return State(z, task=task)
+
+    def act(
+        self,
+        obs: Tensors | Tensor,
+        state: State | None = None,
+        is_first: Tensor | None = None,
+        mode: str = "eval",
+        noise: Noise | None = None,
+        planner: Any = None,
+        max_ms: float | None = None,
+        task: Tensor | None = None,
+    ) -> tuple[Tensors, State]:
+        """Encode ``obs`` and plan from there; without a planner the policy acts.
+
+        Args:
+            mode: ``train`` adds the planner's exploration noise (or samples the policy), ``eval`` does not.
+            planner: another than the model's own, see :mod:`lit_wm.planners`.
+            max_ms: time for planning, in milliseconds; the best plan so far is taken.
+        """
+        if mode not in ("train", "eval"):
+            raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
+        noise, planner = self.source(noise), planner or self.planner
+        now = self.encode(obs, state, None, is_first, noise, task)
+        B, plan = len(now.deter), None
+        if planner is None:
+            eps = self.policy_noise(noise, "act/policy", (B,))
+            pi = self.pi(now.deter, self.embed(now.task), now.task, eps)
+            flat = pi.action if mode == "train" else pi.mean
+        else:
+            first = torch.full((B,), True, device=self.device)
+            before = None if state is None else state.plan
+            if before is not None:
+                first = torch.zeros_like(first) if is_first is None else is_first.to(self.device)
+            done = planner.plan(self, now, before, first, mode == "train", noise, max_ms)
+            flat, plan = done.action, done.mean
+        action = self.action_keys(flat)
+        return action, State(now.deter, None, action, plan, now.task)
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensors | Tensor | None = None,
+        horizon: int | None = None,
+        noise: Noise | None = None,
+    ) -> Trajectory:
+        """Roll out given actions (B, H, ...), or the policy's samples for ``horizon`` (or the model's) steps.
+
+        ``continues`` is the probability that the episode goes on, 1 for a model that is not ``episodic``.
+        """
+        noise = self.source(noise)
+        given = None if actions is None else self.actions(self.action_dict(actions))
+        steps = given.shape[1] if given is not None else (horizon or self.horizon)
+        emb, zs, taken = self.embed(state.task), [state.deter], []
+        for t in range(steps):
+            if given is None:
+                eps = self.policy_noise(noise, "imagine/policy", zs[-1].shape[:-1], t)
+                taken.append(self.pi(zs[-1], emb, state.task, eps).action)
+            else:
+                taken.append(given[:, t])
+            zs.append(self.dynamics(self.inputs(zs[-1], emb, taken[-1])))
+        stacked, flat = torch.stack(zs, 1), torch.stack(taken, 1)
+        every = None if emb is None else emb.unsqueeze(1).expand(-1, steps, -1)
+        reward = symlog_two_hot_mean(self.reward(self.inputs(stacked[:, :-1], every, flat)), self.bins)
+        goes_on = torch.ones_like(reward)
+        if self.episodic:
+            ends = self.termination(stacked[:, 1:].to(self.compute_dtype)).squeeze(-1)
+            goes_on = (-ends).sigmoid()
+        task = None if state.task is None else state.task.unsqueeze(1).expand(-1, steps + 1)
+        return Trajectory(States(State(stacked, task=task)), self.action_keys(flat), reward, goes_on)
+
+    def decode(self, state: State) -> Tensors:
+        """Refused: TD-MPC2 learns no decoder."""
+        raise NotSupported("TD-MPC2 has no decoder: its latent states predict rewards and values only")
+
+    def q(self, state: State, action: Tensors | Tensor, reduce: str | None = "mean") -> Tensor:
+        """Predicted return of ``action``: ``mean`` or ``min`` of the critics (B,), or each (K, B) with None."""
+        if reduce not in ("mean", "min", None):
+            raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'min' or None")
+        x = self.inputs(state.deter, self.embed(state.task), self.actions(self.action_dict(action)))
+        values = symlog_two_hot_mean(self.critic(x), self.bins)  # (K, B)
+        return values if reduce is None else values.mean(0) if reduce == "mean" else values.amin(0)
+
+    def load_weights(self, path: str | Path, task_like: str | None = None) -> None:
+        """Take the weights of a checkpoint of ours with the same networks, with the same tasks or one less.
+
+        Raises:
+            CheckpointError: if a tensor is missing or of another shape.
+        """
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        except Exception as error:  # torch has no one class for these
+            raise CheckpointError(f"model.start_from {path}: not a checkpoint of lit-wm: {error}") from error
+        state = {k.removeprefix("model."): v for k, v in loaded.items() if k.startswith("model.")}
+        own = self.state_dict()
+        if self.tasks:
+            state["action_mask"] = own["action_mask"]
+            rows, names = state.get("task_embedding.weight"), [t.name for t in self.tasks]
+            if rows is not None and len(rows) == len(names) - 1:  # a further task, the last
+                if task_like is not None and task_like not in names[:-1]:
+                    raise ConfigError(
+                        f"model.task_like is {task_like!r}: no task of the checkpoint"
+                        f"{nearest(task_like, names)}"
+                    )
+                new = own["task_embedding.weight"][-1:].cpu()
+                new = new if task_like is None else rows[names.index(task_like)].unsqueeze(0)
+                state["task_embedding.weight"] = torch.cat([rows, new])
+        wrong = sorted(
+            k for k in own.keys() | state.keys()
+            if k not in own or k not in state or own[k].shape != state[k].shape
+        )  # fmt: skip
+        if wrong:
+            raise CheckpointError(
+                f"model.start_from {path}: other networks than this configuration's, in "
+                f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}\n"
+                "Use the same preset, sizes, tasks and kind of observation"
+            )
+        self.load_state_dict(state)
+
+
+def list_tasks(
+    tasks: str | list[dict[str, Any]] | None, task: str | None, spaces: Spaces
+) -> tuple[list[Task], int | None]:
+    """The tasks of a model, and the number of the environment's."""
+    if tasks is None:
+        if task is not None:
+            raise ConfigError(f"model.task is {task!r}, but model.tasks names no tasks")
+        return [], None
+    known = list(task_list(tasks))
+    names = [t.name for t in known]
+    if task is None:
+        return known, None
+    if task not in names:
+        obs, action = (sum(s.size for s in part.values()) for part in (spaces.obs, spaces.action))
+        known.append(Task(task, obs, action, spaces.episode_length or 1000))
+        names.append(task)
+    return known, names.index(task)
+
+
+def termination_metrics(logit: Tensor, terminated: Tensor) -> Tensors:
+    """Share of terminations, and the F1 score of predicting them. (B,), (B,)"""
+    predicted = (logit > 0).float()
+    hits = (predicted * terminated).sum()
+    f1 = 2 * hits / (predicted.sum() + terminated.sum()).clamp(min=1e-9)
+    return {"termination/rate": terminated.mean(), "termination/f1": f1}
