@@ -27,6 +27,7 @@ from lit_wm.training_cli import find_checkpoint, stored_run
 from lit_wm.types import Spaces
 
 VIDEO_FRAMES, VIDEO_SIDE = 2_000, 320  # a video ends after so many frames; larger renderings are shrunk
+PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")
 EXPORTED = ["state_dict", "hyper_parameters", "hparams_name", "pytorch-lightning_version"]
 EXPORTED += ["epoch", "global_step"]
 
@@ -265,6 +266,8 @@ def evaluate(argv: list[str]) -> int:
     print(f"terminated: {score['terminated']:.0%}")
     if "success" in score:
         print(f"success:    {score['success']:.0%}")
+    if "jitter" in score:
+        print(f"jitter:     {score['jitter']:.3f} of half the range per decision")
     if given.video:
         fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
         video = torch.from_numpy(np.stack(stage.frames))
@@ -276,7 +279,7 @@ def evaluate(argv: list[str]) -> int:
         report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
         report |= {k: about[k] for k in ("class_path", "precision", "updates", "env_steps")}
         report |= {k: getattr(given, k) for k in asked} | {"threads": torch.get_num_threads()}
-        report |= {k: getattr(results, k) for k in ("returns", "lengths", "terminated", "cut", "success")}
+        report |= {k: getattr(results, k) for k in PER_EPISODE}
         text = json.dumps(report | {"versions": versions()}, indent=1) + "\n"
         write_atomic(given.json, lambda part: part.write_text(text))
         print(f"results:    {given.json}")

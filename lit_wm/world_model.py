@@ -19,7 +19,10 @@ class WorldModel(nn.Module, ABC):
         spaces: observation and action entries.
         compute_dtype: dtype of activations; parameters, norms and losses stay float32.
         noise: default source of random numbers of the verbs.
+        decodes: whether ``decode`` gives observations; without it there are no dream errors and videos.
     """
+
+    decodes: bool = True
 
     def __init__(self, spaces: Spaces):
         super().__init__()

@@ -72,6 +72,8 @@ class EpisodeResults:
         cut: whether the evaluation's own limit ended it.
         success: ``is_success`` or ``success`` in the info of its last step; None if the environment gave
             neither there.
+        jitter: mean absolute change of the continuous actions from one decision of an episode to the next,
+            in units of half their range; None without such actions, or with one decision only.
         windows: held-out windows, None if there is none.
         rows: if recorded, one dict of arrays per episode: ``obs/KEY``, ``action/KEY``, ``reward``,
             ``terminated``, ``truncated`` with one row per observation; the last row's action is zero, it was
@@ -83,6 +85,7 @@ class EpisodeResults:
     terminated: list[bool] = field(default_factory=list)
     cut: list[bool] = field(default_factory=list)
     success: list[bool | None] = field(default_factory=list)
+    jitter: list[float | None] = field(default_factory=list)
     windows: Windows | None = None
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
 
@@ -90,7 +93,8 @@ class EpisodeResults:
         """Means over the episodes; from two on their spread, from five on the return's 95 % interval.
 
         ``success`` is there if the environment reports it (an episode without a report counts as failed),
-        ``cut``, the number of episodes cut by the evaluation's limit, if there are any.
+        ``jitter`` with continuous actions, ``cut``, the number of episodes cut by the evaluation's limit, if
+        there are any.
         """
         result = {f"{prefix}episodes": float(len(self.returns))}
         if not self.returns:
@@ -101,6 +105,8 @@ class EpisodeResults:
         result[f"{prefix}terminated"] = float(np.mean(self.terminated))
         if any(x is not None for x in self.success):
             result[f"{prefix}success"] = float(np.mean([bool(x) for x in self.success]))
+        if jitters := [x for x in self.jitter if x is not None]:
+            result[f"{prefix}jitter"] = float(np.mean(jitters))
         if any(self.cut):
             result[f"{prefix}cut"] = float(sum(self.cut))
         if len(values) > 1:
@@ -220,6 +226,7 @@ def run_episodes(
     finished: list[list[tuple]] = [[] for _ in range(num)]
     rows: list[list[dict[str, np.ndarray]]] = [[] for _ in range(num)]
     total, length, steps = np.zeros(num), np.zeros(num, np.int64), 0
+    moved = np.zeros(num)  # sum of changes of the action in the episode; NaN without continuous ones
 
     obs = _tensors(env.reset(seed=[seed + i for i in range(num)])[0])
     is_first, state = np.ones(num, bool), None
@@ -253,6 +260,7 @@ def run_episodes(
         if prev_action is None:
             prev_action = {k: torch.zeros_like(v) for k, v in action.items()}
             carry = None if now is None else now.map(torch.zeros_like)
+        moved += np.where(is_first, 0, _change(prev_action, action))
         for i in np.flatnonzero(share):
             keep(int(i), action, last=False)
 
@@ -270,14 +278,15 @@ def run_episodes(
             continue
         for i in np.flatnonzero(done & (share > 0)):
             keep(int(i), action, last=True)
-            how = (bool(terminated[i]), not ended[i], _success(info, int(i)))
+            jitter = None if length[i] == 1 or np.isnan(moved[i]) else float(moved[i] / (length[i] - 1))
+            how = (bool(terminated[i]), not ended[i], _success(info, int(i)), jitter)
             finished[i].append((float(total[i]), int(length[i]), *how))
             share[i] -= 1
         obs = _tensors(env.reset(options={"reset_mask": done})[0])
         is_first, prev_action = done, {k: v.clone() for k, v in action.items()}
         for v in prev_action.values():
             v[torch.from_numpy(done)] = 0
-        total[done], length[done] = 0, 0
+        total[done], length[done], moved[done] = 0, 0, 0
         flags = {k: np.where(done, 0, v) for k, v in flags.items()}
 
     results = EpisodeResults(windows=recorder.windows())
@@ -288,6 +297,7 @@ def run_episodes(
             results.terminated,
             results.cut,
             results.success,
+            results.jitter,
         )
         for play in plays:
             for column, value in zip(columns, play, strict=True):
@@ -302,6 +312,13 @@ def _success(info: dict[str, Any], i: int) -> bool | None:
         if key in info and info[f"_{key}"][i]:
             return bool(info[key][i])
     return None
+
+
+def _change(before: Tensors, now: Tensors) -> np.ndarray:
+    """Mean absolute change of the continuous actions, which lie in -1 ... 1; NaN if there are none. (N,)"""
+    pairs = [(before[k].clamp(-1, 1), v.clamp(-1, 1)) for k, v in now.items() if v.is_floating_point()]
+    changes = [(b - a).abs().flatten(1) for a, b in pairs]
+    return torch.cat(changes, 1).double().mean(1).numpy() if changes else np.array(np.nan)
 
 
 class Interrupts:
@@ -386,16 +403,19 @@ class Evaluate(pl.Callback):
     Uses ``make_envs``, ``eval_envs``, ``env``, ``env_steps`` and ``mean_frames`` of the data module. Metrics
     go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
     ``eval/return_low`` and ``eval/return_high`` (95 % interval of the mean), ``eval/length``,
-    ``eval/episodes``, ``eval/terminated``, ``eval/success`` if the environment reports it, and the errors of
-    :func:`foresight` as ``dream/...``. ``eval/return`` can be monitored. Every validation meets the same
-    seeds. With several processes each plays its share with seeds of its own.
+    ``eval/episodes``, ``eval/terminated``, ``eval/success`` if the environment reports it, ``eval/jitter``
+    with continuous actions (mean absolute change from decision to decision, in units of half their range),
+    and, for models that decode, the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
+    monitored. Every validation meets the same seeds. With several processes each plays its share with seeds
+    of its own.
 
     Args:
         episodes: episodes of a validation.
         test_episodes: episodes of ``test``; the result is also written to ``test.json`` in the run directory.
         predict_episodes: episodes of ``predict``, written to ``episodes.npz`` in the run directory.
         max_episode_steps: cut longer episodes, in decisions.
-        windows: held-out windows kept for the open-loop errors and the dream video.
+        windows: held-out windows kept for the open-loop errors and the dream video; none for a model that
+            does not decode.
         window_length: frames of a window; the first half is seen, the second dreamed.
         seed: of environments and policy; far from the training seeds. ``test`` uses ``seed + 500_000``.
     """
@@ -463,7 +483,7 @@ class Evaluate(pl.Callback):
                     seed + 10_000 * rank,
                     device=module.device,
                     max_steps=self.max_episode_steps,
-                    windows=0 if record else self.windows,
+                    windows=self.windows if getattr(module.model, "decodes", True) and not record else 0,
                     window_length=self.window_length,
                     record=record,
                     stop=lambda: leaving(trainer) if fitting else signals.number is not None,
@@ -551,6 +571,7 @@ class Evaluate(pl.Callback):
             "terminated": self.results.terminated,
             "cut": self.results.cut,
             "success": self.results.success,
+            "jitter": self.results.jitter,
         }
         path = Path(trainer.default_root_dir) / "test.json"
         write_atomic(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
@@ -636,12 +657,15 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> Path:
 
 def _gather(results: EpisodeResults, most: int, trainer: pl.Trainer) -> EpisodeResults:
     """Returns, lengths and ends of all processes; shares differ by one episode, hence the padding."""
-    table = torch.full((most, 5), float("nan"), dtype=torch.float64)
-    success = [float("nan") if x is None else float(x) for x in results.success]
-    columns = (results.returns, results.lengths, results.terminated, results.cut, success)
+    table = torch.full((most, 6), float("nan"), dtype=torch.float64)
+    success, jitter = (
+        [float("nan") if x is None else float(x) for x in values]
+        for values in (results.success, results.jitter)
+    )
+    columns = (results.returns, results.lengths, results.terminated, results.cut, success, jitter)
     for row, values in enumerate(zip(*columns, strict=True)):
         table[row] = torch.tensor(values, dtype=torch.float64)
-    gathered = trainer.strategy.all_gather(table.to(trainer.strategy.root_device)).reshape(-1, 5).cpu()
+    gathered = trainer.strategy.all_gather(table.to(trainer.strategy.root_device)).reshape(-1, 6).cpu()
     rows = gathered[~gathered[:, 0].isnan()].tolist()
     return replace(
         results,
@@ -650,4 +674,5 @@ def _gather(results: EpisodeResults, most: int, trainer: pl.Trainer) -> EpisodeR
         terminated=[bool(row[2]) for row in rows],
         cut=[bool(row[3]) for row in rows],
         success=[None if row[4] != row[4] else bool(row[4]) for row in rows],
+        jitter=[None if row[5] != row[5] else row[5] for row in rows],
     )

@@ -78,6 +78,7 @@ class Atari(gym.Env):
         self._size = None if size is None else check_size(size, f"atari:{game}")
         self._gray, self._sticky, self._noops, self._repeat = gray, float(sticky), noops, repeat
         self._length, self._final_frame = length, final_frame
+        self.step_limit = -(-length // repeat)
         self._load(None)
         legal = self._ale.getLegalActionSet() if actions == "all" else self._ale.getMinimalActionSet()
         self._actions = [a.value for a in legal]

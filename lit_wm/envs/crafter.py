@@ -69,7 +69,7 @@ class Crafter(gym.Env):
             world._chunks = defaultdict(_Ordered)
 
         world.reset = reset
-        self._over = True
+        self._over, self.step_limit = True, time_limit
         image = gym.spaces.Box(0, 255, (height, width, 3), np.uint8)
         self.observation_space = gym.spaces.Dict(image=image)
         self.action_space = gym.spaces.Discrete(self._env.action_space.n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ class DMControl(gym.Env):
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
         if time_limit is not None:
             self._env._step_limit = time_limit
+        limit = self._env._step_limit
+        self.step_limit = math.ceil(limit) if limit < math.inf else None
         entries = {
             key: gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float64)
             for key, spec in self._env.observation_spec().items()

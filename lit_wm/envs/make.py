@@ -7,6 +7,7 @@ import multiprocessing
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,7 +37,8 @@ _IDS = (
     "Expected a Gymnasium id, module:ID to import a module first, atari:GAME, atari100k:GAME,\n"
     "  dmc:DOMAIN_TASK or crafter:reward"
 )
-_STANDARD = {"repeat": 1, "time_limit": None, "size": None, "gray": False, "pixels": False, "drop": ()}
+_STANDARD: dict[str, Any] = {"repeat": 1, "time_limit": None, "size": None, "gray": False, "stack": 1}
+_STANDARD |= {"pixels": False, "drop": ()}
 
 if "lit_wm/Dummy-v0" not in gym.registry:
     gym.register("lit_wm/Dummy-v0", entry_point="lit_wm.envs.dummy:Dummy")
@@ -59,7 +61,8 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
             ``time_limit`` (environment steps per episode instead of the registered limit), ``pixels`` (the
             rendered frame as ``image`` is the only observation), ``size`` (64 with ``pixels``) and ``gray``
             for images, ``drop`` (names of observations to leave out), for dmc ``camera``, and every argument
-            of a Gymnasium environment itself.
+            of a Gymnasium environment itself; for all with images ``stack`` (the newest images together, on
+            the channels).
 
     Raises:
         EnvError: for an unknown id or option (naming the nearest), a missing package, or an unsupported
@@ -67,8 +70,9 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
     """
     suite, name = _split(env_id)
     if suite in _ATARI:
-        env = Atari(name, **_merge(env_id, _ATARI[suite], options))
-        return StandardEnv(env, env_id, seed)
+        options = _merge(env_id, {**_ATARI[suite], "stack": 1}, options)
+        stack = options.pop("stack")
+        return StandardEnv(Atari(name, **options), env_id, seed, stack=stack)
     if suite == "dmc":
         options = _merge(env_id, {**_STANDARD, "camera": None}, options)
         size = (64 if options["pixels"] else 240) if options["size"] is None else options["size"]
@@ -78,14 +82,16 @@ def make_env(env_id: str, seed: int | None = None, **options: Any) -> StandardEn
             require_gl(env_id)
         return StandardEnv(task, env_id, seed, **options)
     if suite == "crafter":
-        options = _merge(env_id, {"repeat": 1, "time_limit": 10_000, "size": 64, "gray": False}, options)
+        defaults = {"repeat": 1, "time_limit": 10_000, "size": 64, "gray": False, "stack": 1}
+        options = _merge(env_id, defaults, options)
         limit = _time_limit(env_id, options.pop("time_limit"))
         game = Crafter(name, size=options.pop("size"), time_limit=limit)
         return StandardEnv(game, env_id, seed, **options)
     spec = _find(name)
     if "ale_py" in str(spec.entry_point):
-        env = Atari(spec.kwargs["game"], **_merge(env_id, _ale_defaults(spec), options), final_frame=True)
-        return StandardEnv(env, env_id, seed)
+        options = _merge(env_id, {**_ale_defaults(spec), "stack": 1}, options)
+        stack = options.pop("stack")
+        return StandardEnv(Atari(spec.kwargs["game"], **options, final_frame=True), env_id, seed, stack=stack)
     standard = {key: options.pop(key, value) for key, value in _STANDARD.items()}
     time_limit = _time_limit(env_id, standard.pop("time_limit"))
     if standard["pixels"]:
@@ -187,14 +193,15 @@ def restore_vector_env(env: SyncVectorEnv | AsyncVectorEnv, state: dict[str, Any
 
 
 def read_spaces(env_id: str, **options: Any) -> Spaces:
-    """Observation and action entries of an environment, built once and closed again.
+    """Observation and action entries and time limit of an environment, built once and closed again.
 
     Raises:
         EnvError: as :func:`make_env`.
     """
     env = make_env(env_id, **options)
     try:
-        return spaces_from_gym(env.observation_space, env.action_space, env_id)
+        spaces = spaces_from_gym(env.observation_space, env.action_space, env_id)
+        return replace(spaces, episode_length=env.episode_length)
     finally:
         env.close()
 

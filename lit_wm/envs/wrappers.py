@@ -14,10 +14,12 @@ from gymnasium import spaces
 
 from lit_wm.envs.images import check_size, resize, to_gray
 from lit_wm.envs.snapshot import (
+    from_plain,
     generator_state,
     load_generator,
     restore_layers,
     snapshot_layers,
+    to_plain,
     unsupported_layer,
 )
 from lit_wm.errors import CheckpointError, EnvError, nearest
@@ -301,6 +303,8 @@ class StandardEnv(gym.Wrapper):
         repeat: environment steps per step; rewards are summed, the end of an episode stops them.
         size: (height, width) for every image, Pillow bilinear; None leaves it.
         gray: luma instead of red, green and blue.
+        stack: the newest images of each entry together, the oldest first, on the channels; a reset repeats
+            its own.
         pixels: what ``env.render()`` shows, as ``image``, replaces all observations; ``size`` is then 64 x 64
             unless given.
         drop: names of observations to leave out.
@@ -319,10 +323,12 @@ class StandardEnv(gym.Wrapper):
         gray: bool = False,
         pixels: bool = False,
         drop: str | Sequence[str] = (),
+        stack: int = 1,
     ):
         super().__init__(env)
-        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
-            raise EnvError(f"{name}: repeat={repeat!r}; expected a whole number >= 1")
+        for option, value in (("repeat", repeat), ("stack", stack)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EnvError(f"{name}: {option}={value!r}; expected a whole number >= 1")
         if pixels and env.render_mode != "rgb_array":
             modes = ", ".join(env.metadata.get("render_modes", [])) or "none"
             raise EnvError(f"{name}: pixels=True needs the render mode 'rgb_array'; it has {modes}")
@@ -333,11 +339,15 @@ class StandardEnv(gym.Wrapper):
         self.name, self._seed, self._repeat = name, seed, repeat
         self._obs = _Entries(seen or env.observation_space, "obs", name, size, gray, drop)
         self._action = _Entries(env.action_space, "action", name)
-        self.observation_space, self.action_space = self._obs.space, self._action.space
+        self._stack = stack
+        self._axes: dict[str, int] = {}  # of the channels, by image
+        self._frames: dict[str, list[np.ndarray]] = {}  # the newest ``stack``
+        self.observation_space = self._obs.space if stack == 1 else self._stacked_space()
+        self.action_space = self._action.space
         self._action_spaces = (self._action.space, *self._action.space.spaces.values())
-        entries = (_specs(self._obs.space) | _specs(self._action.space)).items()
+        entries = (_specs(self.observation_space) | _specs(self._action.space)).items()
         sizes = ", ".join(f"{key} {spec.shape} {spec.classes or spec.dtype}" for key, spec in entries)
-        self._kind = f"{name} ({sizes}, repeat {repeat})"
+        self._kind = f"{name} ({sizes}, repeat {repeat}{f', stack {stack}' if stack > 1 else ''})"
         if seed is not None:
             self.action_space.seed(seed)
 
@@ -349,10 +359,43 @@ class StandardEnv(gym.Wrapper):
             self._seed = None
             self.action_space.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)
+        self._frames = {}
         return self._observe(obs), info
 
     def _observe(self, obs: Any) -> Arrays:
-        return self._obs.write({"image": self.env.render()} if self._pixels else obs)
+        seen = self._obs.write({"image": self.env.render()} if self._pixels else obs)
+        for key, axis in self._axes.items():
+            frame = seen[key].copy()  # the environment may draw the next one over it
+            frames = [*self._frames.get(key, [frame] * self._stack)[1:], frame]
+            self._frames[key], seen[key] = frames, np.concatenate(frames, axis)
+        return seen
+
+    def _stacked_space(self) -> spaces.Dict:
+        stacked, specs = dict(self._obs.space.spaces), _specs(self._obs.space)
+        for key, spec in specs.items():
+            if spec.is_image:
+                axis = self._axes[key] = 0 if spec.channels_first else 2
+                shape = np.array(spec.shape)
+                shape[axis] *= self._stack
+                stacked[key] = spaces.Box(0, 255, tuple(shape.tolist()), np.uint8)
+                if (got := _specs(spaces.Dict({key: stacked[key]}))[key]).hwc[2] != shape[axis]:
+                    raise EnvError(
+                        f"{self.name}: stack={self._stack} gives {key!r} the shape {got.shape}, which looks "
+                        "like another layout.\n  Stack fewer images, or make them gray."
+                    )
+        if not self._axes:
+            raise EnvError(
+                f"{self.name}: the option stack needs an image; observations are {', '.join(specs)}.\n"
+                "  For rendered frames add the option pixels: true"
+            )
+        return spaces.Dict(stacked)
+
+    @property
+    def episode_length(self) -> int | None:
+        """Steps until the time limit; None without one."""
+        spec = self.env.spec
+        limit = spec.max_episode_steps if spec else getattr(self.env.unwrapped, "step_limit", None)
+        return None if limit is None else -(-limit // self._repeat)
 
     def step(self, action: Arrays) -> tuple[Arrays, float, bool, bool, dict]:
         """Execute ``action`` ``repeat`` times."""
@@ -382,6 +425,7 @@ class StandardEnv(gym.Wrapper):
             "layers": snapshot_layers(self.env),
             "seed": self._seed,
             "action_rngs": rngs,
+            "frames": {key: [to_plain(frame) for frame in seen] for key, seen in self._frames.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -397,6 +441,8 @@ class StandardEnv(gym.Wrapper):
             )
         restore_layers(self.env, state["layers"])
         self._seed = state["seed"]
+        frames = state.get("frames", {})  # snapshots of older versions have none
+        self._frames = {key: [from_plain(frame) for frame in seen] for key, seen in frames.items()}
         for space, rng in zip(self._action_spaces, state["action_rngs"], strict=True):
             space._np_random = load_generator(rng)
 

@@ -12,6 +12,7 @@ from lit_wm.callbacks.evaluate import (
     run_episodes,
     write_episodes,
 )
+from lit_wm.callbacks.video import DreamVideo
 from lit_wm.envs import make_vector_env
 from lit_wm.errors import ConfigError
 from lit_wm.types import State
@@ -224,3 +225,52 @@ def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
         low, high = confidence_interval(rng.normal(10, 2, 40))
         hits += low <= 10 <= high
     assert 0.88 <= hits / 200 <= 0.99
+
+
+class Swings:
+    """Two environments whose episodes last 3 and 1 decisions; the actions are given."""
+
+    num_envs = 2
+
+    def reset(self, seed=None, options=None):
+        self.steps = 0 if options is None else self.steps
+        return {"obs": np.zeros((2, 1), np.float32)}, {}
+
+    def step(self, action):
+        self.steps += 1
+        done = np.array([self.steps % 3 == 0, True])
+        return {"obs": np.zeros((2, 1), np.float32)}, np.ones(2), done, np.zeros(2, bool), {}
+
+
+def test_jitter_is_the_mean_change_within_an_episode_in_half_ranges():
+    given = iter([[0.0, 1.0], [0.5, -1.0], [3.0, 0.0], [-1.0, -1.0], [-1.0, -1.0], [0.0, -1.0]])
+
+    def policy(obs, state, is_first):
+        action = next(given)
+        return {
+            "arm": torch.tensor([action, [9.0, 9.0]]),
+            "leg": torch.zeros(2, 2),
+            "grip": torch.randint(0, 5, (2,)),
+        }, State(torch.zeros(2, 1))
+
+    results = run_episodes(policy, Swings(), 4, seed=0)
+    # Episode 1: (0.5 + 2) / 4 and, 3 being clipped to 1, (0.5 + 1) / 4; episode 2: 0 and 1 / 4.
+    assert results.jitter == [0.5, 0.125, None, None]
+    assert results.summary()["eval/jitter"] == 0.3125
+
+
+def test_discrete_actions_do_not_jitter():
+    results = play(episodes=3)
+    assert results.jitter == [None] * 3
+    assert "eval/jitter" not in results.summary()
+
+
+def test_a_model_that_does_not_decode_is_played_without_dreams(make_trainer, recwarn, tmp_path):
+    evaluate, module = Evaluate(episodes=2), tiny.TinyModule()
+    module.model.decodes, module.model.decode = False, None
+    make_trainer(evaluate, DreamVideo()).validate(module, tiny.TinyData())
+    assert len(evaluate.results.returns) == 2
+    assert evaluate.results.windows is None
+    assert evaluate.errors == {}
+    assert not [w for w in recwarn if "dream" in str(w.message)]
+    assert not list(tmp_path.rglob("*.gif"))

@@ -14,6 +14,7 @@ import torch
 from lit_wm.envs import (
     make_env,
     make_vector_env,
+    read_spaces,
     physics,
     restore_vector_env,
     snapshot_vector_env,
@@ -253,3 +254,9 @@ def test_other_processes_render_and_go_on_the_same() -> None:
     assert go(fresh, 6) == go(envs, 6)
     envs.close()
     fresh.close()
+
+
+def test_the_time_limit_counts_decisions() -> None:
+    assert read_spaces("dmc:cartpole_swingup", repeat=2).episode_length == 500
+    assert read_spaces("dmc:cartpole_swingup", repeat=2, time_limit=301).episode_length == 151
+    assert read_spaces("dmc:lqr_lqr_2_1").episode_length is None

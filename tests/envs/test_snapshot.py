@@ -23,7 +23,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("MountainCar-v0", {"time_limit": 40}, 120),
     ("MountainCarContinuous-v0", {"time_limit": 40}, 120),
     ("atari:pong", {"size": 64, "gray": False, "length": 150}, 110),
-    ("atari:breakout", {"size": 32, "pool": 3}, 300),
+    ("atari:breakout", {"size": 32, "pool": 3, "stack": 4}, 300),
     ("ALE/Pong-v5", {"length": 150}, 110),
     ("lit_wm/Dummy-v0", {"image_size": 16}, 60),
 ]

@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from lit_wm.envs import make_env, read_spaces, spaces_from_gym
 from lit_wm.envs.wrappers import StandardEnv
-from lit_wm.errors import EnvError
+from lit_wm.errors import CheckpointError, EnvError
 from lit_wm.types import Spaces, Spec
 
 
@@ -186,3 +186,81 @@ def test_names_that_collide_once_joined_are_refused() -> None:
     obs = spaces.Dict({"a/b": spaces.Discrete(2), "a": spaces.Dict({"b": spaces.Discrete(2)})})
     with pytest.raises(EnvError, match="a/b"):
         spaces_from_gym(obs, spaces.Discrete(2))
+
+
+class Clock(gym.Env):
+    """Draws the time into one and the same array, as some simulators do."""
+
+    snapshot_fields = ("time", "view")
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.observation_space = spaces.Dict(
+            {"view": spaces.Box(0, 255, shape, np.uint8), "x": spaces.Box(0, 1, (2,), np.float32)}
+        )
+        self.action_space, self.time = spaces.Box(-1, 1, (1,), np.float32), 0
+        self.view = np.zeros(shape, np.uint8)
+
+    def show(self) -> dict[str, np.ndarray]:
+        self.view[...] = self.time
+        return {"view": self.view, "x": np.zeros(2, np.float32)}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.time += 10
+        return self.show(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.time += 1
+        return self.show(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((32, 32, 3), 2), ((3, 32, 32), 0)])
+def test_stacked_frames_are_the_newest_and_a_reset_repeats_its_own(shape: tuple, axis: int) -> None:
+    env = StandardEnv(Clock(shape), "clock", stack=3)
+    spec = spaces_from_gym(env.observation_space, env.action_space).obs["view"]
+    assert spec.hwc == (32, 32, 9)
+    assert spec.channels_first == (axis == 0)
+    action = {"action": np.zeros(1, np.float32)}
+
+    def seen(obs: dict[str, np.ndarray]) -> list[int]:
+        assert env.observation_space.contains(obs)
+        return np.moveaxis(obs["view"], axis, 0)[:, 5, 7].tolist()
+
+    assert seen(env.reset()[0]) == [10] * 9
+    assert seen(env.step(action)[0]) == [10] * 6 + [11] * 3
+    assert seen(env.step(action)[0]) == [10] * 3 + [11] * 3 + [12] * 3
+    saved = env.snapshot()
+    assert seen(env.step(action)[0]) == [11] * 3 + [12] * 3 + [13] * 3
+    fresh = StandardEnv(Clock(shape), "clock", stack=3)
+    fresh.restore(saved)
+    assert seen(fresh.step(action)[0]) == [11] * 3 + [12] * 3 + [13] * 3
+    assert seen(env.reset()[0]) == [23] * 9
+    small = StandardEnv(Clock(shape), "clock", size=24, gray=True, stack=2)
+    assert spaces_from_gym(small.observation_space, small.action_space).obs["view"].hwc == (24, 24, 2)
+    assert small.reset()[0]["view"].shape == ((24, 24, 2) if axis == 2 else (2, 24, 24))
+    with pytest.raises(CheckpointError, match="stack 3"):
+        StandardEnv(Clock(shape), "clock").restore(saved)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((32, 32, 3), {"stack": 0}, "stack=0; expected a whole number"),
+        ((3, 32, 32), {"stack": 6}, r"'view' the shape \(18, 32, 32\), which looks like another layout"),
+        ((32, 32, 3), {"stack": 2, "drop": ["view"]}, "the option stack needs an image; observations are x"),
+    ],
+)
+def test_a_stack_that_cannot_be_is_refused(shape: tuple, options: dict, message: str) -> None:
+    with pytest.raises(EnvError, match=message):
+        StandardEnv(Clock(shape), "clock", **options)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "options", "length"),
+    [
+        ("CartPole-v1", {}, 500), ("Pendulum-v1", {"repeat": 3}, 67), ("Pendulum-v1", {"time_limit": 30}, 30),
+        ("lit_wm/Dummy-v0", {}, None), ("lit_wm/LidarRobot-v0", {}, 100),
+    ],
+)  # fmt: skip
+def test_the_time_limit_is_told_in_decisions(env_id: str, options: dict, length: int | None) -> None:
+    assert read_spaces(env_id, **options).episode_length == length
