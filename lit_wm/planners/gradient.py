@@ -74,7 +74,7 @@ class Gradient(Planner):
         trace: list[Tensors] = []
         values, _ = evaluate(graph=True)
         for i in laps(self.steps):
-            gradient = torch.autograd.grad(values, raw, torch.ones_like(values))[0].nan_to_num(0, 0, 0)
+            gradient = torch.autograd.grad(values, raw, torch.ones_like(values))[0]
             norm = torch.linalg.vector_norm(gradient, dim=(2, 3), keepdim=True)
             raw.grad = gradient / norm.clamp(min=1)
             adam.step()

@@ -17,13 +17,12 @@ OPTIONS = {"mppi": SMALL, "cem": SMALL, "gradient": dict(num_candidates=8, num_p
 class Toy:
     """x' = x + a / 2 from x = deter; the return is -|x' - goal|^2 summed, best at a = 2 (goal - x), then 0.
 
-    The policy draws clipped noise. Counts the calls of ``value``.
+    The policy draws clipped noise.
     """
 
     def __init__(self, size=2, goal=0.3, mask=None, discrete=False, dtype=torch.float32):
         self.action_dim, self.discrete, self.mask, self.dtype = size, discrete, mask, dtype
         self.goal = torch.nn.Parameter(torch.tensor(goal))
-        self.calls = 0
 
     def action_mask_of(self, state):
         return self.mask
@@ -36,7 +35,7 @@ class Toy:
     def value(self, state, actions, noise, t=0, deterministic=False):
         assert actions.shape[:1] == state.deter.shape[:1]
         assert actions.shape[3] == self.action_dim
-        self.calls += 1
+        assert self.mask is None or (actions * (1 - self.mask)[:, None, None] == 0).all()
         x, total = state.deter[:, None], 0.0
         for h in range(actions.shape[2]):
             x = x + actions[:, :, h] / 2
@@ -90,6 +89,10 @@ class Recorded(NoiseStreams):
         self.asked[name] = super().normal(name, shape, t)
         return self.asked[name]
 
+    def exponential(self, name, shape, t=0):
+        self.asked[name] = super().exponential(name, shape, t)
+        return self.asked[name]
+
 
 def states(*rows, size=2):
     return State(torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, size).clone())
@@ -122,21 +125,26 @@ def test_cem_is_mppi_at_temperature_zero():
 
 
 def test_a_refit_is_the_official_formula():
-    """Mean and deviation of the first iteration, recomputed from its noise in double precision."""
+    """Mean, deviation and drawn elite of one iteration, recomputed from its noise in double precision."""
     noise, model = Recorded(), Toy()
-    step = plan("mppi", model, states(0.1), noise=noise, iterations=1, num_pi_trajs=0).trace[0]
+    result = plan("mppi", model, states(0.1), noise=noise, iterations=1, num_pi_trajs=0)
+    step = result.trace[0]
     actions = (2 * noise.asked["plan/candidates"][0].double()).clamp(-1, 1)  # (H, S, A)
     x = 0.1 + actions.cumsum(0) / 2
     values = -(x - 0.3).square().sum((0, 2))
     top, index = values.sort(descending=True)
     weight = torch.exp(0.5 * (top[:8] - top[0]))
-    weight = (weight / weight.sum())[None, :, None]
+    weight = weight / weight.sum()
+    drawn = (weight / noise.asked["plan/pick"][0].double()).argmax()  # the race equals the Gumbel draw
+    weight = weight[None, :, None]
     elites = actions[:, index[:8]]
     mean = (weight * elites).sum(1)
     std = (weight * (elites - mean[:, None]) ** 2).sum(1).sqrt().clamp(0.05, 2)
     assert torch.equal(step["elites"][0], index[:8])
     for ours, expected in ((step["values"], values), (step["mean"], mean), (step["std"], std)):
         assert torch.allclose(ours[0].double(), expected, atol=1e-5)
+    assert drawn != 0  # else this would not tell a draw from the best
+    assert torch.allclose(result.action[0].double(), elites[0, drawn], atol=1e-6)
 
 
 def test_momentum_keeps_a_share_of_the_old_mean_and_deviation():
@@ -266,11 +274,13 @@ def test_entries_that_a_task_lacks_stay_zero(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_exploration_is_the_first_deviation_times_the_noise(name):
     noise = Recorded()
-    args = Toy(goal=0.1), states(0.0, 0.05)
+    args = Toy(goal=0.1), states(-1.0, 0.05)
     calm, loud = plan(name, *args), plan(name, *args, explore=True, noise=noise)
     added = loud.trace[-1]["std"][:, 0] * noise.asked["plan/explore"]
     assert torch.allclose(loud.action, (calm.action + added).clamp(-1, 1))
     assert torch.equal(loud.mean, calm.mean)
+    far = [plan(name, Toy(goal=9.0), states(0), explore=True, noise=NoiseStreams(s)) for s in range(4)]
+    assert max(result.action.max() for result in far) == 1
     quiet = Recorded()
     plan(name, *args, noise=quiet)
     assert "plan/explore" not in quiet.asked
