@@ -120,19 +120,17 @@ def dreamerv3_sizes(preset: str, **overrides: int | None) -> dict[str, int]:
     return sizes
 
 
-def tdmpc2_sizes(
-    preset: str, tasks: Any = None, *, task_dim: int | None = None, **overrides: int | None
-) -> dict[str, int]:
+def tdmpc2_sizes(preset: str, tasks: Any = None, **overrides: int | None) -> dict[str, int]:
     """Sizes of a preset; an override that is not None replaces its entry.
 
     Args:
         preset: ``5m`` or ``tdmpc2:5m``.
-        tasks: ``mt30``, ``mt80`` or a list, as :func:`lit_wm.tasks.task_list` takes them; None for one task.
-        task_dim: length of a task's embedding; None for the official one, always 0 for one task.
+        tasks: ``mt30``, ``mt80`` or a list, as :func:`lit_wm.tasks.task_list` takes them; None for one task,
+            which has no use for ``task_dim``.
 
     Raises:
-        ConfigError: for an unknown preset or task set, a size below 1, fewer than the two critics that every
-            estimate draws, or a ``task_dim`` without tasks.
+        ConfigError: for an unknown preset or task set, a size below 1, or fewer than the two critics that
+            every estimate draws.
     """
     from lit_wm.errors import ConfigError
     from lit_wm.tasks import task_list
@@ -140,13 +138,10 @@ def tdmpc2_sizes(
     name = preset.removeprefix("tdmpc2:")
     if tasks is not None:
         task_list(tasks)
-        official = 8 if name == "debug" else 96 if tasks == "mt80" or name in ("1m", "317m") else 64
-        overrides["task_dim"] = official if task_dim is None else task_dim
-        if tasks == "mt30" and name == "19m" and overrides.get("latent_dim") is None:
-            overrides["latent_dim"] = 512
-    elif task_dim:
-        raise ConfigError(f"model.task_dim={task_dim} needs model.tasks: one task has no embedding")
-    sizes = _sizes(name, TDMPC2, overrides)
+    official = {"task_dim": 8 if name == "debug" else 96 if tasks == "mt80" or name in ("1m", "317m") else 64}
+    if tasks == "mt30" and name == "19m":
+        official["latent_dim"] = 512
+    sizes = _sizes(name, TDMPC2, official | {k: v for k, v in overrides.items() if v is not None})
     if sizes["num_q"] < 2:
         raise ConfigError("model.num_q=1: expected 2 or more, since every estimate draws two of the critics")
-    return {"task_dim": 0} | sizes
+    return sizes

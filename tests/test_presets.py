@@ -7,7 +7,18 @@ import torch
 
 from lit_wm.dreamerv3 import DreamerV3
 from lit_wm.errors import ConfigError
-from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE, DREAMERV3_PARAMETERS_VECTOR, dreamerv3_sizes
+from lit_wm.presets import (
+    DREAMERV3,
+    DREAMERV3_PARAMETERS_IMAGE,
+    DREAMERV3_PARAMETERS_VECTOR,
+    TDMPC2,
+    TDMPC2_PARAMETERS,
+    TDMPC2_PARAMETERS_DOG,
+    TDMPC2_PARAMETERS_EPISODIC,
+    dreamerv3_sizes,
+    tdmpc2_sizes,
+)
+from lit_wm.tdmpc2 import TDMPC2 as TDMPC2Model
 from lit_wm.types import Spaces, Spec
 
 IMAGE = Spaces({"image": Spec("uint8", (64, 64, 3))}, {"action": Spec("int32", (), 18)})
@@ -75,3 +86,51 @@ def test_an_override_replaces_its_entry_and_none_does_not() -> None:
 def test_impossible_sizes_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dreamerv3_sizes(**arguments)
+
+
+# --- TD-MPC2: tests/convert counts the official table, this the module ------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(TDMPC2_PARAMETERS))
+@pytest.mark.parametrize("preset", list(TDMPC2)[1:])
+def test_tdmpc2_has_the_official_parameters(preset: str, kind: str) -> None:
+    tasks = None if kind == "vector" else kind
+    spaces = Spaces({"obs": Spec("float32", (24 if tasks == "mt30" else 39,))}, VECTOR.action)
+    with torch.device("meta"):
+        model = TDMPC2Model(spaces, tasks=tasks, **tdmpc2_sizes(f"tdmpc2:{preset}", tasks))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == TDMPC2_PARAMETERS[kind][preset]
+
+
+def test_tdmpc2_has_the_official_parameters_with_terminations_and_as_a_dog() -> None:
+    dog = Spaces({"obs": Spec("float32", (223,))}, {"action": Spec("float32", (38,))})
+    with torch.device("meta"):
+        models = [
+            TDMPC2Model(VECTOR, episodic=True, **tdmpc2_sizes("5m")),
+            TDMPC2Model(dog, **tdmpc2_sizes("5m")),
+        ]
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+    assert counts == [TDMPC2_PARAMETERS_EPISODIC, TDMPC2_PARAMETERS_DOG]
+
+
+def test_tdmpc2_sizes_depend_on_the_task_set() -> None:
+    latent = [tdmpc2_sizes("19m", tasks)["latent_dim"] for tasks in (None, "mt30", "mt80")]
+    assert latent == [768, 512, 768]
+    assert tdmpc2_sizes("19m", "mt30", latent_dim=64)["latent_dim"] == 64
+    dims = {(p, t): tdmpc2_sizes(p, t)["task_dim"] for p in list(TDMPC2)[1:] for t in ("mt30", "mt80")}
+    assert {k for k, v in dims.items() if v == 64} == {(p, "mt30") for p in ("5m", "19m", "48m")}
+    assert set(dims.values()) == {64, 96}
+    assert tdmpc2_sizes("5m", "mt80", task_dim=7)["task_dim"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "5M"}, "unknown preset '5M'; known: debug, 1m"),
+        ({"preset": "5m", "tasks": "mt50"}, "unknown task set 'mt50'"),
+        ({"preset": "5m", "mlp_dim": 0}, "must be at least 1"),
+        ({"preset": "5m", "num_q": 1}, "num_q=1: expected 2 or more"),
+    ],
+)
+def test_impossible_tdmpc2_sizes_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tdmpc2_sizes(**arguments)
