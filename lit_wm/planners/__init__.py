@@ -24,7 +24,7 @@ def make_planner(name: str, options: Mapping[str, Any] | None = None) -> Planner
     """
     if name not in PLANNERS:
         close = nearest(str(name), list(PLANNERS))
-        raise ConfigError(f"unknown planner {name!r}{close}; expected one of {', '.join(PLANNERS)}")
+        raise ConfigError(f"unknown planner {name!r}{close}; expected {', '.join(PLANNERS)}, or a model's policy")
     known = [f.name for f in fields(PLANNERS[name]) if f.init]
     for key in options or {}:
         if key not in known:
