@@ -1,4 +1,4 @@
-"""DreamerV3 world models as Lightning modules.
+"""DreamerV3 and TD-MPC2 as Lightning modules.
 
 Names are loaded on first use, so that ``import lit_wm`` costs nothing and the command line can answer
 ``--help`` before torch is imported.
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "DreamerV3Module": "lit_wm.dreamerv3",
+    "TDMPC2Module": "lit_wm.tdmpc2",
     "State": "lit_wm.types",
     "Trajectory": "lit_wm.types",
     "Batch": "lit_wm.types",
@@ -20,7 +21,7 @@ _EXPORTS = {
     "Spaces": "lit_wm.types",
 }
 
-__all__ = ["Batch", "DreamerV3Module", "Spaces", "Spec", "State", "Trajectory", "__version__"]
+__all__ = ["Batch", "DreamerV3Module", "Spaces", "Spec", "State", "TDMPC2Module", "Trajectory", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -837,7 +837,7 @@ class TDMPC2(WorldModel):
         raise NotSupported("TD-MPC2 has no decoder: its latent states predict rewards and values only")
 
     def q(self, state: State, action: Tensors | Tensor, reduce: str | None = "mean") -> Tensor:
-        """Predicted return of ``action``: ``mean`` or ``min`` of the critics (B,), or each (K, B) with None."""
+        """Predicted return of ``action``: ``mean`` or ``min`` of the critics (B,); None: each (K, B)."""
         if reduce not in ("mean", "min", None):
             raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'min' or None")
         x = self.inputs(state.deter, self.embed(state.task), self.actions(self.action_dict(action)))

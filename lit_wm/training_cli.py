@@ -39,7 +39,7 @@ from lit_wm.vocabulary import Translator, put
 
 RUNS = Path("runs")
 DEFAULT_CLASSES = {"model": "lit_wm.DreamerV3Module", "data": "datamodules.ReplayDataModule"}
-SHORT_NAMES = {path.rpartition(".")[2]: path for path in DEFAULT_CLASSES.values()}
+SHORT_NAMES = {path.rpartition(".")[2]: path for path in (*DEFAULT_CLASSES.values(), "lit_wm.TDMPC2Module")}
 CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]
 CALLBACKS = {
     "progress": RLProgressBar,
