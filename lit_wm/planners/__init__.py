@@ -23,8 +23,9 @@ def make_planner(name: str, options: Mapping[str, Any] | None = None) -> Planner
         ConfigError: unknown name or option, or an impossible value.
     """
     if name not in PLANNERS:
-        close = nearest(str(name), list(PLANNERS))
-        raise ConfigError(f"unknown planner {name!r}{close}; expected {', '.join(PLANNERS)}, or a model's policy")
+        names = [*PLANNERS, "policy"]  # the last is the models' own option: to act without planning
+        close = nearest(str(name), names)
+        raise ConfigError(f"unknown planner {name!r}{close}; expected one of {', '.join(names)}")
     known = [f.name for f in fields(PLANNERS[name]) if f.init]
     for key in options or {}:
         if key not in known:
