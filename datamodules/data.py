@@ -287,7 +287,7 @@ class ReplayDataModule(LightningDataModule):
 
     def _check_model(self, module: Any, spaces: Spaces, num_envs: int) -> None:
         """Refuse windows that the model cannot learn from, and a ring that may never hold one."""
-        wanted = getattr(module, "windows", "stream" if module.latent_specs() else self.windows)
+        wanted = getattr(module, "windows", "stream" if module.latent_specs() else "episode")
         if wanted != self.windows:
             raise ConfigError(
                 f"data.windows is {self.windows!r}, but {type(module).__name__} learns from {wanted!r}.\n"

@@ -8,6 +8,7 @@ import torch
 from lit_wm.callbacks.evaluate import (
     EpisodeResults,
     Evaluate,
+    _gather,
     confidence_interval,
     run_episodes,
     write_episodes,
@@ -274,3 +275,21 @@ def test_a_model_that_does_not_decode_is_played_without_dreams(make_trainer, rec
     assert evaluate.errors == {}
     assert not [w for w in recwarn if "dream" in str(w.message)]
     assert not list(tmp_path.rglob("*.gif"))
+
+
+def test_what_two_processes_saw_is_brought_together():
+    one = EpisodeResults([1.0, 2.0], [3, 4], [True, False], [False, False], [None, True], [0.25, None])
+
+    class Trainer:
+        class strategy:
+            root_device = "cpu"
+
+            @staticmethod
+            def all_gather(table):
+                return torch.stack([table, table])
+
+    both = _gather(one, 3, Trainer)
+    assert both.returns == [1.0, 2.0, 1.0, 2.0]
+    assert both.success == [None, True, None, True]
+    assert both.jitter == [0.25, None, 0.25, None]
+    assert both.summary()["eval/jitter"] == 0.25

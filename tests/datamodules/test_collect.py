@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from scipy.stats import kstest
 
 from datamodules.collect import Collector
 from datamodules.replay import RowReplay
@@ -348,3 +349,58 @@ def test_action_noise_is_gaussian_on_continuous_actions_and_repeats_with_the_see
     assert (move - 0.5).mean() == pytest.approx(0, abs=0.02)
     assert (move - 0.5).std() == pytest.approx(0.2, abs=0.01)
     assert torch.equal(move, explored(tmp_path / "b", action_noise=0.2)[0])
+
+
+def test_within_episodes_the_policy_is_not_asked_while_prefilling(tmp_path):
+    """Prefill counts decisions there, and plan and task of the state come along, also through a file."""
+    from lit_wm.envs import read_spaces
+
+    seen, options = [], {"obs": ("vector",), "actions": ("continuous", "discrete")}
+    spaces = read_spaces("lit_wm/Dummy-v0", **options)
+
+    def planner(obs, state, is_first):
+        seen.append(state)
+        n = len(is_first)
+        plan = torch.zeros(n, 2, 3) if state is None else state.plan + 1
+        action = {"continuous": torch.full((n, 2), 0.5), "discrete": torch.full((n,), 2)}
+        return action, State(torch.zeros(n, 4), action=action, plan=plan, task=torch.arange(n))
+
+    def fresh(name):
+        envs = make_vector_env("lit_wm/Dummy-v0", 4, list(range(4)), **options)
+        replay = RowReplay(spaces, 4000, 4, tmp_path / name, window=4, within_episodes=True)
+        return Collector(envs, spaces, replay, prefill=800, epsilon=0.1)
+
+    loop, again = fresh("one"), fresh("two")
+    for _ in range(200):
+        loop.collect(planner)
+    assert seen == []
+    assert loop.decisions == 796
+    again.load_state_dict(loop.state_dict())  # while there is no state yet
+    for _ in range(10):
+        loop.collect(planner)
+        again.collect(planner)
+    assert seen[0] is seen[1] is None
+    assert seen[-1].plan[0, 0, 0] == 8
+    assert seen[-1].task.tolist() == [0, 1, 2, 3]
+    assert loop.decisions == again.decisions == 836 == loop.env_steps - loop.episodes - 4
+    rows = rows_of(loop.replay)
+    assert loop.terminations == int(rows["next.terminated"].sum()) > 10
+    assert loop.terminations < loop.episodes
+    planned = (rows["action.continuous"] == 0.5).all(-1) & (rows["action.discrete"] == 2)
+    assert 0 < (rows["valid"].flatten() & planned).sum() <= 40
+    random = rows["action.continuous"][rows["valid"].flatten() & ~planned]
+    assert 800 <= len(random) <= 830
+    assert kstest(random.flatten().numpy(), "uniform", args=(-1, 2)).pvalue > 1e-3
+
+    torch.save(loop.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(state)
+    assert torch.equal(again._state.plan, loop._state.plan)
+    assert torch.equal(again._state.task, loop._state.task)
+    assert (again.decisions, again.terminations) == (loop.decisions, loop.terminations)
+    for part, names in ((state, ("decisions", "terminations")), (state["state"], ("plan", "task"))):
+        for name in names:  # as older versions wrote it
+            del part[name]
+    again.load_state_dict(state)
+    assert again._state.plan is None
+    assert again.env_steps == loop.env_steps

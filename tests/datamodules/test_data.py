@@ -242,7 +242,7 @@ def test_an_unknown_environment_is_one_clear_error(tmp_path):
 class Planner(Module):
     """A model without latents: remembers at which decision it was asked and what it learned from."""
 
-    episodic, windows = True, "episode"
+    episodic = True
 
     def __init__(self, updates=None):
         super().__init__(updates)

@@ -14,8 +14,8 @@ import torch
 from lit_wm.envs import (
     make_env,
     make_vector_env,
-    read_spaces,
     physics,
+    read_spaces,
     restore_vector_env,
     snapshot_vector_env,
     suite_defaults,
