@@ -15,7 +15,7 @@ FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.
 
 PROOFS = prove-cartpole prove-pendulum prove-robot prove-pixels
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hour test test-all check bench clean $(PROOFS)
+.PHONY: help setup demo demo-hour test test-all check bench clean prove-tdmpc2 $(PROOFS)
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ prove-cartpole:  ## CartPole from its numbers: 3 seeds
 prove-pendulum:  ## Pendulum: 2 seeds
 prove-robot:  ## the robot with LiDAR
 prove-pixels:  ## Catch from its picture
+
+prove-tdmpc2: $(VENV)/.installed-dmc+plots  ## TD-MPC2 on Pendulum, cart-pole swing-up and the robot
+	for task in pendulum swingup robot; do $(ENV) $(BIN)/python benchmarks/prove.py tdmpc2-$$task || exit 1; done
 
 clean:  ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

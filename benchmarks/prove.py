@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lit_wm.envs import make_env
 from lit_wm.envs.catch import Catch
 from lit_wm.tracking import flatten
 from lit_wm.training_cli import load_yaml
+from lit_wm.vocabulary import put
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -46,6 +47,9 @@ class Proof:
     bound: Callable[[], tuple[str, float]] | None = None  # a further line to beat
     episodes: int = 20
     note: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # that differ from the configuration file
+    published: str | None = None  # task of the authors' curves, laid under ours
+    ship: bool = True  # whether the best seed's model stays in the repository
 
 
 def best_blind() -> tuple[str, float]:
@@ -73,12 +77,27 @@ environment steps, cut to 16,000 when the curve showed that it had learned. Befo
 not begun to reach goals when they were stopped: one whose learning rate fell faster (`anneal: 4900`, 2,262
 updates), and one without `reward_scale`, with a smaller goal (0.3 m) and half the updates per step (1,850
 updates)."""
+# Of the size that a laptop bears; the learning itself is the configuration's.
+SWINGUP = {
+    "data.env": "dmc:cartpole_swingup",
+    "data.max_env_steps": 12_500,
+    "model.preset": "1m",
+    "evaluate.episodes": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.val_check_interval": 2_500,
+}
 PROOFS = {
     "cartpole": Proof("dreamer_cartpole", (0, 1, 2), "return", 475, "return", note=CARTPOLE),
     "pendulum": Proof("dreamer_pendulum", (0, 1), "return", -250, "return", note=PENDULUM),
     "robot": Proof("dreamer_robot", (0,), "success", 0.8, "goals reached", episodes=100, note=ROBOT),
     "pixels": Proof("dreamer_catch", (0,), "return", 4.0, "balls caught of 5", best_blind, 100),
-}
+    "tdmpc2-pendulum": Proof("tdmpc2_pendulum", (0, 1), "return", -200, "return", ship=False),
+    "tdmpc2-swingup": Proof(
+        "tdmpc2_dmc", (0,), "return", 700, "return", episodes=5, options=SWINGUP,
+        published="cartpole-swingup", ship=False,
+    ),
+    "tdmpc2-robot": Proof("tdmpc2_robot", (0,), "success", 0.8, "goals reached", ship=False),
+}  # fmt: skip
 
 
 def train(proof: Proof, seed: int, run: Path) -> None:
@@ -105,8 +124,15 @@ def train(proof: Proof, seed: int, run: Path) -> None:
 
 
 def settings(proof: Proof) -> dict[str, Any]:
-    """The configuration file."""
-    return load_yaml(ROOT / "configs" / f"{proof.config}.yaml")
+    """The configuration file with the proof's options."""
+    config = load_yaml(ROOT / "configs" / f"{proof.config}.yaml")
+    for path, value in proof.options.items():
+        if path.split(".")[0] in ("model", "data"):
+            put(config, path, value)
+        else:
+            group, key = path.split(".")
+            config.setdefault(group, {})[key] = value
+    return config
 
 
 def env_steps(checkpoint: Path) -> int:
@@ -128,7 +154,8 @@ def check_same(proof: Proof, seed: int, run: Path) -> None:
 
 def fit_command(proof: Proof, seed: int) -> list[str]:
     """The words behind ``lit-wm`` that repeat a training."""
-    return ["fit", "--config", f"configs/{proof.config}.yaml", "--seed_everything", str(seed)]
+    options = [word for path, value in proof.options.items() for word in (f"--{path}", str(value))]
+    return ["fit", "--config", f"configs/{proof.config}.yaml", *options, "--seed_everything", str(seed)]
 
 
 def judge(proof: Proof, run: Path) -> dict[str, Any]:
@@ -161,7 +188,16 @@ def curve(run: Path, name: str) -> tuple[list[int], list[float]]:
     return [int(float(row["step"])) for row in rows], [float(row[name]) for row in rows]
 
 
-def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float]) -> None:
+def authors_curve(task: str, frames_per_step: int) -> tuple[list[float], list[float], list[float]]:
+    """Env steps of ours, mean and spread over seeds of the authors' TD-MPC2."""
+    with open(ROOT / "benchmarks" / "reference" / "tdmpc2_scores.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"] == task]
+    return tuple(  # type: ignore[return-value]
+        [float(row[k]) / by for row in rows] for k, by in (("step", frames_per_step), ("mean", 1), ("std", 1))
+    )
+
+
+def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float], authors: Any = None) -> None:
     """Evaluations bold, means of ten lines of training returns thin, promises and baselines dashed."""
     import matplotlib
 
@@ -177,6 +213,9 @@ def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float])
         means = np.convolve(values, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], means, color=colour, alpha=0.35, linewidth=1)
         axes.plot(*curve(run, "eval/return"), color=colour, marker=".", label=label)
+    if authors is not None:
+        steps, means, spread = (np.array(x) for x in authors)
+        axes.errorbar(steps, means, spread, color="black", marker=".", capsize=3, label="authors, 3 seeds")
     for label, value in lines.items():
         axes.axhline(value, color="grey", linestyle="--", linewidth=0.8)
         axes.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -208,7 +247,7 @@ def text_of(task: str, proof: Proof, results: list[dict[str, Any]], record: dict
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        low, high = r["metrics"]["return_low"], r["metrics"]["return_high"]
+        low, high = (r["metrics"].get(f"return_{k}", float("nan")) for k in ("low", "high"))
         cost = "-" if r["processor_minutes"] is None else f"{r['processor_minutes']:.0f}"
         page.append(
             f"| {r['seed']} | **{r['value']:.4g}** | {low:.4g} to {high:.4g} | {r['env_steps']:,} "
@@ -274,7 +313,11 @@ def main() -> int:
     if proof.bound is not None:
         lines |= dict([proof.bound()])
     given.out.mkdir(parents=True, exist_ok=True)
-    plot(given.out / f"prove-{given.task}.png", env_id, {f"seed {s}": r for s, r in runs.items()}, lines)
+    named, authors = {f"seed {s}": r for s, r in runs.items()}, None
+    if proof.published:
+        repeat = settings(proof)["data"]["init_args"]["env_options"]["repeat"]
+        authors = authors_curve(proof.published, repeat)
+    plot(given.out / f"prove-{given.task}.png", env_id, named, lines, authors)
     record["machine"] = machine()
     (given.out / f"prove-{given.task}.md").write_text(
         text_of(given.task, proof, results, record, env_id, lines)
@@ -284,7 +327,8 @@ def main() -> int:
     (given.out / f"prove-{given.task}.json").write_text(
         json.dumps({"results": results, "curves": curves, "shared": best["seed"]}) + "\n"
     )
-    share(given.task, runs[best["seed"]], best, env_id, proof)
+    if proof.ship:
+        share(given.task, runs[best["seed"]], best, env_id, proof)
     failed = [r["seed"] for r in results if r["value"] < proof.least]
     print(f"prove-{given.task}: " + (f"seeds {failed} below {proof.least}" if failed else "kept"))
     return bool(failed)
