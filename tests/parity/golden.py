@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -38,13 +39,20 @@ class Arrays:
         """Names below ``prefix``, without it."""
         return [k.removeprefix(prefix) for k in self.data if k.startswith(prefix)]
 
-    def compare(self, name: str, ours: Any, rtol: float = FORWARD, atol: float | np.ndarray = 0.0) -> None:
-        """Assert that ``ours`` equals the array: exactly if it holds integers, else within rtol of its
-        largest entry, or within atol, which may be given per entry.
+    def compare(
+        self,
+        name: str,
+        ours: Any,
+        rtol: float = FORWARD,
+        atol: float | np.ndarray = 0.0,
+        index: int | None = None,
+    ) -> None:
+        """Assert that ``ours`` equals the array, or its entry ``index``: exactly if it holds integers, else
+        within rtol of its largest entry, or within atol, which may be given per entry.
         """
-        theirs = self.data[name]
+        theirs = self.data[name] if index is None else self.data[name][index]
         ours = ours.detach().cpu().numpy() if isinstance(ours, Tensor) else np.asarray(ours)
-        where = f"{self.path.name}:{name}"
+        where = f"{self.path.name}:{name}" + ("" if index is None else f"[{index}]")
         assert ours.shape == theirs.shape, f"{where}: shape {ours.shape}, golden {theirs.shape}"
         if theirs.dtype.kind in "biu":
             assert np.array_equal(ours, theirs), (
@@ -82,9 +90,14 @@ class Arrays:
         """A line per group of arrays: how many, and the largest error reached."""
         groups: dict[str, list[float]] = {}
         for name in sorted(self.used):
-            groups.setdefault(name.split("/")[0], []).append(self.errors.get(name, 0.0))
-        lines = [f"{k:<28}{len(v):>5}{max(v):>10.1e}" for k, v in groups.items()]
+            groups.setdefault(self.group_of(name), []).append(self.errors.get(name, 0.0))
+        lines = [f"{k:<36}{len(v):>5}{max(v):>10.1e}" for k, v in groups.items()]
         return "\n".join([f"{self.path.name}: {len(self.used)} of {len(self.data)} arrays", *lines])
+
+    @staticmethod
+    def group_of(name: str) -> str:
+        """Line of the report that an array belongs to."""
+        return name.split("/")[0]
 
     def unused(self) -> list[str]:
         """Names that no comparison has read."""
@@ -110,6 +123,28 @@ class GoldenSet:
     def unused(self) -> list[str]:
         """Every array of every file that no comparison has read."""
         return [f"{f.path.name}:{k}" for f in self.files.values() for k in f.unused()]
+
+
+KINDS = {"dreamerv3": ("*_meta.json", "*units.npz"), "tdmpc2": ("*.pt",)}
+
+
+def golden_dir(config: pytest.Config, kind: str) -> Path:
+    """Where the files of ``kind`` are: shipped, or in ``--golden-dir DIR`` or ``DIR/kind``. DIR may hold one
+    kind only, then the tests of the other have nothing to run on.
+    """
+    given = config.getoption("--golden-dir")
+    if given is None:
+        return Path(__file__).parent / "data" / kind
+
+    def place(kind: str) -> Path | None:
+        both = (Path(given) / kind, Path(given))
+        return next((d for d in both if any(any(d.glob(p)) for p in KINDS[kind])), None)
+
+    if not any(map(place, KINDS)):
+        raise pytest.UsageError(
+            f"--golden-dir {given} holds no golden files; expected {KINDS} in it or in a folder of that name"
+        )
+    return place(kind) or Path(given) / kind
 
 
 def find_sets(directory: Path) -> list[str]:
@@ -164,3 +199,77 @@ class Greedy:
     def normal(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
         """Zeros."""
         return torch.zeros(shape)
+
+
+# --- TD-MPC2: one .pt file per case -----------------------------------------------------------------
+
+
+class TorchFile(Arrays):
+    """One ``.pt`` file: a nested dict, whose tensors are arrays named by their path (``updates/0/zs``)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tree: dict[str, Any] = torch.load(path, weights_only=True)
+        self.data, self.used, self.errors = {}, set(), {}
+        self._flatten("", self.tree)
+
+    def _flatten(self, prefix: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.data[prefix] = (value.float() if value.dtype == torch.float16 else value).numpy()
+        elif isinstance(value, dict | list):
+            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+                self._flatten(f"{prefix}/{k}" if prefix else str(k), v)
+
+    def inputs(self, *prefixes: str) -> None:
+        """Count arrays as used: our code was given them, or what it did with them was compared."""
+        found = {k for k in self.data if k.startswith(prefixes)}
+        assert found, f"{self.path.name} has none of {prefixes}"
+        self.used |= found
+
+    @staticmethod
+    def group_of(name: str) -> str:
+        """The path without numbers, and without the name of a parameter or a noise stream."""
+        parts = [p for p in name.split("/") if not p.isdigit()]
+        return "/".join(parts[:-1] if len(parts) > 2 or "." in parts[-1] or parts[0] == "batch" else parts)
+
+
+class Tapes:
+    """Recorded noise by stream name; every draw is handed out once.
+
+    Args:
+        tapes: ``name -> (kind, noise, stepped)`` with kind "normal", "uniform" or "exponential"; where
+            ``stepped``, the first axis is the step ``t`` of a roll-out or plan.
+    """
+
+    def __init__(self, tapes: dict[str, tuple[str, Tensor, bool]]):
+        self.tapes = tapes
+        self.drawn: set[tuple[str, int]] = set()
+
+    def exponential(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        """The recorded Exp(1) noise."""
+        return self._serve("exponential", name, shape, t)
+
+    def normal(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        """The recorded normal noise."""
+        return self._serve("normal", name, shape, t)
+
+    def uniform(self, name: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        """Noise in [0, 1) that leads to the recorded choice."""
+        return self._serve("uniform", name, shape, t)
+
+    def _serve(self, kind: str, name: str, shape: tuple[int, ...], t: int) -> Tensor:
+        assert name in self.tapes, f"stream {name!r} was not recorded; there are {sorted(self.tapes)}"
+        recorded, tape, stepped = self.tapes[name]
+        assert kind == recorded, f"{name}: asked for {kind} noise, recorded {recorded}"
+        assert (name, t) not in self.drawn, f"{name}: step {t} is drawn twice"
+        self.drawn.add((name, t))
+        part = tape[t] if stepped else tape
+        assert tuple(part.shape) == tuple(shape), f"{name}: asked for {shape}, recorded {tuple(part.shape)}"
+        return part.clone()
+
+    def check_all_drawn(self) -> None:
+        """Assert that no recorded draw was left over."""
+        all_draws = {
+            (name, t) for name, (_, x, stepped) in self.tapes.items() for t in range(len(x) if stepped else 1)
+        }
+        assert all_draws == self.drawn, f"never drawn: {sorted(all_draws - self.drawn)}"

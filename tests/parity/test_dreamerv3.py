@@ -14,7 +14,18 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from golden import FORWARD, GRADIENT, PARAMETER, ROUNDING, Arrays, GoldenSet, Greedy, ReplayedNoise, find_sets
+from golden import (
+    FORWARD,
+    GRADIENT,
+    PARAMETER,
+    ROUNDING,
+    Arrays,
+    GoldenSet,
+    Greedy,
+    ReplayedNoise,
+    find_sets,
+    golden_dir,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -44,16 +55,11 @@ from lit_wm.optim import LaProp, clip_agc_
 from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.types import Batch, Spaces, Spec, State
 
-DEFAULT_DIR = Path(__file__).parent / "data" / "dreamerv3"
 FLAGS = ("is_first", "is_last", "is_terminal", "reward")
 
 
-def golden_dir(config: pytest.Config) -> Path:
-    return Path(config.getoption("--golden-dir") or DEFAULT_DIR)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    directory = golden_dir(metafunc.config)
+    directory = golden_dir(metafunc.config, "dreamerv3")
     if "set_name" in metafunc.fixturenames:
         metafunc.parametrize("set_name", find_sets(directory), scope="module")
     if "units_file" in metafunc.fixturenames:
@@ -70,7 +76,7 @@ def variants(units: Arrays, pattern: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def golden(set_name: str, pytestconfig: pytest.Config) -> GoldenSet:
-    return GoldenSet(golden_dir(pytestconfig), set_name)
+    return GoldenSet(golden_dir(pytestconfig, "dreamerv3"), set_name)
 
 
 @pytest.fixture(scope="module")
