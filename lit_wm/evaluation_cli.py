@@ -7,6 +7,8 @@ import json
 import math
 import os
 import pydoc
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +26,7 @@ from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
-from lit_wm.types import Spaces
+from lit_wm.types import Spaces, Spec
 
 VIDEO_FRAMES, VIDEO_SIDE = 2_000, 320  # a video ends after so many frames; larger renderings are shrunk
 PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")
@@ -138,11 +140,15 @@ class Stage:
         sigma: standard deviation of the noise; see ``--obs-noise``.
         seed: of the noise.
         film: keep ``frames`` (H, W, 3) uint8, of the first image that the model sees or else rendered.
+        join: entries to be shown as one vector ``obs``, in this order.
     """
 
-    def __init__(self, env: Any, spaces: Spaces, sigma: float, seed: int, film: bool):
+    def __init__(
+        self, env: Any, spaces: Spaces, sigma: float, seed: int, film: bool, join: Sequence[str] = ()
+    ):
         self.env, self.num_envs, self.sigma, self.filming = env, env.num_envs, sigma, film
         self.frames: list[np.ndarray] = []
+        self._join = join
         self._noise = NoiseStreams(seed)
         self._noisy = {k: s for k, s in spaces.obs.items() if sigma and not s.is_discrete}
         self._image = next(((k, s) for k, s in spaces.obs.items() if s.is_image), None)
@@ -161,6 +167,8 @@ class Stage:
         return self._show(obs, True), *rest
 
     def _show(self, obs: dict[str, np.ndarray], new: bool) -> dict[str, np.ndarray]:
+        if self._join:
+            obs = {"obs": np.concatenate([obs[k].reshape(self.num_envs, -1) for k in self._join], 1)}
         for key, spec in self._noisy.items():
             noise = self.sigma * self._noise.normal(f"obs/{key}", obs[key].shape).numpy()
             noisy = np.clip(np.rint(obs[key] + 255 * noise), 0, 255) if spec.is_image else obs[key] + noise
@@ -234,8 +242,14 @@ def evaluate(argv: list[str]) -> int:
     rendered = given.video is not None and not any(s.is_image for s in spaces.obs.values())
     env = open_envs(env_id, min(given.num_envs, given.episodes), options, rendered)
     try:
-        check_spaces(spaces, spaces_from_gym(env.single_observation_space, env.single_action_space), env_id)
-        stage = Stage(env, spaces, given.obs_noise, given.seed, given.video is not None)
+        shown, join = spaces_from_gym(env.single_observation_space, env.single_action_space), []
+        if about["env"] is None and "obs" in spaces.obs and "obs" not in shown.obs:
+            # Converted from a program that saw all entries as one vector and did not note their names.
+            join = [k for k, s in shown.obs.items() if s.dtype == "float32"]
+            size = sum(shown.obs[k].size for k in join)
+            shown = replace(shown, obs={"obs": Spec("float32", (size,))} if join else shown.obs)
+        check_spaces(spaces, shown, env_id)
+        stage = Stage(env, spaces, given.obs_noise, given.seed, given.video is not None, join)
         noise = NoiseStreams(given.seed, 0, given.device)
         print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
         with Interrupts() as signals:

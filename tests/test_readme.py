@@ -42,7 +42,7 @@ def test_every_verb_shown_exists():
     from lit_wm.cli import TRAINING_VERBS
 
     verbs = {command.split()[1] for command in COMMANDS if command.startswith("lit-wm ")}
-    assert verbs == {*TRAINING_VERBS, "evaluate", "explain", "presets"}
+    assert verbs == {*TRAINING_VERBS, "evaluate", "convert", "explain", "presets"}
 
 
 def test_every_make_target_shown_exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,8 @@ class DMControl(gym.Env):
             key: gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float64)
             for key, spec in self._env.observation_spec().items()
         }
-        self.observation_space = gym.spaces.Dict(self._renamed(entries))
+        # Gymnasium sorts the keys of a plain dict; a model of one joined vector needs dm_control's order.
+        self.observation_space = gym.spaces.Dict(OrderedDict(self._renamed(entries)))
         action = self._env.action_spec()
         low, high = (np.broadcast_to(b, action.shape) for b in (action.minimum, action.maximum))
         self.action_space = gym.spaces.Box(low, high, dtype=np.float64)

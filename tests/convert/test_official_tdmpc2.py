@@ -1,9 +1,11 @@
 """Official TD-MPC2 checkpoints to ours and back, byte for byte; one clear sentence for each wrong file."""
 
+import json
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,11 +13,13 @@ import yaml
 from lit_wm.cli import main
 from lit_wm.convert import official_tdmpc2 as official
 from lit_wm.convert.official_tdmpc2 import from_official, layout, module_from_official, read, to_official
+from lit_wm.envs import read_spaces
 from lit_wm.errors import CheckpointError, ConfigError
-from lit_wm.evaluation_cli import load_module
+from lit_wm.evaluation_cli import Stage, load_module
 from lit_wm.presets import TDMPC2_PARAMETERS, TDMPC2_PARAMETERS_DOG, TDMPC2_PARAMETERS_EPISODIC, tdmpc2_sizes
 from lit_wm.tasks import TASK_SETS
 from lit_wm.tdmpc2 import TDMPC2Module
+from lit_wm.types import Spaces, Spec
 
 DATA = Path(__file__).parents[1] / "parity" / "data" / "tdmpc2"
 # The three tasks of the golden files.
@@ -348,3 +352,38 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, argv, mes
     error = capsys.readouterr().err
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+# --- Playing --------------------------------------------------------------------------------------------
+
+
+def test_a_converted_checkpoint_plays_where_the_observations_add_up(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": fake("debug", obs=24)}, "walker.pt")
+    assert main(["convert", "tdmpc2", "walker.pt", "-o", "walker.ckpt"]) == 0
+    said = "debug, one task, discount 0.99, observation 24, action 6, K 2, L 16"
+    assert said in capsys.readouterr().out
+    play = ["evaluate", "--ckpt", "walker.ckpt", "--episodes", "2", "--json", "out.json", "--env-options"]
+    options = "{repeat: 2, time_limit: 16}"
+    assert main([*play, options, "--env", "dmc:walker_walk"]) == 0
+    assert json.loads(Path("out.json").read_text())["lengths"] == [8, 8]
+    assert main([*play, options, "--env", "dmc:cheetah_run"]) == 1
+    error = capsys.readouterr().err
+    assert "observation 'obs'" in error
+    assert "shape=(24,)" in error
+    assert "shape=(17,)" in error
+    # The official program joins them in dm_control's order.
+    assert list(read_spaces("dmc:walker_walk").obs) == ["orientations", "height", "velocity"]
+
+
+def test_entries_are_joined_in_the_order_asked_for():
+    class Still:
+        num_envs = 2
+
+        def reset(self, **_):
+            return {"a": np.float32([1, 2]), "b": np.float32([[3, 4], [5, 6]]), "c": np.ones(2)}, {}
+
+    spaces = Spaces({"obs": Spec("float32", (3,))}, {})
+    shown, _ = Stage(Still(), spaces, 0.0, 0, film=False, join=["b", "a"]).reset()
+    assert shown["obs"].tolist() == [[3, 4, 1], [5, 6, 2]]

@@ -139,7 +139,7 @@ def test_repeat_sums_rewards_and_stops_at_the_end() -> None:
         ("dmc:walker_walk", {"pixel": True}, ["'pixels'", "camera"]),
         ("dmc:walker_walk", {"size": 64}, ["need an image", "orientations", "pixels: true"]),
         ("dmc:walker_walk", {"time_limit": 2.5}, ["time_limit=2.5"]),
-        ("dmc:walker_walk", {"drop": ["height", "speed"]}, ["'speed'", "height, orientations, velocity"]),
+        ("dmc:walker_walk", {"drop": ["height", "speed"]}, ["'speed'", "orientations, height, velocity"]),
         ("lit_wm/Dummy-v0", {"pixels": True}, ["rgb_array", "pixels"]),
     ],
 )
