@@ -87,6 +87,7 @@ class TDMPC2Module(WorldModelModule):
     """
 
     model: TDMPC2
+    windows = "episode"  # what it learns from, see the data module
 
     def __init__(
         self,
@@ -384,6 +385,11 @@ class TDMPC2(WorldModel):
                 f"TD-MPC2 encodes vectors or images, not both: {self.image_keys} and {others}\n"
                 "Leave some out, e.g. data.env_options.drop: [NAME]"
             )
+        if self.spaces.unbounded:
+            raise ConfigError(
+                f"TD-MPC2 searches actions between bounds; {', '.join(self.spaces.unbounded)} has none\n"
+                "Give the environment a finite Box as action space, e.g. by gymnasium's ClipAction wrapper"
+            )
         discrete = [k for k, s in action.items() if s.is_discrete]
         if discrete and (len(action) > 1 or action[discrete[0]].shape):
             raise ConfigError(
@@ -438,7 +444,7 @@ class TDMPC2(WorldModel):
         world_model, critic = self.trained["world_model"], self.trained["critic"]
         task = self.task_of(batch.task, B)
         with torch.set_grad_enabled(world_model and torch.is_grad_enabled()):
-            emb = self.embed(task)  # (B, T)
+            emb = self.embed(task, training=True)  # (B, T)
 
         # 1. What the steps lead to: encoded latents, and the values that they promise --------------------
         with torch.no_grad():
@@ -496,7 +502,7 @@ class TDMPC2(WorldModel):
         zs = zs.detach()
         steps, B = zs.shape[:2]
         task = self.task_of(task, B)
-        emb = self.embed(task)
+        emb = self.embed(task, training=True)
         if emb is not None and (self.task_embedding_policy_grad == "none" or not self.trained["world_model"]):
             emb = emb.detach()
         pi = self.pi(zs, emb, task, self.policy_noise(noise, "policy", zs.shape[:-1]))
@@ -648,9 +654,15 @@ class TDMPC2(WorldModel):
             )
         return torch.full((rows,), self.task_index, device=self.device)
 
-    def embed(self, task: Tensor | None) -> Tensor | None:
-        """Task embeddings (rows, T). Those longer than 1 are shortened in place, as the reference does."""
-        return None if task is None else F.embedding(task, self.task_embedding.weight, max_norm=1.0)
+    def embed(self, task: Tensor | None, training: bool = False) -> Tensor | None:
+        """Task embeddings (rows, T). Those longer than 1 are shortened in place, as the reference does; in
+        ``training`` those of all processes, so that their weights stay equal.
+        """
+        if task is None:
+            return None
+        weight, rows = self.task_embedding.weight, gather_values(task).long() if training else task
+        torch.embedding_renorm_(weight.detach(), rows, 1.0, 2.0)
+        return F.embedding(task, weight)
 
     # --- What planners need -------------------------------------------------------------------------
 

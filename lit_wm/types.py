@@ -91,6 +91,7 @@ class Spaces:
     obs: dict[str, Spec]
     action: dict[str, Spec]
     episode_length: int | None = field(default=None, compare=False)  # decisions until the time limit
+    unbounded: tuple[str, ...] = field(default=(), compare=False)  # actions whose range no one knows
 
     def to_plain(self) -> dict[str, Any]:
         """A plain dict for hyper-parameters and checkpoints."""
@@ -98,6 +99,7 @@ class Spaces:
             "obs": {k: s.to_plain() for k, s in self.obs.items()},
             "action": {k: s.to_plain() for k, s in self.action.items()},
             "episode_length": self.episode_length,
+            "unbounded": list(self.unbounded),
         }
 
     @classmethod
@@ -109,6 +111,7 @@ class Spaces:
             {k: Spec.from_plain(s) for k, s in plain["obs"].items()},
             {k: Spec.from_plain(s) for k, s in plain["action"].items()},
             plain.get("episode_length"),
+            tuple(plain.get("unbounded", ())),
         )
 
 

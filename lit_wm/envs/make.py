@@ -201,7 +201,7 @@ def read_spaces(env_id: str, **options: Any) -> Spaces:
     env = make_env(env_id, **options)
     try:
         spaces = spaces_from_gym(env.observation_space, env.action_space, env_id)
-        return replace(spaces, episode_length=env.episode_length)
+        return replace(spaces, episode_length=env.episode_length, unbounded=env.unbounded_actions)
     finally:
         env.close()
 

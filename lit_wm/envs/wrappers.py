@@ -79,6 +79,7 @@ class Vector:
             # Elements without finite bounds pass clipped to [-1, 1] but unscaled, as in the official code.
             self._low = np.where(finite, low, -1).astype(space.dtype)
             self._high = np.where(finite, high, 1).astype(space.dtype)
+            self.bounded = bool(finite.all())
             self._scaled = not (np.all(self._low == -1) and np.all(self._high == 1))
             low, high = np.full(space.shape, -1), np.full(space.shape, 1)
         low, high = low.astype(np.float32), high.astype(np.float32)
@@ -389,6 +390,11 @@ class StandardEnv(gym.Wrapper):
                 "  For rendered frames add the option pixels: true"
             )
         return spaces.Dict(stacked)
+
+    @property
+    def unbounded_actions(self) -> tuple[str, ...]:
+        """Continuous actions with an element without finite bounds."""
+        return tuple(e.name for _, e in self._action._leaves if isinstance(e, Vector) and not e.bounded)
 
     @property
     def episode_length(self) -> int | None:
