@@ -10,28 +10,43 @@ from lit_wm.envs import physics
 from lit_wm.training_cli import config_folders, load_yaml
 
 FOLDER = config_folders()[0]
-BASE = {"demo": "dreamer_atari", "demo_hour": "dreamer_atari", "official_atari": "dreamer_atari"}
+BASE = {
+    "debug_tdmpc2": "tdmpc2_cartpole",
+    "demo": "dreamer_atari",
+    "demo_hour": "dreamer_atari",
+    "official_atari": "dreamer_atari",
+}
 FILES = sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_configuration_runs(name, tmp_path, monkeypatch):
-    if "atari" in name or Path(name).stem in BASE:
+    if "atari" in name or "atari" in BASE.get(Path(name).stem, ""):
         pytest.importorskip("ale_py", reason="needs the extra 'atari'")
-    if "dmc" in name or "crafter" in name:
-        if "vision" in name and physics.choose_gl() is None and os.environ.get("MUJOCO_GL") == "disable":
+    if "mujoco" in name:
+        pytest.importorskip("mujoco")
+    if any(word in name for word in ("dmc", "finetune", "crafter")):
+        if (
+            ("vision" in name or "rgb" in name)
+            and physics.choose_gl() is None
+            and os.environ.get("MUJOCO_GL") == "disable"
+        ):
             pytest.skip("neither EGL nor OSMesa works here")
-        extra = "dmc" if "dmc" in name else "crafter"
+        extra = "crafter" if "crafter" in name else "dmc"
         pytest.importorskip({"dmc": "dm_control"}.get(extra, extra), reason=f"needs the extra {extra!r}")
     monkeypatch.chdir(tmp_path)
-    layers = [name, "overlay/debug.yaml"]
+    layers = [name, "overlay/debug_tdmpc2.yaml" if "tdmpc2" in name else "overlay/debug.yaml"]
     if name.startswith("overlay/"):
         layers = [BASE.get(Path(name).stem, "dreamer_cartpole") + ".yaml", *layers]
     # Neither the tracking nor the promises of the demo are at stake here.
     flags = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
     if Path(name).stem == "bf16":
         flags += ["--trainer.precision", "bf16-mixed"]
-    if any(name.startswith(f"dreamer_{new}") for new in ("dmc", "crafter", "robot", "catch")):
+    if "finetune" in name:  # tests/test_tdmpc2.py begins with a file
+        flags += ["--model.start_from", "null"]
+    if any(name.startswith(f"dreamer_{new}") for new in ("dmc", "crafter", "robot", "catch")) or (
+        name.startswith("tdmpc2")
+    ):
         flags += ["--trainer.max_steps", "20"]
     assert main(["fit", *(word for layer in layers for word in ("--config", layer)), *flags]) == 0
     assert list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
