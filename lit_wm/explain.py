@@ -28,6 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 from lit_wm.dreamerv3 import DreamerV3, DreamerV3Module
 from lit_wm.errors import ConfigError
+from lit_wm.nets.normed import PixelEncoder
+from lit_wm.planners import MPPI, Gradient
+from lit_wm.planners.mppi import MANY_ACTIONS, MORE_ITERATIONS
+from lit_wm.tdmpc2 import TDMPC2, TDMPC2Module
 from lit_wm.training_cli import TrainingCLI, guarded, read_command
 from lit_wm.types import Batch, Spec
 
@@ -80,6 +84,39 @@ def update_flops(model: DreamerV3, batch: int, length: int) -> int:
     return 2 * (rows * replayed + starts * imagined)
 
 
+def tdmpc2_flops(model: TDMPC2, batch: int, drawn: int = 2) -> tuple[int, int]:
+    """Arithmetic of one update and of one plan, counted likewise.
+
+    Args:
+        model: on any device. batch: windows of an update.
+        drawn: critics that an estimate evaluates; the reference evaluates all and keeps two.
+    """
+    area, h, w = {}, *(next(iter(model.spaces.obs.values())).hwc[:2] if model.image_keys else (0, 0))
+    for i, (kernel, stride) in enumerate(PixelEncoder.CONVS):
+        h, w = (h - kernel) // stride + 1, (w - kernel) // stride + 1
+        area[f"conv{i}"] = h * w
+
+    def count(name: str) -> int:
+        layers = {} if (part := getattr(model, name, None)) is None else dict(part.named_children())
+        return sum(layer.weight.numel() * area.get(n, 1) for n, layer in layers.items())  # type: ignore[operator, union-attr]
+
+    E, D, R, T, Pi, KQ = map(count, ("encoder", "dynamics", "reward", "termination", "policy", "critic"))
+    H, A, Q = model.horizon, model.action_dim, KQ // len(model.critic.first.weight) * drawn
+    tried = A if model.discrete else 1  # actions of which the policy loss asks the values
+    update = 2 * H * (E + Pi + Q) + 6 * E + 6 * H * (D + R + T + KQ) + (H + 1) * (6 * Pi + 4 * tried * Q)
+    planner, plan = model.planner, 2 * E
+    if planner is None:
+        return batch * update, plan + 2 * Pi
+    h, p = planner.horizon, planner.num_pi_trajs
+    plan += p * (2 * h * Pi + 2 * (h - 1) * D)
+    if isinstance(planner, Gradient):  # with all critics; all evaluations but the last go backwards too
+        value = 2 * (h * (R + D + T) + Pi + KQ)
+        return batch * update, plan + planner.num_candidates * (3 * planner.steps + 1) * value
+    assert isinstance(planner, MPPI)
+    laps = planner.iterations + MORE_ITERATIONS * (A >= MANY_ACTIONS)
+    return batch * update, plan + laps * planner.num_samples * 2 * (h * (R + D + T) + Pi + Q)
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages of all tensors that operations make, for as long as they live.
 
@@ -123,14 +160,14 @@ class _Blank:
     normal = uniform = exponential
 
 
-def update_memory(module: DreamerV3Module, batch: int, length: int) -> dict[str, int]:
+def update_memory(module: DreamerV3Module | TDMPC2Module, batch: int, length: int) -> dict[str, int]:
     """Bytes of one training process by purpose, from the trace of one update on the ``meta`` device.
 
     Args:
         module: built on ``meta``. batch: its sequences per update. length: their steps.
     """
-    model, lead = module.model, (batch, length)
-    model.follow_schedules(2**62)  # imagination at its full length
+    model, lead, noise = module.model, (batch, length), _Blank()
+    slow: nn.Module
 
     def blank(spec: Spec) -> Tensor:
         return torch.empty(*lead, *spec.shape, dtype=getattr(torch, spec.dtype))
@@ -145,18 +182,32 @@ def update_memory(module: DreamerV3Module, batch: int, length: int) -> dict[str,
             flag.clone(),
             flag.clone(),
         )
-        out = model.loss(data, model.initial(batch), _Blank(), module.trained)
-        out.total.backward()
-    groups = [sum(p.nbytes for p in model.group(k)) for k, on in module.trained.items() if on]
-    weights, slow = (sum(p.nbytes for p in m.parameters()) for m in (model, model.slowval))
-    # An optimizer's step makes two more tensors of each of its parameters while the batch's results live.
-    peak = max(live.peak, live.now + 2 * max(groups))
+        groups = [sum(p.nbytes for p in model.group(k)) for k, on in module.trained.items() if on]
+        if isinstance(model, DreamerV3):
+            model.follow_schedules(2**62)  # imagination at its full length
+            out = model.loss(data, model.initial(batch), noise, module.trained)
+            out.total.backward()
+            # An optimizer's step makes two more tensors of each of its parameters while the batch's results
+            # live.
+            peak, gradients, slow = max(live.peak, live.now + 2 * max(groups)), sum(groups), model.slowval
+        else:  # two optimizers, one after the other, whose steps need no more memory
+            if model.tasks and model.task_index is None:
+                data.task = torch.empty(batch, dtype=torch.int64)
+            foreseen = model.model_loss(data, noise)
+            if module.trained["model"]:
+                foreseen.total.backward()
+            for p in model.parameters():
+                p.grad = None
+            if module.trained["policy"]:
+                model.policy_loss(foreseen.zs, data.task, noise)[0].backward()
+            peak, gradients, slow = live.peak, max(groups), model.target_critic
+    weights, copy = (sum(p.nbytes for p in m.parameters()) for m in (model, slow))
     return {
-        "weights": weights - slow,
-        "slow critic": slow,
+        "weights": weights - copy,
+        "slow critic": copy,
         "optimizer": 2 * sum(groups),
-        "gradients": sum(groups),
-        "activations": peak - sum(groups),
+        "gradients": gradients,
+        "activations": peak - gradients,
     }
 
 
@@ -181,8 +232,9 @@ class _Inspection(TrainingCLI):
         devices = options.devices
         count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
         self.processes = max(1, count) * options.num_nodes
-        if not isinstance(self.model, DreamerV3Module):
-            raise ConfigError(f"explain knows lit_wm.DreamerV3Module only, not {type(self.model).__name__}")
+        if not isinstance(self.model, DreamerV3Module | TDMPC2Module):
+            kind = type(self.model).__name__
+            raise ConfigError(f"explain knows lit_wm.DreamerV3Module and TDMPC2Module only, not {kind}")
         self.model.model.compute_dtype = torch.bfloat16 if self.bf16 else torch.float32
         # The share of one process: it makes every update, with a part of the batch.
         for name in ("batch_size", "num_envs", "capacity", "max_env_steps"):
@@ -204,22 +256,27 @@ def resident_bytes() -> int:
 def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
     """Everything that can be said without training, in groups."""
     data: Any = cli.datamodule
-    module: DreamerV3Module = cli.model
+    module: DreamerV3Module | TDMPC2Module = cli.model
     model, spaces = module.model, module.model.spaces
     options = cli.config["fit"].trainer
     if options.logger is not False:
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")  # a run holds it too
     process, P = resident_bytes() / 1e9, cli.processes
     networks = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    slow, batch, length = networks.pop("slowval"), data.batch_size, data.batch_length
+    slow = networks.pop("slowval" if isinstance(model, DreamerV3) else "target_critic")
+    batch, length = data.batch_size, data.batch_length
     per_step = Fraction(str(data.train_ratio)) / (batch * P * length)
-    first = max(data.prefill, P * (batch * length + data.num_envs * (data.window - 1)))
+    ready = P * (batch * length + data.num_envs * (data.window - 1))
+    if data.within_episodes:  # the first episode that ends; this is the latest
+        ready = P * data.num_envs * max(spaces.episode_length or 0, length)
+    if data.utd is not None:
+        per_step = Fraction(str(data.utd))
+    first = max(data.prefill, ready)
     steps = data.max_env_steps and data.max_env_steps * P
-    updates = None if steps is None else 1 + int((steps - first) * per_step)
+    updates = None if steps is None else data.first_updates + int((steps - first) * per_step)
     if options.max_steps > 0 and (updates is None or updates > options.max_steps):
         updates = options.max_steps
-        steps = first + int((updates - 1) / per_step)
-    starts = batch * P * (model.imag_last or length)
+        steps = first + max(0, int((updates - data.first_updates) / per_step))
     rows = data.row_bytes(module.latent_specs())
     disk = min(data.capacity * P, steps or data.capacity * P) * sum(rows.values()) / 1e9
     folder = Path(data.replay_dir or cli.run_dir).absolute()
@@ -240,14 +297,13 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
             "networks": {k: n for k, n in networks.items() if n},
             "copy of the critic": slow,
             "compute": "bfloat16" if cli.bf16 else "float32",
-            "discount": f"gamma = 1 - 1/{model.horizon:g} = {1 - 1 / model.horizon:.6f}",
-            "imagination": f"{model.imag_length} steps from {starts:,} states",
-            "TFLOP per update": update_flops(model, batch * P, length) / 1e12,
+            **_algorithm(model, batch * P, length),
         },
         "training": {
             "batch": f"{batch * P} x {length} steps, {data.replay_context} of context",
             "updates per env step": str(per_step),
-            "replayed steps per env step": data.train_ratio,
+            "replayed steps per env step": float(per_step * batch * P * length),
+            **({"updates at the beginning": data.first_updates} if data.first_updates > 1 else {}),
             "first update after env steps": first,
             "env steps": steps,
             "updates": updates,
@@ -267,6 +323,26 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
             **({"environments": "a process each, not counted"} if data.vectorization == "async" else {}),
             "tensors": tensors,
         },
+    }
+
+
+def _algorithm(model: DreamerV3 | TDMPC2, batch: int, length: int) -> dict[str, Any]:
+    """What is the algorithm's own: discount, imagination or planning, arithmetic."""
+    if isinstance(model, DreamerV3):
+        starts = batch * (model.imag_last or length)
+        return {
+            "discount": f"gamma = 1 - 1/{model.horizon:g} = {1 - 1 / model.horizon:.6f}",
+            "imagination": f"{model.imag_length} steps from {starts:,} states",
+            "TFLOP per update": update_flops(model, batch, length) / 1e12,
+        }
+    update, plan = tdmpc2_flops(model, batch)
+    gammas = " and ".join(f"{g:.6g}" for g in sorted(set(model.gammas)))
+    return {
+        "discount": f"gamma = {gammas}",
+        **({"tasks": len(model.tasks)} if model.tasks else {}),
+        "planning": str(model.planner or "none: the policy acts"),
+        "TFLOP per update": update / 1e12,
+        "TFLOP per plan": plan / 1e12,
     }
 
 
@@ -292,11 +368,13 @@ class _Stopwatch(pl.Callback):
         collect: Callable[..., int] = collector.collect
 
         def timed(*args: Any) -> int:
-            begin = _now()
-            self.rows.append(collect(*args))
-            self.collects.append(_now() - begin)
-            self._begin = self._begin + self.collects[-1]
-            return self.rows[-1]
+            begin, random = _now(), collector.prefilling
+            rows = collect(*args)
+            self._begin = self._begin + (took := _now() - begin)
+            if not random:  # as most of the run will be
+                self.rows.append(rows)
+                self.collects.append(took)
+            return rows
 
         collector.collect = timed
 
@@ -320,6 +398,7 @@ def measure(argv: list[str], count: int, training: dict[str, Any]) -> dict[str, 
     options, evaluate, watch = cli.config["fit"].trainer, cli.config_init["fit"].evaluate, _Stopwatch()
     steps = training["first update after env steps"]
     steps += int((count + COLD) / Fraction(training["updates per env step"])) + 3 * data.num_envs
+    data.first_updates = 1  # steps between the updates, as later on
     data.capacity = min(data.capacity, 2 * steps)  # what is measured fits into the temporary folder
     with tempfile.TemporaryDirectory() as folder:
         data.replay_dir = folder

@@ -340,6 +340,7 @@ class TDMPC2(WorldModel):
                 f"model.discount is {discount}, discount_min {discount_min} and discount_max {discount_max}; "
                 f"expected numbers of 0 to 1, one or {len(lengths)} for the tasks"
             )
+        self.gammas = gammas
         discounts = torch.tensor(gammas, dtype=torch.float32)
         self.register_buffer("discount", discounts if self.tasks else discounts[0], persistent=False)
 

@@ -8,8 +8,9 @@ import torch
 
 from lit_wm.cli import main
 from lit_wm.dreamerv3 import DreamerV3
-from lit_wm.explain import LiveBytes, _Inspection, update_flops
-from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, dreamerv3_sizes
+from lit_wm.explain import LiveBytes, _Inspection, tdmpc2_flops, update_flops
+from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, TDMPC2_PARAMETERS, dreamerv3_sizes, tdmpc2_sizes
+from lit_wm.tdmpc2 import TDMPC2
 from lit_wm.types import Spaces, Spec
 
 CARTPOLE = ["--config", "dreamer_cartpole", "--config", "overlay/debug"]
@@ -36,6 +37,64 @@ def test_the_arithmetic_of_an_update_is_the_official_programs(preset):
         with torch.device("meta"):
             model = DreamerV3(spaces, **dreamerv3_sizes(preset))
         assert update_flops(model, 16, 64) / 1e12 == pytest.approx(expected, rel=5e-5)
+
+
+# GFLOP of an update of 256 windows, of a plan as the authors' code computes it, and of one with two critics.
+GFLOP = {
+    "1m": (8.8, 13.2, 13.2), "5m": (40.5, 46.4, 35.8), "19m": (141, 156, 120), "48m": (354, 375, 287),
+    "317m": (2452, 2206, 1363),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", GFLOP)
+def test_the_arithmetic_of_tdmpc2s_updates_and_plans(preset):
+    with torch.device("meta"):
+        sizes = tdmpc2_sizes(preset)
+        model = TDMPC2(SPACES["vector"], **sizes)
+    whole, two = tdmpc2_flops(model, 256, drawn=sizes["num_q"]), tdmpc2_flops(model, 256)
+    update, plan, plan_with_two = GFLOP[preset]
+    assert whole[0] / 1e9 == pytest.approx(update, rel=5e-3)
+    assert whole[1] / 1e9 == pytest.approx(plan, rel=5e-3)
+    assert two[1] / 1e9 == pytest.approx(plan_with_two, rel=5e-3)
+
+
+def test_the_dmc_configuration_of_tdmpc2_in_numbers(capsys):
+    pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
+    known = explained(capsys, "--config", "tdmpc2_dmc")
+    assert known["model"]["parameters"] == pytest.approx(TDMPC2_PARAMETERS["vector"]["5m"], rel=2e-3)
+    assert known["model"]["copy of the critic"] == known["model"]["networks"]["critic"]
+    assert known["model"]["discount"] == "gamma = 0.99"
+    assert "num_samples=512" in known["model"]["planning"]
+    training = known["training"]
+    assert (training["updates per env step"], training["first update after env steps"]) == ("1", 2500)
+    assert training["updates"] == 1_000_000
+    memory = known["memory GB"]["tensors"]
+    # weights, Adam and target; gradients are of the model, then of the policy
+    total = sum(memory[k] for k in ("weights", "optimizer", "slow critic", "gradients"))
+    assert 0.9 * 0.091 < total < 1.05 * 0.091
+    assert 0.02 < memory["activations"] < 0.5
+
+
+@pytest.mark.parametrize("more", [
+    ["--data.env", "lit_wm/Dummy-v0", "--data.env_options", "{obs: [image], actions: continuous}"],
+    ["--model.planner", "gradient", "--model.planner_options", "null"],
+    ["--model.tasks", "mt30", "--model.task", "pendulum-swingup"],
+    ["--model.train_world_model", "false", "--model.train_critic", "false", "--model.planner", "policy"],
+], ids=["pixels", "gradient", "tasks", "policy"])  # fmt: skip
+def test_every_kind_of_tdmpc2_is_explained(more, capsys):
+    known = explained(capsys, "--config", "tdmpc2_pendulum", "--config", "overlay/debug_tdmpc2", *more)
+    assert known["model"]["TFLOP per plan"] > 0
+    assert known["memory GB"]["tensors"]["activations"] > 0
+
+
+def test_a_measurement_of_tdmpc2_times_steps_that_plan(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--config", "tdmpc2_pendulum", "--config", "overlay/debug_tdmpc2", "--trainer.max_steps", "1000"]
+    seconds = [
+        1 / explained(capsys, *argv, "--measure", "4", *more)["time"]["env steps per second"]
+        for more in ([], ["--model.planner", "policy"])
+    ]
+    assert seconds[0] > 1.5 * seconds[1]
 
 
 def test_the_atari_configuration_in_numbers(capsys):
