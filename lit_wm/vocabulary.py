@@ -52,6 +52,10 @@ def _preset(size: Any) -> Any:
     return f"size{str(size).lower()}" if str(size)[:1].isdigit() else size
 
 
+def _tdmpc2_preset(size: Any) -> Any:
+    return f"{size}m" if str(size).isdigit() else str(size).lower()
+
+
 def _return_norm(kind: Any) -> Any:
     return {"mean_std": "meanstd", "percentile": "perc", "percentiles": "perc"}.get(str(kind), kind)
 
@@ -152,6 +156,17 @@ TABLE = (
 )
 # fmt: on
 INDEX = {name: row for row in TABLE for name in row.names.split()}
+# Names of the table that say something else of TD-MPC2.
+TDMPC2_TABLE = (
+    Row("discount gamma", ("model.discount",)),
+    Row("horizon", ("model.horizon",), note="steps of a plan; data.batch_length is one more"),
+    Row("tau entropy_coef reward_coef", ("model.*",)),
+    Row("model_size", ("model.preset",), _tdmpc2_preset),
+    Row("latent_size embed_size embed_dim", ("model.latent_dim",)),
+    Row("learning_rate model_lr", ("model.lr",)),
+    Row("grad_clip", ("model.grad_clip",), note="of the model's gradients, and of the policy's"),
+)
+TDMPC2_INDEX = INDEX | {name: row for row in TDMPC2_TABLE for name in row.names.split()}
 
 
 def old_name(path: str) -> str:
@@ -214,6 +229,7 @@ class Translator:
     def __init__(self, known: Mapping[str, list[str]]):
         self.known, self.notes = known, list[str]()
         self.dreamer = "imag_length" in known["model"]
+        self.rows = TDMPC2_INDEX if "task_like" in known["model"] else INDEX
         self._kl: dict[str, float] = {}  # of all layers, as they multiply
 
     def translate(self, layer: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +241,7 @@ class Translator:
         said: dict[str, tuple[str, Any]] = {}
         for path, tree, key in _entries(layer):
             name, shown = old_name(path), path.replace(".init_args", "")
-            row = INDEX[name]
+            row = self.rows[name]
             ours = "." in path and name in self.known[path.split(".")[0]]
             if ours or not all(map(self._takes, row.options(name))) or (row.refused and not self.dreamer):
                 continue

@@ -285,3 +285,32 @@ def test_the_page_has_every_name_and_names_only_what_exists():
 def test_a_flag_with_a_dict_and_an_old_name_are_merged(flags, key, meant):
     config = said(*flags)
     assert {k.removeprefix(f"{key}."): v for k, v in config.items() if k.startswith(key)} == meant
+
+
+@pytest.mark.parametrize(("name", "value", "becomes"), [
+    ("gamma", 0.97, {"model.discount": 0.97}),  # not the horizon 1 / (1 - gamma), which is of a plan here
+    ("discount", 0.97, {"model.discount": 0.97}),
+    ("horizon", 5, {"model.horizon": 5}),
+    ("tau", 0.005, {"model.tau": 0.005}),
+    ("entropy_coef", 1e-3, {"model.entropy_coef": 1e-3}),
+    ("reward_coef", 0.2, {"model.reward_coef": 0.2}),
+    ("model_size", 19, {"model.preset": "19m"}),
+    ("model_size", "5M", {"model.preset": "5m"}),
+    ("latent_size", 64, {"model.latent_dim": 64}),
+    ("learning_rate", 1e-3, {"model.lr": 1e-3}),
+    ("grad_clip", 10.0, {"model.grad_clip": 10.0}),
+    ("batch_size", 64, {"data.batch_size": 64}),
+    ("steps", 5000, {"data.max_env_steps": 5000}),
+])  # fmt: skip
+def test_old_names_of_tdmpc2_are_its_own_options(name, value, becomes):
+    flags = ["--model", "lit_wm.TDMPC2Module", f"--{name}", str(value)]
+    assert said(*flags) == becomes
+    ((path, _),) = becomes.items()
+    flags[2] = f"--{path.split('.')[0]}.{name}"
+    assert said(*flags) == ({} if flags[2] == f"--{path}" else becomes)  # an own name stays a flag
+
+
+@pytest.mark.parametrize("name", ["kl_scale", "imag_horizon", "rssm_hidden", "cnn_depth", "recon_coef"])
+def test_dreamers_names_mean_nothing_to_tdmpc2(name, capsys):
+    assert said("--model", "lit_wm.TDMPC2Module", f"--model.{name}", "3") == {}  # fit refuses the flag
+    assert capsys.readouterr().err == ""
