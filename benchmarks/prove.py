@@ -290,7 +290,7 @@ def machine() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("task", choices=PROOFS)
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
+    parser.add_argument("--jobs", type=int, default=3, help="trainings at a time (3)")
     parser.add_argument(
         "--runs", type=Path, default=ROOT / "runs" / "prove", help="where runs are (runs/prove)"
     )
