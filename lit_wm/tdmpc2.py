@@ -319,17 +319,19 @@ class TDMPC2(WorldModel):
                     "episodic: false; the reference has no other"
                 )
             largest = max(t.obs for t in self.tasks), max(t.action for t in self.tasks)
-            if self.task_index is None and own != largest or own[0] > largest[0] or own[1] > largest[1]:
+            fits = [largest] if self.task_index is None else [self.tasks[self.task_index][1:3], largest]
+            if own not in fits:
+                sizes = " or ".join(f"{obs} and {action}" for obs, action in fits)
                 raise ConfigError(
-                    f"the data has {own[0]} observed numbers and {own[1]} action numbers, the largest of "
-                    f"model.tasks {largest[0]} and {largest[1]}\nSay with model.task which task it is, or "
-                    "train on data that is filled up to the largest"
+                    f"the data has {own[0]} observed numbers and {own[1]} action numbers; expected {sizes}, "
+                    f"as {f'the task {task} or ' if task else ''}the largest of model.tasks\n"
+                    "Say with model.task which task it is or a new name, or fill the data up to the largest"
                 )
             self.obs_dim, self.action_dim = largest
             self.task_embedding = nn.Embedding(len(self.tasks), task_dim)
             nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
-            sizes = torch.tensor([t.action for t in self.tasks])
-            mask = (torch.arange(self.action_dim) < sizes.unsqueeze(1)).float()
+            used = torch.tensor([t.action for t in self.tasks])
+            mask = (torch.arange(self.action_dim) < used.unsqueeze(1)).float()
             self.register_buffer("action_mask", mask)
         lengths = [t.episode_length for t in self.tasks] or [spaces.episode_length or 1000]
         gammas = [min(max(1 - discount_denom / n, discount_min), discount_max) for n in lengths]

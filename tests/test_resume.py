@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datamodules import ReplayDataModule
-from lit_wm import DreamerV3Module
+from lit_wm import DreamerV3Module, TDMPC2Module
 from lit_wm.callbacks import Evaluate, ResumableCheckpoint
 
 UPDATES, SAVED_AT, KILLED_AT = 40, 20, 27
@@ -19,6 +19,9 @@ WORLDS = {
     "CartPole-v1": {"num_envs": 2, "capacity": 96},
     "atari:pong": {"num_envs": 1, "capacity": 64, "env_options": {"size": 48, "gray": False}},
     "lit_wm/LidarRobot-v0": {"num_envs": 2, "capacity": 96, "epsilon": 0.1, "action_noise": 0.2},
+    # TD-MPC2: its windows, plans that go on from the last one, discrete actions and ends by themselves.
+    "tdmpc2:Pendulum-v1": {"num_envs": 2, "capacity": 60, "env_options": {"time_limit": 12}, "prefill": 30},
+    "tdmpc2:CartPole-v1": {"num_envs": 2, "capacity": 70, "env_options": {"time_limit": 15}, "prefill": 36},
     "dmc:reacher_hard": {"num_envs": 1, "capacity": 96, "env_options": {"time_limit": 30}},
 }
 
@@ -30,15 +33,32 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def train(root, env, told=None):
-    """Train to UPDATES in ``root``, from its last checkpoint if any; ``told`` hears of each update."""
-    torch.set_num_threads(1)
-    pl.seed_everything(3)
+SEARCH = {"num_samples": 16, "num_elites": 4, "num_pi_trajs": 4, "iterations": 2}
+
+
+def make(env):
+    """Data and module of one of the worlds."""
+    if env.startswith("tdmpc2:"):
+        windows = {"batch_size": 4, "batch_length": 4, "windows": "episode", "utd": 1, "first_updates": 5}
+        data = ReplayDataModule(env.removeprefix("tdmpc2:"), seed=3, **windows, **WORLDS[env])
+        episodic = "CartPole" in env
+        return data, TDMPC2Module(
+            data.spaces, "debug", planner_options=SEARCH, episodic=episodic, log_every=7, seed=3
+        )
     data = ReplayDataModule(
         env, batch_size=2, batch_length=8, train_ratio=8, replay_context=1, seed=3, **WORLDS[env]
     )
     options = OPTIONS if env.startswith("lit_wm/") else {}
-    module = DreamerV3Module(data.spaces, preset="debug", lr=1e-3, warmup=3, log_every=7, seed=3, **options)
+    return data, DreamerV3Module(
+        data.spaces, preset="debug", lr=1e-3, warmup=3, log_every=7, seed=3, **options
+    )
+
+
+def train(root, env, told=None):
+    """Train to UPDATES in ``root``, from its last checkpoint if any; ``told`` hears of each update."""
+    torch.set_num_threads(1)
+    pl.seed_everything(3)
+    data, module = make(env)
     evaluate = Evaluate(episodes=1, max_episode_steps=12, windows=1, window_length=8)
 
     class Tell(pl.Callback):

@@ -11,13 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datamodules import ReplayDataModule
 from lit_wm.callbacks.evaluate import run_episodes
 from lit_wm.cli import main
-from lit_wm.errors import ConfigError, LitWMError, NotSupported
+from lit_wm.errors import CheckpointError, ConfigError, LitWMError, NotSupported
 from lit_wm.nets.normed import Layers
 from lit_wm.noise import NoiseStreams
 from lit_wm.strategy import ReplicatedStrategy
@@ -569,9 +570,21 @@ WRONG: dict[str, tuple[Spaces, dict[str, Any], str]] = {
                   r"not by \['gear', 'move'\] with discrete \['gear'\]"),
     "task-alone": (VECTOR, {"task": "small"}, "model.task is 'small', but model.tasks names no tasks"),
     "task-set": (VECTOR, {"tasks": "mt3"}, "unknown task set 'mt3'"),
-    "task-sizes": (spaces_of(Spec("float32", (6,))), {"tasks": TASKS, "task": "small"},
-                   "data has 6 observed numbers and 3 action numbers, the largest of model.tasks 5 and 3"),
-    "task-unsaid": (spaces_of(Spec("float32", (3,))), {"tasks": TASKS}, "Say with model.task which"),
+    "task-sizes": (
+        spaces_of(Spec("float32", (6,))),
+        {"tasks": TASKS, "task": "small"},
+        "data has 6 observed numbers and 3 action numbers; expected 3 and 1 or 5 and 3, as the task small or",
+    ),
+    "task-other": (
+        spaces_of(Spec("float32", (3,)), Spec("float32", (2,))),
+        {"tasks": TASKS, "task": "small"},
+        "data has 3 observed numbers and 2 action numbers; expected 3 and 1 or 5 and 3",
+    ),
+    "task-unsaid": (
+        spaces_of(Spec("float32", (3,))),
+        {"tasks": TASKS},
+        "expected 5 and 3, as the largest of model.tasks(?s:.)*Say with model.task which task it is",
+    ),
     "task-images": (spaces_of(IMAGE), {"tasks": TASKS}, "several tasks(?s:.)*vector observations"),
     "discounts": (VECTOR, {"tasks": TASKS, "discount": [0.9]}, "one or 2 for the tasks"),
     "simnorm": (VECTOR, {"simnorm_dim": 7}, "model.latent_dim is 16; expected a multiple of simnorm_dim, 7"),
@@ -643,3 +656,87 @@ def test_an_action_space_without_bounds_is_refused(
     error = capsys.readouterr().err
     assert "TD-MPC2 searches actions between bounds; action has none" in error
     assert len(error.strip().splitlines()) <= 5
+
+
+# --- A further task for a converted checkpoint --------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "parity" / "data" / "tdmpc2" / "official_checkpoint_old_format_multitask.pt"
+OFFICIAL = [  # the file's three tasks, of which it tells the largest alone
+    {"name": "a", "obs": 3, "action": 1, "episode_length": 100},
+    {"name": "b", "obs": 8, "action": 4, "episode_length": 100},
+    {"name": "c", "obs": 6, "action": 3, "episode_length": 1000},
+]
+
+
+class Start(pl.Callback):
+    """The weights before the first update, and what it looked up."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.state = {k: v.clone() for k, v in module.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("task", "like"), [("swing", None), ("swing", "b"), ("a", None)])
+def test_a_converted_checkpoint_is_finetuned(task: str, like: str | None, tmp_path: Path) -> None:
+    file, data, start = tmp_path / "ours.ckpt", pendulum(), Start()
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(yaml.safe_dump(OFFICIAL))
+    assert main(["convert", "tdmpc2", str(GOLDEN), "-o", str(file), "--tasks", str(tasks)]) == 0
+    theirs = torch.load(file, weights_only=True)
+    given = {k.removeprefix("model."): v for k, v in theirs["state_dict"].items() if k.startswith("model.")}
+    sizes = {k: theirs["hyper_parameters"][k] for k in ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers",
+                                                        "num_q", "task_dim", "num_bins")}  # fmt: skip
+    module = TDMPC2Module(
+        data.spaces, "debug", **sizes, tasks=OFFICIAL, task=task, task_like=like, start_from=str(file),
+        planner_options=SEARCH, log_every=1,
+    )  # fmt: skip
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=3, logger=False, callbacks=[start], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    try:
+        trainer.fit(module, data)
+    finally:
+        data.close()
+    row, new, old = {"swing": 3, "a": 0}[task], task == "swing", "task_embedding.weight"
+    assert module.model.task_index == row
+    assert start.state.keys() == given.keys()
+    for name, value in given.items():
+        if name not in (old, "action_mask"):
+            assert torch.equal(start.state[name], value), name
+    rows, after = start.state[old], module.model.task_embedding.weight.detach()
+    assert torch.equal(rows[:3], given[old])
+    assert len(rows) == 3 + new
+    if like:
+        assert torch.equal(rows[3], given[old][1])
+    elif new:
+        assert float(rows[3].abs().max()) <= 0.02
+    moved = [bool((a != b).any()) for a, b in zip(after, rows, strict=True)]
+    assert moved == [i == row for i in range(len(rows))]
+    # One action of the largest task's four.
+    mask = module.model.action_mask
+    assert mask.sum(1).tolist() == [1, 4, 3] + [1] * new
+    _, state = module.act(torch.zeros(1, 3))
+    assert state.task.tolist() == [row]
+    assert state.plan.shape == (1, 3, 4)
+    assert float(state.plan[..., 0].abs().min()) > 0 == float(state.plan[..., 1:].abs().max())
+    assert module.model.discount[row] == pytest.approx(0.95)
+
+
+def test_weights_of_other_networks_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    torch.save({"state_dict": make_module().state_dict()}, file)
+    for options, message in (
+        ({"mlp_dim": 25}, "other networks than this configuration's, in critic.0.bias"),
+        ({"tasks": TASKS, "task": "large"}, "other networks.*task_embedding|other networks.*critic.0.weight"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            make_module(**options).model.load_weights(file)
+    (tmp_path / "b.ckpt").write_text("nothing")
+    for name in ("b.ckpt", "c.ckpt"):
+        with pytest.raises(CheckpointError, match=f"model.start_from .*{name}: not a checkpoint of lit-wm"):
+            make_module().model.load_weights(tmp_path / name)
+    torch.save({"state_dict": of_kind("tasks").state_dict()}, file)
+    further = make_module(tasks=TASKS, task="new").model
+    with pytest.raises(ConfigError, match="model.task_like is 'lrge': no task of the checkpoint.*large"):
+        further.load_weights(file, "lrge")
