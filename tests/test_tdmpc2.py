@@ -4,6 +4,7 @@ within several processes, and one clear sentence for each thing it cannot do.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -740,3 +741,21 @@ def test_weights_of_other_networks_are_refused(tmp_path: Path) -> None:
     further = make_module(tasks=TASKS, task="new").model
     with pytest.raises(ConfigError, match="model.task_like is 'lrge': no task of the checkpoint.*large"):
         further.load_weights(file, "lrge")
+
+
+def test_a_checkpoint_is_evaluated_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = ["--config", "tdmpc2_cartpole", "--config", "overlay/debug_tdmpc2"]
+    assert main(["fit", *layers, "--trainer.logger", "false", "--name", "one"]) == 0
+    run = "runs/CartPole-v1/one"
+    scores = []
+    for file in ("a.json", "b.json"):
+        assert main(["evaluate", "--ckpt", run, "--episodes", "3", "--json", file]) == 0
+        scores.append(json.loads(Path(file).read_text()))
+    assert scores[0]["returns"] == scores[1]["returns"]
+    assert len(scores[0]["returns"]) == 3
+    assert scores[0]["class_path"] == "lit_wm.tdmpc2.TDMPC2Module"
+    assert main(["export", "--ckpt", run, "-o", "alone.ckpt"]) == 0
+    module = TDMPC2Module.load_from_checkpoint("alone.ckpt", weights_only=True)
+    assert module.model.episodic
+    assert module.model.discrete

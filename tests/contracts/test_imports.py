@@ -35,6 +35,7 @@ def test_the_public_names():
         "Spaces",
         "Spec",
         "State",
+        "TDMPC2Module",
         "Trajectory",
         "__version__",
     ]
