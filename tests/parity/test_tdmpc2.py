@@ -19,8 +19,9 @@ GRADIENT            1e-4, 1e-7 abs.   gradients before clipping, and their norms
 PARAMETER           1e-6 abs.         parameters and target critics, per update done; pixels 1e-5
 ==================  ================  ================================================================
 
-Limits of the second update on are ten times those of the first. A plan weighs candidates by exp(value / 2):
-one unit in the last place of a value of 1,000 moves its mean by 5e-5, hence the limit on whole plans.
+Limits of the second update on are ten times those of the first. A plan weighs candidates by exp(value / 2),
+and values of 100 to 2,900 differ by 1e-4 and more in float32 once sums are taken in another order: the means
+move by as much, and over the iterations it adds up. So only single iterations are held to FORWARD.
 Adam divides a first gradient by its own size, so an entry whose gradient is rounding noise takes any step of
 up to lr. A parameter may be off by three times that times ROUNDING * (largest gradient) / (its own gradient).
 """
