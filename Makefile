@@ -52,8 +52,9 @@ check: $(VENV)/.installed-$(SUITES)+dev  ## format, lint, types, import rules, f
 	$(BIN)/lint-imports
 	$(ENV) $(BIN)/python -m pytest -q $(FAST_TESTS)
 
-bench: $(VENV)/.installed-atari  ## time of one update and its share of the GEMM peak
+bench: $(VENV)/.installed-atari  ## time of updates and plans, and their share of the GEMM peak
 	$(ENV) $(BIN)/python benchmarks/step.py
+	$(ENV) $(BIN)/python benchmarks/plan.py
 
 $(PROOFS): prove-%: $(VENV)/.installed-plots
 	$(BIN)/python benchmarks/prove.py $*

@@ -1,4 +1,4 @@
-"""Time of one DreamerV3 update and its share of this machine's matrix-product rate.
+"""Time of one update of DreamerV3, and its share of this machine's matrix-product rate.
 
     python benchmarks/step.py [CASE ...] [--precision 32-true|bf16-mixed] [--threads N] [--repeats N] [--out
     FILE]
@@ -30,6 +30,7 @@ from lit_wm.dreamerv3 import DreamerV3
 from lit_wm.noise import NoiseStreams
 from lit_wm.optim import LaProp
 from lit_wm.presets import dreamerv3_sizes
+from lit_wm.tdmpc2 import TDMPC2
 from lit_wm.types import Batch, Spaces, Spec
 
 CASES = ("size1m/vector", "size12m/vector", "size12m/image")
@@ -100,6 +101,25 @@ def make_update(preset: str, kind: str, precision: str) -> tuple[DreamerV3, Call
         return total.detach()
 
     return model, update
+
+
+def tdmpc2_optimizers(model: TDMPC2) -> list[torch.optim.Optimizer]:
+    """Those of ``TDMPC2Module``, for a model without a Trainer: of the model and of the policy."""
+    encoder = list(model.encoder.parameters())
+    rest = [p for p in model.group("model") if all(p is not q for q in encoder)]
+    groups = [{"params": encoder, "lr": 9e-5}, {"params": rest}]
+    policy = torch.optim.Adam(model.group("policy"), lr=3e-4, eps=1e-5, fused=True)
+    return [torch.optim.Adam(groups, lr=3e-4, fused=True), policy]
+
+
+def optimise(loss: torch.Tensor, opt: torch.optim.Optimizer, clip: float = 20.0) -> None:
+    """Backward, clipping and step, as ``WorldModelModule.optimise``."""
+    loss.backward()
+    grads = [p.grad for g in opt.param_groups for p in g["params"] if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()
+    torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+    opt.step()
+    opt.zero_grad(set_to_none=True)
 
 
 def measure(case: str, precision: str, threads: int, repeats: int) -> dict[str, object]:

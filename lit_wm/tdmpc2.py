@@ -707,25 +707,23 @@ class TDMPC2(WorldModel):
         if task is not None:
             gamma = gamma.repeat_interleave(S)
             task = task.repeat_interleave(S)
-        # The first layers of reward and dynamics as one product, by the parts of their input: what does not
-        # differ between candidates (the start, the task) is multiplied once.
-        firsts, L = (self.reward.first, self.dynamics.first), self.latent_dim
-        weight = torch.cat([f.weight for f in firsts]).to(self.compute_dtype)
-        bias = torch.cat([f.bias for f in firsts]).to(self.compute_dtype)
-        w_z, w_task, w_a = weight[:, :L], weight[:, L:-A], weight[:, -A:]
-        if emb is not None:
-            bias = F.linear(emb.to(self.compute_dtype), w_task, bias)
+        # The first layers of reward and dynamics by the parts of their input: what does not differ between
+        # candidates (the start, the task) is multiplied once.
+        L, parts = self.latent_dim, []
+        for net in (self.reward, self.dynamics):
+            weight, bias = (p.to(self.compute_dtype) for p in (net.first.weight, net.first.bias))
+            if emb is not None:
+                bias = F.linear(emb.to(self.compute_dtype), weight[:, L:-A], bias)
+            parts.append((net, weight[:, :L], weight[:, -A:], bias.view(-1, 1, len(weight))))
         z, total = state.deter, a.new_zeros((), dtype=torch.float32)
         discount = alive = torch.ones_like(total)
         for step in range(H):
-            h = F.linear(a[step], w_a)
-            if step == 0:
-                h = h.view(N, S, -1) + F.linear(z.to(h.dtype), w_z, bias).view(N, 1, -1)
-            else:
-                h = torch.addmm(h, z.to(h.dtype), w_z.T).view(N, S, -1) + bias.view(-1, 1, bias.shape[-1])
-            to_reward, to_next = h.view(N * S, -1).split([f.bias.shape[0] for f in firsts], -1)
-            reward = symlog_two_hot_mean(self.reward.after_first(to_reward), self.bins)
-            z = self.dynamics.after_first(to_next)
+            z, out = z.to(self.compute_dtype), []
+            for net, w_z, w_a, bias in parts:
+                h = F.linear(a[step], w_a).view(N, S, -1)
+                h = h.add_(F.linear(z, w_z).unsqueeze(1) + bias if step == 0 else bias).view(N * S, -1)
+                out.append(net.after_first(h if step == 0 else h.addmm_(z, w_z.T)))
+            reward, z = symlog_two_hot_mean(out[0], self.bins), out[1]
             total = total + discount * alive * reward
             discount = discount * gamma
             if self.episodic:

@@ -18,31 +18,37 @@ from lit_wm.nets.layers import PIECE
 NORM_EPS = 1e-5
 
 
-def mish(x: Tensor) -> Tensor:
-    """x tanh(ln(1 + e^x)), by one exponential: n / (n + 2) with n = e^x (e^x + 2) is the tanh."""
+def mish(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x tanh(ln(1 + e^x)), by one exponential: the tanh is h / (h + 1) with h = e^x + e^2x / 2."""
     e = x.clamp(max=20.0).exp_()
-    n = e.add(2.0).mul_(e)
-    return n.div_(n + 2.0).mul_(x)
+    h = torch.addcmul(e, e, e, value=0.5)
+    torch.add(h, 1.0, out=e)
+    return torch.div(h, e, out=out).mul_(x)
 
 
 def _mish_slope(x: Tensor) -> Tensor:
-    """Derivative of :func:`mish`: t + 4 x (n - e) / (n + 2)^2 with t = n / (n + 2)."""
+    """Derivative of :func:`mish`: q (h + x h' q) with q = 1 / (h + 1) and h' = 2 h - e^x."""
     e = x.clamp(max=20.0).exp_()
-    n = e.add(2.0).mul_(e)
-    inv = n.add(2.0).reciprocal_()
-    return (n - e).mul_(inv).mul_(x).mul_(4.0).add_(n).mul_(inv)
+    h = torch.addcmul(e, e, e, value=0.5)
+    q = h.add(1.0).reciprocal_()
+    return h.sub_(e.sub_(h, alpha=2.0).mul_(q).mul_(x)).mul_(q)
 
 
 class _NormMish(torch.autograd.Function):
-    """LayerNorm then Mish over the last axis; saves the input and two numbers per row, not the rest."""
+    """LayerNorm then Mish over the last axis, for a CPU: piece by piece, so that what passes from one to the
+    other stays in its cache. Saves the input and two numbers per row, not the rest.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
-        for part, w, b, y, m, r in _parts(x, weight, bias, out, mean, rstd):
-            hat, m_, r_ = torch.native_layer_norm(part.float(), part.shape[-1:], None, None, NORM_EPS)
-            y.copy_(mish(torch.addcmul(b, hat, w)))
+        for part, w, b, y, m, r in _pieces(x, weight, bias, out, mean, rstd):
+            normed, m_, r_ = torch.native_layer_norm(part.float(), w.shape, w, b, NORM_EPS)
+            if y.dtype == torch.float32:
+                mish(normed, out=y)
+            else:
+                y.copy_(mish(normed))
             m.copy_(m_), r.copy_(r_)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return out
@@ -50,36 +56,46 @@ class _NormMish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        grad_x, grad_w, grad_b = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        parts = _parts(x, weight, bias, grad, mean, rstd, grad_x, affine=(grad_w, grad_b))
-        for part, w, b, g, m, r, out, gw, gb in parts:
-            hat = (part.float() - m).mul_(r)
-            g = _mish_slope(torch.addcmul(b, hat, w)).mul_(g)
-            gw += (g * hat).sum(-2, keepdim=gw.ndim > 1)
-            gb += g.sum(-2, keepdim=gb.ndim > 1)
-            g.mul_(w)
-            shift = g.mean(-1, keepdim=True)
-            dot = (g * hat).mean(-1, keepdim=True)
-            out.copy_(g.sub_(shift).addcmul_(hat, dot, value=-1.0).mul_(r))
+        grad_x, grad_w, grad_b = torch.empty_like(grad), torch.zeros_like(weight), torch.zeros_like(bias)
+        pieces = _pieces(x, weight, bias, grad, mean, rstd, grad_x, affine=(grad_w, grad_b))
+        for part, w, b, g, m, r, gx, gw, gb in pieces:
+            part = part.float()
+            slope = _mish_slope(torch.native_layer_norm(part, w.shape, w, b, NORM_EPS)[0]).mul_(g)
+            gx_, gw_, gb_ = torch.ops.aten.native_layer_norm_backward(
+                slope, part, w.shape, m, r, w, b, (True, True, True)
+            )
+            gx.copy_(gx_), gw.add_(gw_), gb.add_(gb_)
         return grad_x, grad_w, grad_b
 
 
-def _parts(
+def _pieces(
     x: Tensor, weight: Tensor, bias: Tensor, *rows: Tensor, affine: tuple[Tensor, ...] = ()
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of the rows of x (..., C) or (K, N, C), each with its weights, that stay in a CPU's cache."""
+    """Pieces of the rows of x (..., C) or (K, N, C), each with its weights."""
     stacked = weight.ndim > 1
-    if x.device.type != "cpu":
-        w, b, *more = (v.unsqueeze(1) if stacked else v for v in (weight, bias, *affine))
-        flat = [v if stacked else v.reshape(-1, v.shape[-1]) for v in (x, *rows)]
-        yield flat[0], w, b, *flat[1:], *more
-        return
+    count = max(1, PIECE // x.shape[-1])
     for k in range(len(weight) if stacked else 1):
         w, b, *more = (v[k] if stacked else v for v in (weight, bias, *affine))
         flat = [(v[k] if stacked else v).reshape(-1, v.shape[-1]) for v in (x, *rows)]
-        count = max(1, PIECE // x.shape[-1])
         for first, *others in zip(*(v.split(count) for v in flat), strict=True):
             yield first, w, b, *others, *more
+
+
+def norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mish of LayerNorm over the last axis, computed in float32, in the dtype of x.
+
+    Args:
+        x: (..., C), or (K, N, C) for an ensemble.
+        weight, bias: of the LayerNorm, (C,) or (K, C).
+    """
+    if x.device.type == "cpu":
+        return _NormMish.apply(x, weight, bias)
+    if weight.ndim == 1:  # elsewhere few kernels count
+        normed = F.layer_norm(x.float(), weight.shape, weight, bias, NORM_EPS)
+    else:
+        normed = F.layer_norm(x.float(), weight.shape[1:], eps=NORM_EPS)
+        normed = torch.addcmul(bias.unsqueeze(1), normed, weight.unsqueeze(1))
+    return F.mish(normed).to(x.dtype)
 
 
 class _SimNorm(torch.autograd.Function):
@@ -159,7 +175,7 @@ class Layer(nn.Module):
         if self.norm is None:
             return y.float()
         if self.act == "mish":
-            return _NormMish.apply(y, self.norm.weight, self.norm.bias)
+            return norm_mish(y, self.norm.weight, self.norm.bias)
         return simnorm(
             F.layer_norm(y.float(), y.shape[-1:], self.norm.weight, self.norm.bias, NORM_EPS), self.width
         )
@@ -209,7 +225,7 @@ class Layers(nn.Sequential):
             weight, bias, *norm = (p if every else p.index_select(0, index) for p in params)
             y = torch.baddbmm(bias.to(x.dtype).unsqueeze(1), y, weight.to(x.dtype).transpose(1, 2))
             if norm:
-                y = _NormMish.apply(y if keep is None or i else y * keep, *norm)
+                y = norm_mish(y if keep is None or i else y * keep, *norm)
         return y.float()
 
 
