@@ -28,6 +28,7 @@ class RLProgressBar(ProgressBar):
         super().__init__()
         self.refresh_s, self.log_every_s, self.window_s = refresh_s, log_every_s, window_s
         self.last_return: float | None = None
+        self._logged: float | None = None
         self._enabled = True
         self._shown = float("-inf")
         self._width = 0
@@ -68,6 +69,9 @@ class RLProgressBar(ProgressBar):
         data = data_of(trainer)
         if finished := getattr(getattr(data, "collector", None), "finished", None):
             self.last_return = float(finished[-1][0])
+        logged = getattr(pl_module, "latest", {}).get("train/return")
+        if logged is not self._logged:  # the metrics have just taken what has finished
+            self.last_return = self._logged = logged
         self._history.append((now, int(pl_module.env_steps), int(pl_module.updates)))
         while len(self._history) > 2 and now - self._history[0][0] > self.window_s:
             self._history.popleft()

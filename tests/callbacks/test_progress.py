@@ -1,6 +1,7 @@
 """The progress line: the units that matter, readable in a terminal and in a log."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -66,3 +67,17 @@ def test_the_eta_is_of_the_budget_that_ends_first(make_trainer):
         "env steps 100/1,000 10% | updates 20/100 20% | return 21.0 | "
         "10 env steps/s 2 updates/s | ETA 0:00:40"
     )
+
+
+def test_an_episode_that_ends_with_a_line_of_metrics_is_shown():
+    bar, trainer = (
+        RLProgressBar(),
+        SimpleNamespace(datamodule=SimpleNamespace(collector=SimpleNamespace(finished=[]))),
+    )
+    bar._is_due = lambda now: False
+    module = SimpleNamespace(env_steps=10, updates=5, latest={"train/return": -150.0})
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    assert bar.last_return == -150.0
+    trainer.datamodule.collector.finished = [(-3.0, 7)]
+    bar.on_train_batch_end(trainer, module, None, None, 0)
+    assert bar.last_return == -3.0
