@@ -34,7 +34,8 @@ def test_a_fit_command_trains(command, tmp_path, monkeypatch):
         pytest.importorskip("ale_py", reason="needs the extra 'atari'")
     monkeypatch.chdir(tmp_path)
     # Three updates of a tiny model in one process; flags win over files, hence the flags.
-    small = ["--config", "configs/overlay/debug.yaml", "--model.preset", "debug", "--trainer.devices", "1"]
+    overlay = f"configs/overlay/debug{'_tdmpc2' * ('tdmpc2' in command)}.yaml"
+    small = ["--config", overlay, "--model.preset", "debug", "--trainer.devices", "1"]
     assert main([*shlex.split(command)[1:], *small, "--trainer.logger", "false"]) == 0
 
 
