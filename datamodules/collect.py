@@ -79,7 +79,9 @@ class Collector:
         self._return = np.zeros(env.num_envs)
         self._length = np.zeros(env.num_envs, np.int64)
         self._state: State | None = None
-        self._action: dict[str, np.ndarray] | None = None  # chosen at the newest rows, not yet executed
+        self._action: dict[str, np.ndarray] | None = None  # chosen at the newest rows
+        # Within episodes the newest action is executed already, and these are not acted on yet.
+        self._seen: tuple[dict[str, np.ndarray], np.ndarray] | None = None
 
     def collect(self, policy: Policy, device: torch.device | str = "cpu") -> int:
         """Step every environment once.
@@ -93,12 +95,23 @@ class Collector:
             Number of rows written.
         """
         before = self.env_steps
-        if self._action is None:
-            raw, _ = self.env.reset(seed=self._seeds())
-            is_first = np.ones(self.env.num_envs, np.bool_)
-        else:
-            raw, is_first = self._step(self._action)
-        obs = self._entries(raw)
+        if self.replay.within_episodes:  # the newest weights choose: act, then step
+            self._choose(policy, device, *(self._seen or self._begin()))
+            assert self._action is not None
+            self._seen = self._step(self._action)
+        else:  # step, then act: every row is written with the latent that its action was chosen from
+            self._choose(policy, device, *(self._step(self._action) if self._action else self._begin()))
+        return self.env_steps - before
+
+    def _begin(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """First observations of all environments."""
+        raw, _ = self.env.reset(seed=self._seeds())
+        return self._entries(raw), np.ones(self.env.num_envs, np.bool_)
+
+    def _choose(
+        self, policy: Policy, device: torch.device | str, obs: dict[str, np.ndarray], is_first: np.ndarray
+    ) -> None:
+        """Choose the actions that follow ``obs`` and write both down."""
         state, latent = None, {}
         with torch.inference_mode():
             if self.replay.within_episodes and self.prefilling:
@@ -120,14 +133,16 @@ class Collector:
         self.replay.append(self._streams, obs, is_first, valid, chosen, latent)
         self._count(obs)
         self._state, self._action = state, chosen
-        return self.env_steps - before
 
     @property
     def prefilling(self) -> bool:
         """Whether the next action is one of the random ones before training."""
-        return (self.decisions if self.replay.within_episodes else self.env_steps) < self.prefill
+        if self.replay.within_episodes:  # there is nothing to train on before an episode has ended
+            nothing = self._state is None and self.replay.num_windows == 0
+            return self.decisions < self.prefill or nothing
+        return self.env_steps < self.prefill
 
-    def _step(self, action: dict[str, np.ndarray]) -> tuple[Any, np.ndarray]:
+    def _step(self, action: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Execute the actions, write outcomes and last rows, and begin new episodes where old ones ended."""
         single = not isinstance(self.env.single_action_space, DictSpace)
         raw, reward, terminated, truncated, info = self.env.step(action["action"] if single else action)
@@ -152,7 +167,7 @@ class Collector:
             self._return[which], self._length[which] = 0.0, 0
             if not self.same_step:
                 raw, _ = self.env.reset(options={"reset_mask": ended})
-        return raw, ended
+        return self._entries(raw), ended
 
     def _entries(self, raw: Any) -> dict[str, np.ndarray]:
         """Observations by key, in the type of their spec."""
@@ -219,9 +234,12 @@ class Collector:
                 warnings.warn(
                     f"{error}; a resumed run starts new episodes instead of going on exactly.", stacklevel=2
                 )
-        state = None
+        state = seen = None
         if self._state is not None:
             state = vars(self._state.map(lambda x: x.cpu().clone()))
+        if self._seen is not None:
+            obs, first = self._seen
+            seen = {"obs": {k: torch.tensor(v) for k, v in obs.items()}, "is_first": torch.tensor(first)}
         return {
             "env_steps": self.env_steps,
             "decisions": self.decisions,
@@ -233,6 +251,7 @@ class Collector:
             "length": self._length.tolist(),
             "state": state,
             "action": None if self._action is None else {k: torch.tensor(v) for k, v in self._action.items()},
+            "seen": seen,
             "envs": envs,
         }
 
@@ -249,7 +268,7 @@ class Collector:
             self.frame_sums[key][...] = total.numpy()
         self.finished = [(r, n) for r, n in state["finished"]]
         self._return[:], self._length[:] = state["return"], state["length"]
-        self._state = self._action = None
+        self._state = self._action = self._seen = None
         if state["envs"] is None:
             self.replay.cut(self._streams)
             self._return[:], self._length[:] = 0.0, 0
@@ -259,6 +278,11 @@ class Collector:
         self.env.reset(seed=self._seeds())  # some environments create what they restore only here
         restore_vector_env(self.env, state["envs"])
         self._action = {k: v.numpy().copy() for k, v in state["action"].items()}
+        if seen := state.get("seen"):
+            self._seen = (
+                {k: v.numpy().copy() for k, v in seen["obs"].items()},
+                seen["is_first"].numpy().copy(),
+            )
         if state["state"] is not None:
             self._state = State(**state["state"]).map(lambda x: x.to(device))
 

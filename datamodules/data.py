@@ -74,7 +74,8 @@ class ReplayDataModule(LightningDataModule):
             is that of :func:`~datamodules.views.tdmpc2_view`, ``batch_length`` is the horizon + 1, there are
             no latents, and ``online_queue`` and ``time_limit_is_terminal`` are not used.
         train_ratio: replayed steps per env step.
-        utd: updates per decision (executed action), instead of ``train_ratio``.
+        utd: updates per decision (executed action), instead of ``train_ratio``; 1 with ``windows: episode``
+            if nothing is said.
         first_updates: updates owed at once when training begins. The official TD-MPC2 has ``seed_steps`` of
             them after ``seed_steps + 1`` random decisions, then ``utd`` 1.
         batch_size: sequences per update over all processes.
@@ -83,7 +84,7 @@ class ReplayDataModule(LightningDataModule):
             zeros. null is 1, and 0 with ``windows: episode``, where nothing else is possible.
         capacity: rows kept over all processes; one row per env step.
         prefill: env steps over all processes with random actions before training begins; decisions with
-            ``windows: episode``.
+            ``windows: episode``, and on until the first episode has ended.
         epsilon: probability of a uniformly random action at collection, in each environment and step.
         action_noise: standard deviation of Gaussian noise on continuous actions at collection, in units of
             half their range.
@@ -126,6 +127,8 @@ class ReplayDataModule(LightningDataModule):
         self.env, self.env_options = env, dict(env_options or {})
         self.num_envs, self.eval_envs, self.vectorization = num_envs, eval_envs, vectorization
         self.train_ratio, self.batch_size, self.batch_length = train_ratio, batch_size, batch_length
+        if utd is None and windows == "episode":
+            utd = 1.0
         self.windows, self.utd, self.first_updates = windows, utd, first_updates
         if replay_context is None:
             replay_context = 0 if windows == "episode" else 1
@@ -293,6 +296,11 @@ class ReplayDataModule(LightningDataModule):
                 f"data.windows is {self.windows!r}, but {type(module).__name__} learns from {wanted!r}.\n"
                 f"  Set data.windows: {wanted}"
             )
+        steps = getattr(module, "window_steps", self.batch_length)
+        if steps != self.batch_length:
+            raise ConfigError(
+                f"data.batch_length is {self.batch_length}; expected {steps}, one step more than model.horizon"
+            )
         # While an episode runs, whole windows of the one before must still be there.
         rows, most = self.capacity // self.world_size // num_envs, spaces.episode_length
         if self.within_episodes and most is not None and rows < (need := most + 1 + self.window):
@@ -314,6 +322,12 @@ class ReplayDataModule(LightningDataModule):
         enough = 1 if self.within_episodes else self.local_batch * self.batch_length
         while not ratio.owed(self._clock):
             self._collect(module)
+            most = min(self.capacity, self.max_env_steps or self.capacity) // self.world_size
+            if replay.num_windows == 0 and collector.env_steps >= most:
+                raise ConfigError(
+                    f"no episode of {self.env} has ended in {collector.env_steps:,} steps, so there is nothing "
+                    "to train on.\n  Set data.env_options.time_limit, or raise capacity and max_env_steps."
+                )
             if ratio.ready_at is None and not collector.prefilling and replay.num_windows >= enough:
                 ratio.ready_at = self._clock
         while replay.num_windows == 0:  # resumed without its replay

@@ -220,9 +220,9 @@ class WorldModelModule(pl.LightningModule):
         """See the model's ``decode``."""
         return self.model.decode(state)
 
-    def q(self, state: State, action: Tensors | Tensor) -> Tensor:
+    def q(self, state: State, action: Tensors | Tensor, **kwargs: Any) -> Tensor:
         """See the model's ``q``."""
-        return self.model.q(state, action)
+        return self.model.q(state, action, **kwargs)
 
     def act(self, *args: Any, **kwargs: Any) -> tuple[Tensors, State]:
         """See the model's ``act``."""

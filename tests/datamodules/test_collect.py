@@ -374,7 +374,9 @@ def test_within_episodes_the_policy_is_not_asked_while_prefilling(tmp_path):
     for _ in range(200):
         loop.collect(planner)
     assert seen == []
-    assert loop.decisions == 796
+    assert loop.decisions == 800
+    loop.replay.snapshot(tmp_path / "rows")
+    again.replay.restore(tmp_path / "rows")
     again.load_state_dict(loop.state_dict())  # while there is no state yet
     for _ in range(10):
         loop.collect(planner)
@@ -382,7 +384,7 @@ def test_within_episodes_the_policy_is_not_asked_while_prefilling(tmp_path):
     assert seen[0] is seen[1] is None
     assert seen[-1].plan[0, 0, 0] == 8
     assert seen[-1].task.tolist() == [0, 1, 2, 3]
-    assert loop.decisions == again.decisions == 836 == loop.env_steps - loop.episodes - 4
+    assert loop.decisions == again.decisions == 840 == loop.env_steps - loop.episodes
     rows = rows_of(loop.replay)
     assert loop.terminations == int(rows["next.terminated"].sum()) > 10
     assert loop.terminations < loop.episodes

@@ -289,7 +289,7 @@ def test_updates_are_counted_by_decisions(tmp_path, envs, utd, first):
     if envs == utd == 1:
         assert module.at[first:] == list(range(begin + 1, begin + 41))
     assert module.asked[0] == (begin, True)  # the planner is not asked before, and begins anew then
-    assert data.collector.decisions == data.collector.env_steps - data.collector.episodes - envs
+    assert data.collector.decisions == data.collector.env_steps - data.collector.episodes
     data.close()
 
 
@@ -358,4 +358,27 @@ def test_a_report_within_episodes_has_their_windows(tmp_path):
     assert data.report_batch(5, 4).reward.shape == (5, 4)
     with pytest.raises(NotSupported, match="4 rows"):
         data.report_batch(5, 8)
+    data.close()
+
+
+def test_an_environment_that_never_ends_an_episode_is_refused_in_time(tmp_path):
+    """There would be nothing to train on, and training would wait for ever."""
+    module = Planner(updates=1)
+    options = {"env_options": {"time_limit": 90}, "prefill": 20, "max_env_steps": 60}
+    data, trainer = plan_of(tmp_path, module, **options)
+    data.env = "Pendulum-v1"
+    with pytest.raises(ConfigError, match=r"no episode of .* has ended in 60 steps(.|\n)*time_limit"):
+        trainer.fit(module, datamodule=data)
+    assert data.collector.episodes == 0
+    data.close()
+
+
+def test_several_environments_act_at_random_until_the_first_episode_has_ended(tmp_path):
+    """Else an untrained model would plan, and its steps would count as neither kind."""
+    module = Planner(updates=3)
+    data, trainer = plan_of(tmp_path, module, num_envs=8, prefill=9, env_options={"time_limit": 12})
+    trainer.fit(module, datamodule=data)
+    begin, fresh = module.asked[0]
+    assert fresh
+    assert module.at[0] == begin == data.ratio.ready_at > 9
     data.close()
