@@ -77,8 +77,8 @@ environment steps, cut to 16,000 when the curve showed that it had learned. Befo
 not begun to reach goals when they were stopped: one whose learning rate fell faster (`anneal: 4900`, 2,262
 updates), and one without `reward_scale`, with a smaller goal (0.3 m) and half the updates per step (1,850
 updates)."""
-TDMPC2_PENDULUM = """Both runs were begun with a budget of 5,000 environment steps, which was cut to 3,000 when
-the curves showed that they had learned; a training does not depend on its budget up to there."""
+TDMPC2_PENDULUM = """Both runs were begun with a budget of 5,000 environment steps, which was cut to 3,000
+when the curves showed that they had learned; a training does not depend on its budget up to there."""
 # Of the size that a laptop bears; the learning itself is the configuration's.
 SWINGUP = {
     "data.env": "dmc:cartpole_swingup",

@@ -299,7 +299,7 @@ class ReplayDataModule(LightningDataModule):
         steps = getattr(module, "window_steps", self.batch_length)
         if steps != self.batch_length:
             raise ConfigError(
-                f"data.batch_length is {self.batch_length}; expected {steps}, one step more than model.horizon"
+                f"data.batch_length is {self.batch_length}; expected {steps}, one more than model.horizon"
             )
         # While an episode runs, whole windows of the one before must still be there.
         rows, most = self.capacity // self.world_size // num_envs, spaces.episode_length
@@ -325,8 +325,8 @@ class ReplayDataModule(LightningDataModule):
             most = min(self.capacity, self.max_env_steps or self.capacity) // self.world_size
             if replay.num_windows == 0 and collector.env_steps >= most:
                 raise ConfigError(
-                    f"no episode of {self.env} has ended in {collector.env_steps:,} steps, so there is nothing "
-                    "to train on.\n  Set data.env_options.time_limit, or raise capacity and max_env_steps."
+                    f"no episode of {self.env} has ended in {collector.env_steps:,} steps: nothing to train "
+                    "on.\n  Set data.env_options.time_limit, or raise capacity and max_env_steps."
                 )
             if ratio.ready_at is None and not collector.prefilling and replay.num_windows >= enough:
                 ratio.ready_at = self._clock

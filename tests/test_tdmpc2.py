@@ -379,7 +379,7 @@ def test_nothing_to_train_is_refused() -> None:
 
 @pytest.mark.parametrize("grad", ["official", "none"])
 def test_the_policy_leaves_a_gradient_in_the_task_embedding(grad: str, tmp_path: Path) -> None:
-    """One update with a model learning rate of nearly nothing: what is left for the next one."""
+    """One update: what is left for the next one."""
     module = of_kind("tasks", task_embedding_policy_grad=grad)
     fit(module, tmp_path, [batch_of("tasks")])
     left = module.model.task_embedding.weight.grad
@@ -623,7 +623,7 @@ def test_observations_of_another_shape_are_explained() -> None:
 
 def test_a_window_of_another_length_is_explained(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match="data.batch_length is 6; expected 4, one step more than model.horizon"
+        ConfigError, match="data.batch_length is 6; expected 4, one more than model.horizon"
     ):
         run_fit(pendulum(batch_length=6), tmp_path)
 
@@ -741,6 +741,15 @@ def test_weights_of_other_networks_are_refused(tmp_path: Path) -> None:
     further = make_module(tasks=TASKS, task="new").model
     with pytest.raises(ConfigError, match="model.task_like is 'lrge': no task of the checkpoint.*large"):
         further.load_weights(file, "lrge")
+    with pytest.raises(ConfigError, match="model.task_like is 'large'.*model.task is no new task"):
+        of_kind("tasks").model.load_weights(file, "large")
+    saved = of_kind("tasks")
+    saved.model.scale.fill_(7)
+    torch.save({"state_dict": saved.state_dict(), "hyper_parameters": dict(saved.hparams)}, file)
+    further.load_weights(file, "large")
+    assert further.scale == 1  # begins anew, as optimisers and replay do
+    with pytest.raises(CheckpointError, match=r"has the tasks .* in the same order"):
+        make_module(tasks=TASKS[::-1], task="new").model.load_weights(file)
 
 
 def test_a_checkpoint_is_evaluated_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
