@@ -19,7 +19,7 @@ WORLDS = {
     "CartPole-v1": {"num_envs": 2, "capacity": 96},
     "atari:pong": {"num_envs": 1, "capacity": 64, "env_options": {"size": 48, "gray": False}},
     "lit_wm/LidarRobot-v0": {"num_envs": 2, "capacity": 96, "epsilon": 0.1, "action_noise": 0.2},
-    # TD-MPC2: its windows, plans that go on from the last one, discrete actions and ends by themselves.
+    # TD-MPC2: its windows, several tasks, plans that go on from the last one, discrete actions and ends by themselves.
     "tdmpc2:Pendulum-v1": {"num_envs": 2, "capacity": 60, "env_options": {"time_limit": 12}, "prefill": 30},
     "tdmpc2:CartPole-v1": {"num_envs": 2, "capacity": 70, "env_options": {"time_limit": 15}, "prefill": 36},
     "dmc:reacher_hard": {"num_envs": 1, "capacity": 96, "env_options": {"time_limit": 30}},
@@ -33,6 +33,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
+# One of several tasks: the policy's loss leaves a gradient for the next update of the model.
+TASKS = [
+    {"name": "other", "obs": 5, "action": 2, "episode_length": 50},
+    {"name": "pendulum", "obs": 3, "action": 1, "episode_length": 12},
+]
 SEARCH = {"num_samples": 16, "num_elites": 4, "num_pi_trajs": 4, "iterations": 2}
 
 
@@ -41,10 +46,8 @@ def make(env):
     if env.startswith("tdmpc2:"):
         windows = {"batch_size": 4, "batch_length": 4, "windows": "episode", "utd": 1, "first_updates": 5}
         data = ReplayDataModule(env.removeprefix("tdmpc2:"), seed=3, **windows, **WORLDS[env])
-        episodic = "CartPole" in env
-        return data, TDMPC2Module(
-            data.spaces, "debug", planner_options=SEARCH, episodic=episodic, log_every=7, seed=3
-        )
+        own = {"episodic": True} if "CartPole" in env else {"tasks": TASKS, "task": "pendulum"}
+        return data, TDMPC2Module(data.spaces, "debug", planner_options=SEARCH, log_every=7, seed=3, **own)
     data = ReplayDataModule(
         env, batch_size=2, batch_length=8, train_ratio=8, replay_context=1, seed=3, **WORLDS[env]
     )
