@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pydoc
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -249,6 +250,13 @@ def evaluate(argv: list[str]) -> int:
             size = sum(shown.obs[k].size for k in join)
             shown = replace(shown, obs={"obs": Spec("float32", (size,))} if join else shown.obs)
         check_spaces(spaces, shown, env_id)
+        theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
+        if None not in (theirs, ours) and theirs != ours:
+            print(
+                f"note: an episode of {env_id} has {ours:,} decisions here, the checkpoint's had "
+                f"{theirs:,}: another time_limit or repeat? Say which by --env-options",
+                file=sys.stderr,
+            )
         stage = Stage(env, spaces, given.obs_noise, given.seed, given.video is not None, join)
         noise = NoiseStreams(given.seed, 0, given.device)
         print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
@@ -282,12 +290,6 @@ def evaluate(argv: list[str]) -> int:
         print(f"success:    {score['success']:.0%}")
     if "jitter" in score:
         print(f"jitter:     {score['jitter']:.3f} of half the range per decision")
-    if given.video:
-        fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
-        video = torch.from_numpy(np.stack(stage.frames))
-        # Viewers slow down what is faster than 50 frames per second.
-        write_atomic(given.video, lambda part: write_gif(part, video, min(fps, 50)))
-        print(f"video:      {given.video} ({len(stage.frames)} frames)")
     if given.json:
         asked = ("episodes", "seed", "num_envs", "max_episode_steps", "obs_noise", "device")
         report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
@@ -297,6 +299,13 @@ def evaluate(argv: list[str]) -> int:
         text = json.dumps(report | {"versions": versions()}, indent=1) + "\n"
         write_atomic(given.json, lambda part: part.write_text(text))
         print(f"results:    {given.json}")
+    if given.video:
+        fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
+        video = torch.from_numpy(np.stack(stage.frames))
+        print(f"writing {given.video} ...", flush=True)
+        # Viewers slow down what is faster than 50 frames per second.
+        write_atomic(given.video, lambda part: write_gif(part, video, min(fps, 50)))
+        print(f"video:      {given.video} ({len(stage.frames)} frames)")
     return 0
 
 

@@ -402,7 +402,7 @@ class SafeMLFlowLogger(MLFlowLogger):
 # -- the record of a run -----------------------------------------------------------------------------------
 
 PACKAGES = ["torch", "lightning", "torchrl", "tensordict", "numpy", "pillow"]
-PACKAGES += ["gymnasium", "minari", "ale-py", "mlflow"]
+PACKAGES += ["gymnasium", "minari", "ale-py", "mujoco", "dm-control", "crafter", "minigrid", "mlflow"]
 
 
 def versions() -> dict[str, str]:

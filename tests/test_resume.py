@@ -19,7 +19,7 @@ WORLDS = {
     "CartPole-v1": {"num_envs": 2, "capacity": 96},
     "atari:pong": {"num_envs": 1, "capacity": 64, "env_options": {"size": 48, "gray": False}},
     "lit_wm/LidarRobot-v0": {"num_envs": 2, "capacity": 96, "epsilon": 0.1, "action_noise": 0.2},
-    # TD-MPC2: its windows, several tasks, plans that go on from the last one, discrete actions and ends by themselves.
+    # TD-MPC2: windows, tasks, plans that go on from the last one, discrete actions, ends by themselves.
     "tdmpc2:Pendulum-v1": {"num_envs": 2, "capacity": 60, "env_options": {"time_limit": 12}, "prefill": 30},
     "tdmpc2:CartPole-v1": {"num_envs": 2, "capacity": 70, "env_options": {"time_limit": 15}, "prefill": 36},
     "dmc:reacher_hard": {"num_envs": 1, "capacity": 96, "env_options": {"time_limit": 30}},

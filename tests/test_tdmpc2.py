@@ -622,9 +622,7 @@ def test_observations_of_another_shape_are_explained() -> None:
 
 
 def test_a_window_of_another_length_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="data.batch_length is 6; expected 4, one more than model.horizon"
-    ):
+    with pytest.raises(ConfigError, match="data.batch_length is 6; expected 4, one more than model.horizon"):
         run_fit(pendulum(batch_length=6), tmp_path)
 
 
