@@ -43,7 +43,7 @@ def test_the_configuration_runs(name, tmp_path, monkeypatch):
     if Path(name).stem == "bf16":
         flags += ["--trainer.precision", "bf16-mixed"]
     if "finetune" in name:  # tests/test_tdmpc2.py begins with a file
-        flags += ["--model.start_from", "null"]
+        flags += ["--model.start_from", "null", "--model.task_like", "null"]
     if any(name.startswith(f"dreamer_{new}") for new in ("dmc", "crafter", "robot", "catch")) or (
         name.startswith("tdmpc2")
     ):
