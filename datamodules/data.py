@@ -322,11 +322,14 @@ class ReplayDataModule(LightningDataModule):
         enough = 1 if self.within_episodes else self.local_batch * self.batch_length
         while not ratio.owed(self._clock):
             self._collect(module)
-            most = min(self.capacity, self.max_env_steps or self.capacity) // self.world_size
+            most = min(self.capacity, self.max_env_steps or self.capacity)
+            if self.spaces["episode_length"] is None:  # it may never end: do not try for hours
+                most = min(most, self.num_envs * max(20_000, self.prefill))
+            most //= self.world_size
             if replay.num_windows == 0 and collector.env_steps >= most:
                 raise ConfigError(
                     f"no episode of {self.env} has ended in {collector.env_steps:,} steps: nothing to train "
-                    "on.\n  Set data.env_options.time_limit, or raise capacity and max_env_steps."
+                    "on.\n  Set data.env_options.time_limit."
                 )
             if ratio.ready_at is None and not collector.prefilling and replay.num_windows >= enough:
                 ratio.ready_at = self._clock

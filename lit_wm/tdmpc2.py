@@ -927,7 +927,7 @@ class TDMPC2(WorldModel):
         if task_like is not None and (not further or task_like not in names[:-1]):
             close = nearest(task_like, names[:-1]) if further else "; model.task is no new task"
             raise ConfigError(f"model.task_like is {task_like!r}: no task of the checkpoint{close}")
-        if rows is not None and further:
+        if rows is not None and further and rows.shape[1:] == own["task_embedding.weight"].shape[1:]:
             new = own["task_embedding.weight"][-1:].cpu()
             new = new if task_like is None else rows[names.index(task_like)].unsqueeze(0)
             state["task_embedding.weight"] = torch.cat([rows, new])

@@ -746,6 +746,8 @@ def test_weights_of_other_networks_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": saved.state_dict(), "hyper_parameters": dict(saved.hparams)}, file)
     further.load_weights(file, "large")
     assert further.scale == 1  # begins anew, as optimisers and replay do
+    with pytest.raises(CheckpointError, match=r"other networks .*task_embedding.weight|critic.0.weight"):
+        make_module(tasks=TASKS, task="new", task_dim=7).model.load_weights(file)
     with pytest.raises(CheckpointError, match=r"has the tasks .* in the same order"):
         make_module(tasks=TASKS[::-1], task="new").model.load_weights(file)
 
