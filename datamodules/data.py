@@ -322,22 +322,28 @@ class ReplayDataModule(LightningDataModule):
         enough = 1 if self.within_episodes else self.local_batch * self.batch_length
         while not ratio.owed(self._clock):
             self._collect(module)
-            most = min(self.capacity, self.max_env_steps or self.capacity)
-            if self.spaces["episode_length"] is None:  # it may never end: do not try for hours
-                most = min(most, self.num_envs * max(20_000, self.prefill))
-            most //= self.world_size
-            if replay.num_windows == 0 and collector.env_steps >= most:
-                raise ConfigError(
-                    f"no episode of {self.env} has ended in {collector.env_steps:,} steps: nothing to train "
-                    "on.\n  Set data.env_options.time_limit."
-                )
-            if ratio.ready_at is None and not collector.prefilling and replay.num_windows >= enough:
-                ratio.ready_at = self._clock
+            if ratio.ready_at is None:
+                self._begin_training(enough)
         while replay.num_windows == 0:  # resumed without its replay
             self._collect(module)
         ratio.done += 1
         self._totals = self._sum([collector.env_steps, ratio.owed(self._clock)], module.device)
         return self._batch(replay.sample(self.local_batch), module.device)
+
+    def _begin_training(self, enough: int) -> None:
+        """Let updates be owed from now on, if there are ``enough`` windows; refuse to wait for ever."""
+        collector, replay, ratio = self._open()
+        windows = replay.num_windows
+        if windows >= enough and not collector.prefilling:
+            ratio.ready_at = self._clock
+        most = min(self.capacity, self.max_env_steps or self.capacity)
+        if self.spaces["episode_length"] is None:  # it may never end: do not try for hours
+            most = min(most, self.num_envs * max(20_000, self.prefill))
+        if windows == 0 and collector.env_steps >= most // self.world_size:
+            raise ConfigError(
+                f"no episode of {self.env} has ended in {collector.env_steps:,} steps: nothing to train "
+                "on.\n  Set data.env_options.time_limit."
+            )
 
     @property
     def _clock(self) -> int:

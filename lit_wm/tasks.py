@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_wm.errors import ConfigError, nearest
+
+if TYPE_CHECKING:  # types need torch
+    from lit_wm.types import Spaces
 
 
 class Task(NamedTuple):
@@ -86,3 +89,22 @@ def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ..
     if not out or len({t.name for t in out}) < len(out):
         raise ConfigError(f"tasks: expected one name or more, each once, got {[t.name for t in out]}")
     return tuple(out)
+
+
+def list_tasks(
+    tasks: str | list[dict[str, Any]] | None, task: str | None, spaces: Spaces
+) -> tuple[list[Task], int | None]:
+    """The tasks of a model, and the number of the environment's."""
+    if tasks is None:
+        if task is not None:
+            raise ConfigError(f"model.task is {task!r}, but model.tasks names no tasks")
+        return [], None
+    known = list(task_list(tasks))
+    names = [t.name for t in known]
+    if task is None:
+        return known, None
+    if task not in names:
+        obs, action = (sum(s.size for s in part.values()) for part in (spaces.obs, spaces.action))
+        known.append(Task(task, obs, action, spaces.episode_length or 1000))
+        names.append(task)
+    return known, names.index(task)

@@ -34,7 +34,7 @@ from lit_wm.noise import Noise
 from lit_wm.planners import make_planner
 from lit_wm.presets import tdmpc2_sizes
 from lit_wm.returns import gather_values
-from lit_wm.tasks import Task, task_list
+from lit_wm.tasks import list_tasks, task_list
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -181,10 +181,8 @@ class TDMPC2Module(WorldModelModule):
     def setup(self, stage: str) -> None:
         """Begin a new run with the weights of ``start_from``."""
         super().setup(stage)
-        start, env = (
-            self.hparams["start_from"],
-            getattr(getattr(self.trainer, "datamodule", None), "env", None),
-        )
+        start = self.hparams["start_from"]
+        env = getattr(getattr(self.trainer, "datamodule", None), "env", None)
         if self.model.tasks and self.model.task_index is None and env:
             raise ConfigError(f"model.tasks names several: say with model.task which one {env} is")
         if self.hparams["task_like"] and not start:
@@ -311,7 +309,7 @@ class TDMPC2(WorldModel):
         super().__init__(spaces)
         self.latent_dim, self.simnorm_dim, self.dropout = latent_dim, simnorm_dim, dropout
         self.vmin, self.vmax, self.log_std_min, self.log_std_max = vmin, vmax, log_std_min, log_std_max
-        self.horizon, self.rho, self.entropy_coef, self.tau = horizon, rho, entropy_coef, tau
+        self.horizon, self.entropy_coef, self.tau = horizon, entropy_coef, tau
         self.coefs = {"consistency": consistency_coef, "reward": reward_coef, "value": value_coef}
         self.coefs |= {"termination": termination_coef} if episodic else {}
         self.episodic = episodic
@@ -942,25 +940,6 @@ class TDMPC2(WorldModel):
                 "Use the same preset, sizes, tasks and kind of observation"
             )
         self.load_state_dict(state)
-
-
-def list_tasks(
-    tasks: str | list[dict[str, Any]] | None, task: str | None, spaces: Spaces
-) -> tuple[list[Task], int | None]:
-    """The tasks of a model, and the number of the environment's."""
-    if tasks is None:
-        if task is not None:
-            raise ConfigError(f"model.task is {task!r}, but model.tasks names no tasks")
-        return [], None
-    known = list(task_list(tasks))
-    names = [t.name for t in known]
-    if task is None:
-        return known, None
-    if task not in names:
-        obs, action = (sum(s.size for s in part.values()) for part in (spaces.obs, spaces.action))
-        known.append(Task(task, obs, action, spaces.episode_length or 1000))
-        names.append(task)
-    return known, names.index(task)
 
 
 def termination_metrics(logit: Tensor, terminated: Tensor) -> Tensors:
