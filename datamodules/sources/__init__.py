@@ -1,0 +1,95 @@
+"""Where episodes come from: one reader per format, chosen by the scheme of a URI.
+
+``minari:ID``, ``d4rl:NAME``, ``hdf5:PATH``, ``npz:PATH`` (a file, a folder or a pattern), ``tdmpc2:PATTERN``,
+``torchrl:PATH`` and ``rows:PATH``. Options of a reader follow as ``?name=value&name=value``, or by keyword.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+import yaml
+
+from datamodules.episodes import Episode, Report, Schema, Source, checked
+from lit_wm.errors import ConfigError, nearest
+
+__all__ = ["Episode", "Report", "Schema", "Source", "checked", "open_source", "parse_uri", "register"]
+
+_HOME = {
+    "minari": "minari",
+    "d4rl": "d4rl",
+    "hdf5": "hdf5",
+    "npz": "npz",
+    "tdmpc2": "tdmpc2",
+    "torchrl": "torchrl",
+    "rows": "rows",
+}
+_READERS: dict[str, Callable[..., Source]] = {}
+_S = TypeVar("_S", bound=type[Source])
+
+
+def register(scheme: str) -> Callable[[_S], _S]:
+    """Class decorator: ``scheme:REST?option=value`` opens as ``cls(REST, option=value)``.
+
+    Raises:
+        ConfigError: if another class has the scheme.
+    """
+
+    def add(cls: _S) -> _S:
+        known = _READERS.setdefault(scheme, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"the source {scheme!r} is taken by {known.__module__}.{known.__qualname__}.")
+        _READERS[scheme] = cls
+        return cls
+
+    return add
+
+
+def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:
+    """Scheme, the rest, and the options after ``?`` as numbers, booleans, lists or text.
+
+    Raises:
+        ConfigError: without a known scheme.
+    """
+    scheme, colon, rest = uri.partition(":")
+    known = sorted({*_HOME, *_READERS})
+    if not colon or not rest or scheme not in (*known, "env"):
+        raise ConfigError(
+            f"{uri!r} is no source{nearest(scheme, known)}\n"
+            f"  Expected one of {', '.join(f'{name}:...' for name in known)}."
+        )
+    rest, _, query = rest.partition("?") if "?" in rest and "=" in rest.rpartition("?")[2] else (rest, "", "")
+    options = {k: yaml.safe_load(v) if v else v for k, v in parse_qsl(query, keep_blank_values=True)}
+    return scheme, rest, options
+
+
+def open_source(uri: str, **options: Any) -> Source:
+    """Open a dataset for reading.
+
+    Args:
+        uri: ``scheme:REST``, with options as ``?name=value``.
+        options: of the reader, see its class; they win over those of the URI.
+
+    Raises:
+        ConfigError: for a scheme or option that does not exist.
+        DataError: if the data cannot be read.
+    """
+    scheme, rest, given = parse_uri(uri)
+    if scheme == "env":
+        raise ConfigError(
+            f"{uri} is an environment, not data to read.\n  Name it as data.env, or collect from it."
+        )
+    if scheme not in _READERS:
+        import_module(f"datamodules.sources.{_HOME[scheme]}")
+    reader, given = _READERS[scheme], {**given, **options}
+    parameters = list(inspect.signature(reader).parameters)[1:]
+    if unknown := [key for key in given if key not in parameters]:
+        raise ConfigError(
+            f"{scheme}: has no option {unknown[0]!r}{nearest(unknown[0], parameters)}\n"
+            f"  Its options: {', '.join(parameters) or 'none'}"
+        )
+    return reader(rest, **given)
