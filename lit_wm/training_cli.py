@@ -330,10 +330,18 @@ def stored_run(checkpoint: Path) -> tuple[Path | None, dict[str, Any]]:
     try:
         loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         params, about = dict(loaded.get("hyper_parameters", {})), dict(loaded.get("lit_wm", {}))
+        names = [str(name) for name in loaded.get("model", loaded)]
     except Exception as error:  # torch has no one class for these
         raise CheckpointError(
             f"--ckpt_path {checkpoint}: not a checkpoint, or one that was cut off"
         ) from error
+    if "state_dict" not in loaded:
+        if any(name.startswith(("_dynamics.", "_Qs.")) for name in names):
+            raise CheckpointError(
+                f"--ckpt_path {checkpoint} is of the official TD-MPC2 code; make it one of ours first:\n"
+                f"lit-wm convert tdmpc2 {checkpoint} -o OUT.ckpt"
+            )
+        raise CheckpointError(f"--ckpt_path {checkpoint} holds no training of lit-wm: no 'state_dict' in it")
     for run in checkpoint.resolve().parents:
         if (run / "config.yaml").is_file():
             stored = load_yaml(run / "config.yaml")
@@ -381,7 +389,8 @@ class Spelling:
             if key == "help":  # trainer.logger.help does not make trainer.logger a group
                 continue
             self.groups.setdefault(group, []).append(key)
-            self.groups[""].append(action.dest.split(".")[0])
+            if (first := action.dest.split(".")[0]) not in self.groups[""]:
+                self.groups[""].append(first)
         for group, class_path in DEFAULT_CLASSES.items():
             self.groups[group] = arguments_of(class_path) or []
 

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_wm.cli import main
+
+GOLDEN = Path(__file__).parent / "parity" / "data" / "tdmpc2"
+OFFICIAL = str(GOLDEN / "official_checkpoint_old_format_state.pt")
 
 CARTPOLE = ["fit", "--config", "configs/dreamer_cartpole.yaml", "--config", "configs/overlay/debug.yaml"]
 FILES = {
@@ -61,6 +65,19 @@ WRONG = {
     "nothing to resume": ([*CARTPOLE, "--ckpt_path", "last"], ["no last checkpoint", "runs/CartPole-v1"]),
     "a missing checkpoint": ([*CARTPOLE, "--ckpt_path", "lost.ckpt"], ["lost.ckpt: no such file"]),
     "a checkpoint cut off": ([*CARTPOLE, "--ckpt_path", "cut.ckpt"], ["cut.ckpt", "cut off"]),
+    "the authors' checkpoint": (
+        ["test", "--ckpt_path", OFFICIAL],
+        ["is of the official TD-MPC2 code", f"lit-wm convert tdmpc2 {OFFICIAL} -o OUT.ckpt"],
+    ),
+    "the authors' checkpoint to evaluate": (["evaluate", "--ckpt", OFFICIAL], ["lit-wm convert tdmpc2"]),
+    "weights of something else": (
+        [*CARTPOLE, "--ckpt_path", "weights.ckpt"],
+        ["weights.ckpt", "holds no training of lit-wm"],
+    ),
+    "a misspelt group": (
+        [*CARTPOLE, "--zzz", "1"],
+        ["unknown key 'zzz'", "Known there: checkpoint, ckpt_path, config"],
+    ),
     "a test of nothing": (
         ["test", "--config", "dreamer_cartpole"],
         ["'test' needs a trained model", "--ckpt_path"],
@@ -79,6 +96,7 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         Path(name).write_text(text)
+    torch.save({"weight": torch.zeros(2)}, "weights.ckpt")
 
 
 @pytest.mark.parametrize("mistake", WRONG)
@@ -92,3 +110,5 @@ def test_a_wrong_input_is_explained_in_a_few_lines(mistake, capfd):
     assert len(error.strip().splitlines()) <= 5, error
     for part in expected:
         assert part in error
+    words = error.partition("Known there: ")[2].split("\n")[0].split(", ")
+    assert len(words) == len(set(words)), error
