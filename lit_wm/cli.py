@@ -26,6 +26,7 @@ usage: lit-wm VERB [options]
   export     a checkpoint's model alone, for sharing
   convert    the authors' TD-MPC2 checkpoints to ours and back
   explain    what a configuration means: shapes, sizes, memory, time
+  data       offline datasets: ingest, inspect, verify ...
   presets    the model sizes and their parameter counts
 
   --help, --version
@@ -39,6 +40,7 @@ examples:
   lit-wm export --ckpt best -o model.ckpt
   lit-wm convert tdmpc2 walker-walk-1.pt -o walker.ckpt
   lit-wm explain --config configs/dreamer_cartpole.yaml --measure 20
+  lit-wm data inspect minari:mujoco/halfcheetah/expert-v0
   lit-wm fit --config FILE --print_config          every option with its value
   lit-wm fit --help                                every option with its meaning
 
@@ -122,7 +124,21 @@ def run(argv: list[str]) -> int:
         from lit_wm.explain import explain
 
         return explain(rest)
-    known = [*TRAINING_VERBS, "evaluate", "export", "convert", "explain", "presets", "--help", "--version"]
+    if verb == "data":
+        from lit_wm import data_cli
+
+        return data_cli.main(rest)
+    known = [
+        *TRAINING_VERBS,
+        "evaluate",
+        "export",
+        "convert",
+        "explain",
+        "data",
+        "presets",
+        "--help",
+        "--version",
+    ]
     raise ConfigError(f"unknown verb {verb!r}{nearest(verb, known)}\nVerbs: {', '.join(known)}")
 
 
