@@ -209,27 +209,27 @@ class WorldModelModule(pl.LightningModule):
     # --- Verbs -------------------------------------------------------------------------------------
 
     def encode(self, *args: Any, **kwargs: Any) -> State:
-        """See the model's ``encode``."""
+        """The latent state after an observation; arguments here and below as the model has them."""
         return self.model.encode(*args, **kwargs)
 
     def imagine(self, *args: Any, **kwargs: Any) -> Trajectory:
-        """See the model's ``imagine``."""
+        """Roll out actions, or the policy, in the world that the model has learnt."""
         return self.model.imagine(*args, **kwargs)
 
     def decode(self, state: State) -> Tensors:
-        """See the model's ``decode``."""
+        """Expected observations of latent states, in the environment's units."""
         return self.model.decode(state)
 
     def q(self, state: State, action: Tensors | Tensor, **kwargs: Any) -> Tensor:
-        """See the model's ``q``."""
+        """Predicted return of taking an action and following the policy."""
         return self.model.q(state, action, **kwargs)
 
     def act(self, *args: Any, **kwargs: Any) -> tuple[Tensors, State]:
-        """See the model's ``act``."""
+        """An action for each environment, and the state to hand in with the next observation."""
         return self.model.act(*args, **kwargs)
 
     def latent_specs(self) -> dict[str, Spec]:
-        """See the model's ``latent_specs``."""
+        """Entries of a latent state as the replay stores them; empty for a model that needs none."""
         if self._trainer is not None:  # the data module is set up, and asks, before this module
             self._take_precision()
         return self.model.latent_specs()

@@ -28,6 +28,8 @@ def make_planner(name: str, options: Mapping[str, Any] | None = None) -> Planner
         raise ConfigError(f"unknown planner {name!r}{close}; expected one of {', '.join(names)}")
     known = [f.name for f in fields(PLANNERS[name]) if f.init]
     for key in options or {}:
+        if key == "max_ms":
+            raise ConfigError(f"planner {name}: max_ms is no option but an argument of act(obs, max_ms=50)")
         if key not in known:
             close = nearest(str(key), known)
             raise ConfigError(f"planner {name}: unknown option {key!r}{close}; it has {', '.join(known)}")

@@ -41,7 +41,7 @@ class MPPI(Planner):
     iterations: int = 6
     min_prob: float = 0.05
     temperature: float = 0.5
-    momentum: float = field(default=0.0, init=False)
+    momentum: float = field(default=0.0, init=False, repr=False)
     ordered = (*Planner.ordered, ("num_elites", "num_samples"), ("num_pi_trajs", "num_samples"))
 
     def _search(
@@ -104,7 +104,7 @@ class CEM(MPPI):
         momentum: share of the old mean and standard deviation in the new ones.
     """
 
-    temperature: float = field(default=0.0, init=False)
+    temperature: float = field(default=0.0, init=False, repr=False)
     momentum: float = 0.0
 
     def _pick(self, first: Tensor, score: Tensor, mean: Tensor, discrete: bool, noise: Noise) -> Tensor:

@@ -309,6 +309,7 @@ def test_no_environment_is_no_action(name):
         ("mpi", {}, "unknown planner 'mpi'; did you mean 'mppi'"),
         ("cem", dict(temperature=1.0), "unknown option 'temperature'"),
         ("mppi", dict(num_sample=5), "unknown option 'num_sample'; did you mean 'num_samples'"),
+        ("mppi", dict(max_ms=0), "max_ms is no option but an argument of act"),
         ("mppi", dict(horizon=0), "horizon is 0; expected an integer in 1 ... inf"),
         ("mppi", dict(iterations=2.5), "iterations is 2.5; expected an integer"),
         ("mppi", dict(num_elites=600), "num_elites is 600; expected at most num_samples, which is 512"),
@@ -323,6 +324,15 @@ def test_what_cannot_be_is_refused(name, options, message):
     with pytest.raises(ConfigError) as error:
         make_planner(name, options)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("mppi", "momentum"), ("cem", "temperature")])
+def test_a_planner_shows_the_options_that_it_has(name, lacks):
+    shown = repr(make_planner(name))
+    assert lacks not in shown
+    assert {"momentum", "temperature"} - {lacks} < {
+        word.split("=")[0] for word in shown[:-1].split("(")[1].split(", ")
+    }
 
 
 def test_plans_that_do_not_fit_are_refused():
