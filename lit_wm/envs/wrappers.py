@@ -73,7 +73,7 @@ class Vector:
                 f"{where} is a {space.dtype} array of shape {space.shape}; at most 2 axes are taken ({hint})"
             )
         self.name, self._dtype = name, space.dtype
-        low, high = space.low, space.high
+        self.low, self.high = low, high = space.low, space.high  # in the environment's units
         if is_action:
             finite = np.isfinite(low) & np.isfinite(high)
             # Elements without finite bounds pass clipped to [-1, 1] but unscaled, as in the official code.
@@ -102,11 +102,11 @@ class Classes:
     """Class indices from 0 as int32; unequal counts become one key per element, since a key has one count."""
 
     def __init__(self, name: str, space: spaces.Space, start: np.ndarray, counts: np.ndarray):
-        self.name, self._start, self._shape = name, start.astype(np.int64), counts.shape
+        self.name, self.start, self._shape = name, start.astype(np.int64), counts.shape
         self._dtype: Any = space.dtype
         self._discrete = isinstance(space, spaces.Discrete)
-        self._split = bool(np.any(counts != counts.reshape(-1)[0]))
-        if self._split:
+        self.split = bool(np.any(counts != counts.reshape(-1)[0]))
+        if self.split:
             self.spaces: dict[str, spaces.Space] = {
                 f"{name}/{i}": spaces.Discrete(int(n), dtype=np.int32)
                 for i, n in enumerate(counts.reshape(-1))
@@ -118,8 +118,8 @@ class Classes:
 
     def write(self, value: Any, out: Arrays) -> None:
         """Put the indices into ``out``."""
-        index = (np.asarray(value, np.int64) - self._start).astype(np.int32)
-        if self._split:
+        index = (np.asarray(value, np.int64) - self.start).astype(np.int32)
+        if self.split:
             for key, element in zip(self.spaces, index.reshape(-1), strict=True):
                 out[key] = np.asarray(element)
         else:
@@ -128,9 +128,9 @@ class Classes:
     def read(self, actions: Arrays) -> Any:
         """The environment's action from the agent's."""
         if self._discrete:
-            return self._dtype.type(int(actions[self.name]) + int(self._start))
-        index = [actions[key] for key in self.spaces] if self._split else actions[self.name]
-        return (np.asarray(index, np.int64).reshape(self._shape) + self._start).astype(self._dtype)
+            return self._dtype.type(int(actions[self.name]) + int(self.start))
+        index = [actions[key] for key in self.spaces] if self.split else actions[self.name]
+        return (np.asarray(index, np.int64).reshape(self._shape) + self.start).astype(self._dtype)
 
 
 def _leaves(space: spaces.Space, root: str, path: tuple = ()) -> list[tuple[tuple, str, spaces.Space]]:
@@ -165,8 +165,13 @@ def _is_image(space: spaces.Space) -> TypeGuard[spaces.Box]:
     return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= _MIN_IMAGE)
 
 
-class _Entries:
-    """The entries of an observation or action space, flat."""
+class Entries:
+    """The entries of an observation or action space, flat.
+
+    Attributes:
+        space: of the flat entries.
+        leaves: where each leaf lies in the nested space, and what writes it; empty ones are left out.
+    """
 
     def __init__(
         self,
@@ -178,7 +183,7 @@ class _Entries:
         drop: Sequence[str] = (),
     ):
         self._space, self._bare = space, not isinstance(space, spaces.Dict | spaces.Tuple)
-        self._leaves: list[tuple[tuple, Any]] = []
+        self.leaves: list[tuple[tuple, Any]] = []
         is_action = root == "action"
         named: OrderedDict[str, spaces.Space] = OrderedDict()
         leaves = _leaves(space, root)
@@ -200,10 +205,10 @@ class _Entries:
                     f"{at}: two entries are called {min(twice)!r} once nested names are joined by '/'"
                 )
             named.update(entry.spaces)
-            self._leaves.append((path, entry))
+            self.leaves.append((path, entry))
         if not named:
             raise EnvError(f"{where}: the {'action' if is_action else 'observation'} space has no entries")
-        if (size or gray) and not any(isinstance(entry, Image) for _, entry in self._leaves):
+        if (size or gray) and not any(isinstance(entry, Image) for _, entry in self.leaves):
             raise EnvError(
                 f"{where}: the options size and gray need an image; observations are {', '.join(named)}.\n"
                 "  For rendered frames add the option pixels: true"
@@ -239,7 +244,7 @@ class _Entries:
     def write(self, value: Any) -> Arrays:
         """Flat observations from the environment's."""
         out: Arrays = {}
-        for path, entry in self._leaves:
+        for path, entry in self.leaves:
             leaf = value
             for key in path:
                 leaf = leaf[key]
@@ -249,8 +254,8 @@ class _Entries:
     def read(self, actions: Arrays) -> Any:
         """The environment's action from flat ones."""
         if self._bare:
-            return self._leaves[0][1].read(actions)
-        values = {path: entry.read(actions) for path, entry in self._leaves}
+            return self.leaves[0][1].read(actions)
+        values = {path: entry.read(actions) for path, entry in self.leaves}
         return self._build(self._space, values, ())
 
     def _build(self, space: spaces.Space, values: dict[tuple, Any], path: tuple) -> Any:
@@ -261,7 +266,8 @@ class _Entries:
         return values[path]
 
 
-def _specs(space: spaces.Dict) -> dict[str, Spec]:
+def entry_specs(space: spaces.Dict) -> dict[str, Spec]:
+    """The entries of a flat Dict space, as :class:`Entries` makes it."""
     specs: dict[str, Spec] = {}
     for key, leaf in space.spaces.items():
         if isinstance(leaf, spaces.Discrete):
@@ -287,7 +293,8 @@ def spaces_from_gym(
         EnvError: for Text, Graph, Sequence and other spaces, naming the entry.
     """
     return Spaces(
-        _specs(_Entries(obs_space, "obs", where).space), _specs(_Entries(action_space, "action", where).space)
+        entry_specs(Entries(obs_space, "obs", where).space),
+        entry_specs(Entries(action_space, "action", where).space),
     )
 
 
@@ -338,15 +345,15 @@ class StandardEnv(gym.Wrapper):
         drop = (drop,) if isinstance(drop, str) else tuple(drop)
         self._pixels = pixels
         self.name, self._seed, self._repeat = name, seed, repeat
-        self._obs = _Entries(seen or env.observation_space, "obs", name, size, gray, drop)
-        self._action = _Entries(env.action_space, "action", name)
+        self._obs = Entries(seen or env.observation_space, "obs", name, size, gray, drop)
+        self._action = Entries(env.action_space, "action", name)
         self._stack = stack
         self._axes: dict[str, int] = {}  # of the channels, by image
         self._frames: dict[str, list[np.ndarray]] = {}  # the newest ``stack``
         self.observation_space = self._obs.space if stack == 1 else self._stacked_space()
         self.action_space = self._action.space
         self._action_spaces = (self._action.space, *self._action.space.spaces.values())
-        entries = (_specs(self.observation_space) | _specs(self._action.space)).items()
+        entries = (entry_specs(self.observation_space) | entry_specs(self._action.space)).items()
         sizes = ", ".join(f"{key} {spec.shape} {spec.classes or spec.dtype}" for key, spec in entries)
         self._kind = f"{name} ({sizes}, repeat {repeat}{f', stack {stack}' if stack > 1 else ''})"
         if seed is not None:
@@ -372,14 +379,14 @@ class StandardEnv(gym.Wrapper):
         return seen
 
     def _stacked_space(self) -> spaces.Dict:
-        stacked, specs = dict(self._obs.space.spaces), _specs(self._obs.space)
+        stacked, specs = dict(self._obs.space.spaces), entry_specs(self._obs.space)
         for key, spec in specs.items():
             if spec.is_image:
                 axis = self._axes[key] = 0 if spec.channels_first else 2
                 shape = np.array(spec.shape)
                 shape[axis] *= self._stack
                 stacked[key] = spaces.Box(0, 255, tuple(shape.tolist()), np.uint8)
-                if (got := _specs(spaces.Dict({key: stacked[key]}))[key]).hwc[2] != shape[axis]:
+                if (got := entry_specs(spaces.Dict({key: stacked[key]}))[key]).hwc[2] != shape[axis]:
                     raise EnvError(
                         f"{self.name}: stack={self._stack} gives {key!r} the shape {got.shape}, which looks "
                         "like another layout.\n  Stack fewer images, or make them gray."
@@ -394,7 +401,7 @@ class StandardEnv(gym.Wrapper):
     @property
     def unbounded_actions(self) -> tuple[str, ...]:
         """Continuous actions with an element without finite bounds."""
-        return tuple(e.name for _, e in self._action._leaves if isinstance(e, Vector) and not e.bounded)
+        return tuple(e.name for _, e in self._action.leaves if isinstance(e, Vector) and not e.bounded)
 
     @property
     def episode_length(self) -> int | None:
