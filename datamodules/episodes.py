@@ -37,6 +37,7 @@ class Episode:
         seed: of the reset, if the source knows it.
         task: number of the task, in multi-task sources.
         fake_last: o_T is a copy of o_{T-1}, because the source lacks it.
+        broken: why this episode cannot be read although others can; its arrays are empty then.
     """
 
     observation: Arrays
@@ -48,6 +49,13 @@ class Episode:
     seed: int | None = None
     task: int = 0
     fake_last: bool = False
+    broken: DataError | None = None
+
+    @classmethod
+    def unreadable(cls, where: str, error: DataError) -> Episode:
+        """An episode in the place of one that cannot be read; :func:`checked` raises or counts ``error``."""
+        no = np.zeros(0, np.bool_)
+        return cls({}, {}, None, no, no, where, broken=error)
 
     @property
     def steps(self) -> int:
@@ -179,6 +187,8 @@ def checked(source: Source, on_bad: str = "error") -> Iterator[Episode]:
     """
     for episode in source.episodes():
         try:
+            if episode.broken is not None:
+                raise episode.broken
             if source.last_obs != "error":
                 episode = completed(episode, source.last_obs, source.report)
             whole = _checked(episode, source)

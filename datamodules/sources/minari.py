@@ -1,0 +1,458 @@
+"""Minari datasets: HDF5, Arrow and Parquet folders, read without Minari's own loop.
+
+Written against Minari 0.5.4, whose readers ``tests/datamodules/sources/test_minari.py`` compares with.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.episodes import Episode, Source
+from datamodules.sources import register
+from datamodules.spaces import Columns, Leaf, dropped, leaves, schema
+from lit_wm.errors import ConfigError, DataError, nearest
+
+_SPACES = ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text")
+_FRAMES = 16  # images that one thread decodes at a time
+_AGAIN = "  Fetch the dataset again, or leave the episode out with on_bad=skip_episode."
+
+
+@register("minari")
+class Minari(Source):
+    """A Minari dataset on disk.
+
+    Observations, actions, rewards, ends and seeds are read; infos are not. A combined dataset is read as it
+    is stored. One episode is in memory at a time.
+
+    Args:
+        rest: an id such as ``D4RL/door/human-v2``, or the path of a dataset's folder or its ``data`` folder.
+        root: folder of the datasets; else ``$MINARI_DATASETS_PATH``, else ``~/.minari/datasets``.
+        download: let Minari's client fetch an id that is not there.
+        drop: observations to leave out, a list or text with commas.
+        text: ``ids`` turns each string of a Text space into a class; the strings are in ``meta``.
+        last_obs: for episodes that lack their last observation, see :class:`datamodules.episodes.Source`.
+
+    Raises:
+        DataError: if the dataset is absent, damaged or of a space that no model takes.
+        ConfigError: for another ``text``.
+    """
+
+    def __init__(
+        self,
+        rest: str,
+        root: str | None = None,
+        download: bool = False,
+        drop: str | Sequence[str] = (),
+        text: str | None = None,
+        last_obs: str = "error",
+    ):
+        if text not in (None, "ids"):
+            raise ConfigError(f"text is {text!r}; expected ids, or nothing.")
+        self.last_obs = last_obs
+        self.data, self.name = _find(rest, root, download)
+        meta = self._metadata()
+        self._format = meta.get("data_format", "hdf5")
+        self._jpeg = bool(meta.get("jpeg_encoding", True))
+        spec = json.loads(meta.get("env_spec") or "{}")
+        obs, action = (_space(meta, part, self.name) for part in ("observation_space", "action_space"))
+        drop = dropped(drop, obs, self.name)
+        self.files, self._episodes = self._list()
+        self._check_counts(meta)
+        words = {}
+        if text:
+            texts = [("observations", x) for x in leaves(obs, "obs") if x.text and x.name not in drop]
+            texts += [("actions", x) for x in leaves(action, "action") if x.text]
+            words = self._words(texts)
+        self._obs = Columns(obs, "obs", self.name, drop, words)
+        self._action = Columns(action, "action", self.name, (), words)
+        self.schema = schema(self._obs, self._action, spec.get("max_episode_steps"))
+        known = {
+            "format": "minari",
+            "dataset_id": meta.get("dataset_id") or self.name,
+            "env_id": spec.get("id"),
+            "env_spec": meta.get("env_spec"),
+            "ref_min_score": meta.get("ref_min_score"),
+            "ref_max_score": meta.get("ref_max_score"),
+            "algorithm": meta.get("algorithm_name"),
+            "author": meta.get("author"),
+            "combined_datasets": meta.get("combined_datasets") or None,
+            "lossy_images": self._jpeg and any(map(_is_image, (*self._obs.leaves, *self._action.leaves))),
+            "vocabulary": {name: list(known) for name, known in words.items()} or None,
+            "start": self._obs.start | self._action.start or None,
+        }
+        self.meta = {key: value for key, value in known.items() if value is not None}
+
+    def _metadata(self) -> dict[str, Any]:
+        path = self.data / "metadata.json"
+        try:
+            meta = json.loads(path.read_bytes())
+            if not isinstance(meta, dict):
+                raise ValueError("not an object")
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.name}: {path} is missing, which holds the spaces of the dataset.\n"
+                "  Restore it, or delete the folder and fetch the dataset again."
+            ) from None
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}).\n  Fetch the dataset again.") from error
+        if meta.get("data_format", "hdf5") not in ("hdf5", "arrow", "parquet"):
+            raise DataError(
+                f"{path}: data_format is {meta['data_format']!r}; expected hdf5, arrow or parquet."
+            )
+        return meta
+
+    def _list(self) -> tuple[list[Path], list[int]]:
+        """Files of the dataset and its episode numbers in order."""
+        if self._format == "hdf5":
+            path = self.data / "main_data.hdf5"
+            with open_hdf5(path) as file:
+                found = [re.fullmatch(r"episode_(\d+)", key) for key in file]
+            return [self.data / "metadata.json", path], sorted(int(match[1]) for match in found if match)
+        folders = [p for p in self.data.iterdir() if p.is_dir() and p.name.isdecimal()]
+        files = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
+        return [self.data / "metadata.json", *files], sorted(int(folder.name) for folder in folders)
+
+    def _check_counts(self, meta: dict[str, Any]) -> None:
+        found, said = len(self._episodes), meta.get("total_episodes")
+        self.total_episodes = found
+        self.total_steps = meta.get("total_steps") if found == said else None
+        if not found:
+            raise DataError(f"{self.name}: no episodes in {self.data}.\n  Fetch the dataset again.")
+        if said is not None and found != said:
+            self.report.count(
+                "counts", f"{self.name}: metadata says {said} episodes, the file has {found}: using the file"
+            )
+
+    def _words(self, texts: list[tuple[str, Leaf]]) -> dict[str, list[str]]:
+        words: dict[str, set[str]] = {leaf.name: set() for _, leaf in texts}
+        for group in self._groups():
+            for part, leaf in texts:
+                words[leaf.name].update(group.read(part, leaf))
+        return {name: sorted(known) for name, known in words.items()}
+
+    def _groups(self) -> Iterator[_Group]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "jpeg") as pool, ExitStack() as stack:
+            path = self.data / "main_data.hdf5"
+            file = stack.enter_context(open_hdf5(path)) if self._format == "hdf5" else None
+            for k in self._episodes:
+                where = f"{self.name}, episode {k}"
+                if file is None:
+                    yield _ArrowGroup(where, self.data / str(k), self._format, self._jpeg, pool)
+                else:
+                    yield _Hdf5Group(where, path, file, k, self._jpeg, pool)
+
+    def episodes(self) -> Iterator[Episode]:
+        """All episodes in the order of their numbers."""
+        for group in self._groups():
+            try:
+                yield self._episode(group)
+            except DataError as error:
+                yield Episode.unreadable(group.where, error)
+
+    def _episode(self, group: _Group) -> Episode:
+        return Episode(
+            self._obs.read(lambda leaf: group.read("observations", leaf)),
+            self._action.read(lambda leaf: group.read("actions", leaf)),
+            *(group.flag(name) for name in ("rewards", "terminations", "truncations")),
+            where=group.where,
+            seed=group.seed,
+        )
+
+
+class _Group:
+    """One episode as it is stored."""
+
+    def __init__(self, where: str, jpeg: bool, pool: ThreadPoolExecutor):
+        self.where, self._jpeg, self._pool = where, jpeg, pool
+
+    @property
+    def seed(self) -> int | None:
+        """Of the reset, if it was noted."""
+        seed = self.notes.get("seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def notes(self) -> Any:
+        """What is noted about the episode, by name."""
+        raise NotImplementedError
+
+    def read(self, part: str, leaf: Leaf) -> Any:
+        """The values of a leaf of ``observations`` or ``actions``: an array (n, ...) or n strings."""
+        raise NotImplementedError
+
+    def flag(self, name: str) -> np.ndarray:
+        """One of the columns without a space, (T,)."""
+        raise NotImplementedError
+
+    def _missing(self, what: str, found: Any) -> DataError:
+        return DataError(f"{self.where} has no {what!r}; found: {', '.join(found) or 'nothing'}.\n{_AGAIN}")
+
+    def _decode(self, frames: Sequence[Any], part: str, leaf: Leaf) -> np.ndarray:
+        """Images (n, H, W, C) of n JPEG files, exactly as Pillow and therefore Minari sees them."""
+        from PIL import Image
+
+        images = np.empty((len(frames), *leaf.space.shape), np.uint8)  # type: ignore[misc]
+
+        def block(start: int) -> None:
+            for row in range(start, min(start + _FRAMES, len(frames))):
+                name = leaf.name if leaf.path else ""
+                at = f"{self.where}, {part[:-1]} {name and repr(name) + ' '}row {row}: JPEG"
+                try:
+                    image = np.asarray(Image.open(io.BytesIO(bytes(frames[row]))), np.uint8)
+                except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+                    what = str(error).splitlines()[0]
+                    raise DataError(f"{at} cannot be decoded ({what}).\n{_AGAIN}") from error
+                if image.size != images[row].size or image.shape[:2] != images.shape[1:3]:
+                    raise DataError(f"{at} has the shape {image.shape}, its space says {images.shape[1:]}.")
+                images[row] = image.reshape(images.shape[1:])
+
+        list(self._pool.map(block, range(0, len(frames), _FRAMES)))
+        return images
+
+
+class _Hdf5Group(_Group):
+    def __init__(self, where: str, path: Path, file: Any, k: int, jpeg: bool, pool: ThreadPoolExecutor):
+        super().__init__(where, jpeg, pool)
+        self._path, self._file, self._key = path, file, f"episode_{k}"
+
+    @cached_property
+    def _group(self) -> Any:
+        try:
+            return self._file[self._key]
+        except (KeyError, OSError) as error:
+            raise self._damaged(error) from error
+
+    @property
+    def notes(self) -> Any:
+        return self._group.attrs
+
+    def _dataset(self, key: str, take: Callable[[Any], Any]) -> Any:
+        part = key.partition("/")[0]
+        try:
+            item = self._group[key]
+        except KeyError as error:
+            if part not in self._group:
+                raise self._missing(part, self._group) from None
+            if key not in self._group:
+                raise self._missing(key, self._names(part)) from None
+            raise self._damaged(error) from error
+        if not hasattr(item, "shape"):
+            raise DataError(
+                f"{self.where}: {key!r} is a group of {', '.join(item)}; its space says an array."
+            )
+        try:
+            return take(item)
+        except OSError as error:
+            raise self._damaged(error) from error
+
+    def _names(self, part: str) -> list[str]:
+        names: list[str] = []
+        if hasattr(self._group[part], "visit"):
+            self._group[part].visit(lambda name: names.append(f"{part}/{name}"))
+        return names or [part]
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self.where}: {self._path} is damaged ({error}).\n{_AGAIN}")
+
+    def flag(self, name: str) -> np.ndarray:
+        return self._dataset(name, lambda item: item[()])
+
+    def read(self, part: str, leaf: Leaf) -> Any:
+        key = "/".join((part, *(f"_index_{k}" if isinstance(k, int) else k for k in leaf.path)))
+        if leaf.text:
+            try:
+                return self._dataset(key, lambda item: item.asstr()[()]).tolist()
+            except TypeError as error:
+                raise DataError(f"{self.where}: {key!r} does not hold strings ({error}).") from error
+        value = self._dataset(key, lambda item: item[()])
+        # Frames of equal size make a rectangle (n, bytes): the space alone tells what is a picture.
+        if self._jpeg and _is_image(leaf) and value.ndim <= 2:
+            return self._decode(value, part, leaf)
+        return value
+
+
+class _ArrowGroup(_Group):
+    def __init__(self, where: str, folder: Path, kind: str, jpeg: bool, pool: ThreadPoolExecutor):
+        super().__init__(where, jpeg, pool)
+        self._folder, self._kind = folder, kind
+
+    @cached_property
+    def _table(self) -> Any:
+        import pyarrow as pa
+        import pyarrow.dataset as ds
+
+        parts = sorted(str(p) for p in self._folder.glob(f"*.{self._kind}"))
+        if not parts:
+            raise DataError(f"{self.where}: no .{self._kind} file in {self._folder}.\n{_AGAIN}")
+        try:
+            return ds.dataset(parts, format=self._kind).to_table().combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            what = str(error).splitlines()[0]
+            raise DataError(f"{self.where}: {parts[0]} is damaged ({what}).\n{_AGAIN}") from error
+
+    @cached_property
+    def notes(self) -> Any:
+        try:
+            return json.loads((self._folder / "metadata.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    @property
+    def _steps(self) -> int:
+        # Minari fills all columns up to the length of the observations and cuts one row when it reads.
+        rows = self._table.num_rows
+        return rows if self.notes.get("total_steps") == rows else max(rows - 1, 0)
+
+    def _column(self, key: Sequence[str]) -> Any:
+        names = self._table.column_names
+        if key[0] not in names:
+            raise self._missing(key[0], names)
+        column = self._table[key[0]].combine_chunks()
+        for i, name in enumerate(key[1:], 1):
+            fields = [field.name for field in column.type] if hasattr(column, "field") else []
+            if name not in fields:
+                raise self._missing("/".join(key[: i + 1]), fields)
+            column = column.field(name)
+        return column if key[0] == "observations" else column[: self._steps]
+
+    def flag(self, name: str) -> np.ndarray:
+        return self._column([name]).to_numpy(zero_copy_only=False)
+
+    def read(self, part: str, leaf: Leaf) -> Any:
+        column = self._column([part, *map(str, leaf.path)])
+        if leaf.text:
+            return column.to_pylist()
+        if self._jpeg and _is_image(leaf):
+            return self._decode(column.to_pylist(), part, leaf)
+        if column.null_count:
+            raise DataError(f"{self.where}: {part} {leaf.name!r} has {column.null_count} empty rows.")
+        if not hasattr(column, "flatten") or not leaf.space.shape:
+            return column.to_numpy(zero_copy_only=False)
+        flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape
+        fits = len(flat) == len(column) * int(np.prod(shape))
+        return flat.reshape(len(column), *(shape if fits else (-1,)))
+
+
+def open_hdf5(path: Path) -> Any:
+    """Open an HDF5 file for reading.
+
+    Raises:
+        DataError: if it is absent, no HDF5 file, or cut off.
+    """
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.\n  Fetch the dataset again.") from None
+    except OSError as error:
+        with open(path, "rb") as file:
+            head = file.read(12)
+        if sizes := re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", str(error)):
+            there, whole = map(int, sizes.groups())
+            what = f"is truncated: {there:,} of {whole:,} bytes"
+        elif not head.startswith(b"\x89HDF"):
+            what = f"is not an HDF5 file (starts with {head!r})" if head else "is empty"
+        else:
+            what = f"is damaged ({error})"
+        raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
+
+
+def _is_image(leaf: Leaf) -> bool:
+    from minari.dataset.minari_storage import is_image_space
+
+    return is_image_space(leaf.space)
+
+
+def _space(meta: dict[str, Any], part: str, where: str) -> Any:
+    """The space as Minari reads it, from the environment if the metadata lack it."""
+    from minari.serialization import deserialize_space
+
+    text = meta.get(part)
+    if text is None and meta.get("env_spec"):
+        import gymnasium as gym
+        from gymnasium.envs.registration import EnvSpec
+
+        spec = re.sub(r'"(order_enforce": true|apply_api_compatibility": false|autoreset": false), ?', "",
+                      meta["env_spec"])  # fmt: skip
+        try:
+            return getattr(gym.make(EnvSpec.from_json(spec)), part)
+        except Exception as error:
+            raise DataError(
+                f"{where}: its metadata have no {part}, and its environment cannot be made "
+                f"({type(error).__name__}: {error}).\n  Install what the environment needs."
+            ) from error
+    try:
+        return deserialize_space(text)
+    except Exception as error:
+        other = [kind for kind in re.findall(r'"type": ?"(\w+)"', str(text)) if kind not in _SPACES]
+        what = f"a {other[0]} space, which no model here can take" if other else f"unreadable ({error})"
+        raise DataError(f"{where}: {part} in metadata.json is {what}.") from error
+
+
+def _find(rest: str, root: str | None, download: bool) -> tuple[Path, str]:
+    """The data folder and the name of a dataset."""
+    place = Path(root or os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    name = rest.split("://", 1)[1].partition("/")[2] if "://" in rest else rest
+    here = Path(rest).expanduser()
+    for folder in (place / name, here):
+        if (folder / "data").is_dir():
+            return folder / "data", name if folder != here else folder.name
+        if folder.is_dir() and (
+            (folder / "metadata.json").is_file() or (folder / "main_data.hdf5").is_file()
+        ):
+            return folder, folder.parent.name if folder.name == "data" else folder.name
+    command = f"minari download {rest}"
+    if root is not None:
+        command = f"MINARI_DATASETS_PATH={place} {command}"
+    if download:
+        _download(rest, place, command)
+        return place / name / "data", name
+    there = _installed(place)
+    listed = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+    raise DataError(
+        f"minari dataset {rest!r} not found under {place}{nearest(name, there)}\n"
+        f"  There are: {listed or 'none'}\n  To fetch it: {command}   (or the option download=true)"
+    )
+
+
+def _download(rest: str, place: Path, command: str) -> None:
+    import minari
+
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(place)  # Minari knows no other way
+    try:
+        minari.download_dataset(rest)
+    except Exception as error:  # each of its remotes has errors of its own
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"minari dataset {rest!r} could not be fetched: {what}\n"
+            f"  On a machine with a network run: {command}\n"
+            f"  and copy the folder of the dataset to {place}."
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _installed(place: Path) -> list[str]:
+    """Ids of the datasets under ``place``, without creating it."""
+    found = []
+    for folder, names, _ in os.walk(place):
+        if "data" in names:
+            found.append(Path(folder).relative_to(place).as_posix())
+            names.clear()
+    return sorted(found)
