@@ -21,10 +21,11 @@ from PIL import Image
 from lit_wm.callbacks.evaluate import Interrupts, run_episodes, write_atomic
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_vector_env, spaces_from_gym, suite_defaults
-from lit_wm.errors import CheckpointError, ConfigError, EnvError
+from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
 from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
+from lit_wm.tasks import list_tasks
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
 from lit_wm.types import Spaces, Spec
@@ -68,6 +69,8 @@ def evaluate_parser() -> Parser:
         ("episodes", int, 20, "N", "number of episodes (20)"),
         ("seed", int, 0, "S", "of everything; never a seed of the training (0)"),
         ("num-envs", int, 8, "K", "environments side by side (8)"),
+        ("planner", str, None, "P", "TD-MPC2: mppi, cem, gradient or policy; the checkpoint's by default"),
+        ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
         ("max-episode-steps", int, 30_000, "M", "cut longer episodes (30000)"),
         ("obs-noise", float, 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
             "units, images in parts of the whole scale, clipped and rounded; classes stay as they are (0)"),
@@ -93,11 +96,18 @@ def read_about(path: Path) -> dict[str, Any]:
     } | loaded.get("lit_wm", {})
 
 
-def load_module(path: Path, device: str = "cpu") -> tuple[WorldModelModule, dict[str, Any]]:
+def load_module(
+    path: Path, device: str = "cpu", planner: str | None = None, task: str | None = None
+) -> tuple[WorldModelModule, dict[str, Any]]:
     """The module of a checkpoint, ready to act, and :func:`read_about` it.
+
+    Args:
+        planner: another than the checkpoint's, with its own default options.
+        task: the one of the checkpoint's tasks that is played; spaces are then of its sizes.
 
     Raises:
         CheckpointError: the file is none, or its class or weights are not of this version.
+        ConfigError: it has no planners or not this task.
     """
     about = read_about(path)
     name, (_, stored) = str(about["class_path"]), stored_run(path)
@@ -109,8 +119,24 @@ def load_module(path: Path, device: str = "cpu") -> tuple[WorldModelModule, dict
     loaded, kind = torch.load(path, map_location="cpu", weights_only=True), pydoc.locate(name)
     if not (isinstance(kind, type) and issubclass(kind, WorldModelModule)):
         raise CheckpointError(f"{path}: its class {about['class_path']!r} is no world model known here")
+    options = {k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")}
+    if (planner or task) and "planner" not in options:
+        raise ConfigError(
+            f"--planner and --task are of TD-MPC2, {path} is of a {kind.__name__}: leave them out"
+        )
+    if planner not in (None, options.get("planner")):
+        options |= {"planner": planner, "planner_options": None}
+    if task not in (None, options.get("task")):
+        tasks, _ = list_tasks(options["tasks"], options["task"], Spaces.from_plain(options["spaces"]))
+        one = next((t for t in tasks if t.name == task), None)
+        if one is None:
+            close = nearest(str(task), [t.name for t in tasks])
+            raise ConfigError(
+                f"--task {task}: none of the checkpoint's{close or f', which has {len(tasks)}'}"
+            )
+        options |= {"tasks": [t._asdict() for t in tasks], "task": task, "spaces": one.spaces().to_plain()}
     try:
-        module = kind(**{k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")})
+        module = kind(**options)
         module.load_state_dict(loaded["state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = "\n".join(str(error).strip().splitlines()[:2])
@@ -126,9 +152,13 @@ def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
     for what, mine, its in (("observation", model.obs, env.obs), ("action", model.action, env.action)):
         for key in mine if what == "observation" else mine | its:  # more to see does no harm
             if (ours := mine.get(key)) != (theirs := its.get(key)):
+                hint = ""
+                if ours is not None and ours.is_image:  # several pictures of three colours, e.g. the authors'
+                    stack = f", stack: {ours.hwc[2] // 3}" if ours.hwc[2] > 3 else ""
+                    hint = f", for pictures e.g. --env-options '{{pixels: true{stack}}}'"
                 raise CheckpointError(
                     f"{what} {key!r}: the checkpoint has {ours}, {env_id} has {theirs}\n"
-                    "Give --env and --env-options as in the training"
+                    f"Give --env and --env-options as in the training{hint}"
                 )
 
 
@@ -141,7 +171,8 @@ class Stage:
         sigma: standard deviation of the noise; see ``--obs-noise``.
         seed: of the noise.
         film: keep ``frames`` (H, W, 3) uint8, of the first image that the model sees or else rendered.
-        join: entries to be shown as one vector ``obs``, in this order.
+        join: entries to be shown as one vector ``obs``, in this order; or the one to be shown as a picture
+            ``obs`` with the channels first.
     """
 
     def __init__(
@@ -149,7 +180,7 @@ class Stage:
     ):
         self.env, self.num_envs, self.sigma, self.filming = env, env.num_envs, sigma, film
         self.frames: list[np.ndarray] = []
-        self._join = join
+        self._join, self._wanted = join, spaces.obs.get("obs")
         self._noise = NoiseStreams(seed)
         self._noisy = {k: s for k, s in spaces.obs.items() if sigma and not s.is_discrete}
         self._image = next(((k, s) for k, s in spaces.obs.items() if s.is_image), None)
@@ -168,7 +199,10 @@ class Stage:
         return self._show(obs, True), *rest
 
     def _show(self, obs: dict[str, np.ndarray], new: bool) -> dict[str, np.ndarray]:
-        if self._join:
+        if self._join and self._wanted is not None and self._wanted.is_image:
+            picture = obs[self._join[0]]
+            obs = {"obs": picture if picture.shape[1:] == self._wanted.shape else np.moveaxis(picture, -1, 1)}
+        elif self._join:
             obs = {"obs": np.concatenate([obs[k].reshape(self.num_envs, -1) for k in self._join], 1)}
         for key, spec in self._noisy.items():
             noise = self.sigma * self._noise.normal(f"obs/{key}", obs[key].shape).numpy()
@@ -229,7 +263,10 @@ def evaluate(argv: list[str]) -> int:
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
     path = find_checkpoint("evaluate", given.ckpt, {})
     assert path is not None
-    module, about = load_module(path, given.device)
+    module, about = load_module(path, given.device, given.planner, given.task)
+    if (tasks := getattr(module.model, "tasks", None)) and module.model.task_index is None:
+        names = ", ".join(t.name for t in tasks[:8]) + (" ..." if len(tasks) > 8 else "")
+        raise ConfigError(f"say with --task which of the checkpoint's tasks is played: {names}")
     env_id = given.env or about["env"]
     if env_id is None:
         raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
@@ -244,11 +281,17 @@ def evaluate(argv: list[str]) -> int:
     env = open_envs(env_id, min(given.num_envs, given.episodes), options, rendered)
     try:
         shown, join = spaces_from_gym(env.single_observation_space, env.single_action_space), []
-        if about["env"] is None and "obs" in spaces.obs and "obs" not in shown.obs:
-            # Converted from a program that saw all entries as one vector and did not note their names.
-            join = [k for k, s in shown.obs.items() if s.dtype == "float32"]
-            size = sum(shown.obs[k].size for k in join)
-            shown = replace(shown, obs={"obs": Spec("float32", (size,))} if join else shown.obs)
+        foreign = (about["env"] is None or given.task) and spaces.obs.keys() == {"obs"}
+        if foreign and shown.obs.get("obs") != spaces.obs["obs"]:
+            # Converted from a program that saw all entries as one vector, or a picture with the channels
+            # first, and did not note their names.
+            if spaces.obs["obs"].is_image:
+                join = [k for k, s in shown.obs.items() if s.is_image][:1]
+                seen = [Spec("uint8", (s.hwc[2], *s.hwc[:2])) for s in (shown.obs[k] for k in join)]
+            else:
+                join = [k for k, s in shown.obs.items() if s.dtype == "float32"]
+                seen = [Spec("float32", (sum(shown.obs[k].size for k in join),))] if join else []
+            shown = replace(shown, obs={"obs": seen[0]} if seen else shown.obs)
         check_spaces(spaces, shown, env_id)
         theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
         if None not in (theirs, ours) and theirs != ours:
@@ -291,7 +334,16 @@ def evaluate(argv: list[str]) -> int:
     if "jitter" in score:
         print(f"jitter:     {score['jitter']:.3f} of half the range per decision")
     if given.json:
-        asked = ("episodes", "seed", "num_envs", "max_episode_steps", "obs_noise", "device")
+        asked = (
+            "episodes",
+            "seed",
+            "num_envs",
+            "max_episode_steps",
+            "obs_noise",
+            "device",
+            "planner",
+            "task",
+        )
         report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
         report |= {k: about[k] for k in ("class_path", "precision", "updates", "env_steps")}
         report |= {k: getattr(given, k) for k in asked} | {"threads": torch.get_num_threads()}

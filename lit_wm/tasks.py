@@ -23,6 +23,13 @@ class Task(NamedTuple):
     action: int
     episode_length: int
 
+    def spaces(self) -> Spaces:
+        """One vector in, one out, as the official programs show the task."""
+        from lit_wm.types import Spaces, Spec
+
+        obs, action = Spec("float32", (self.obs,)), Spec("float32", (self.action,))
+        return Spaces({"obs": obs}, {"action": action}, self.episode_length)
+
 
 def _dmc(names: str, obs: int, action: int) -> list[Task]:
     return [Task(name, obs, action, 500) for name in names.split()]

@@ -324,12 +324,7 @@ def module_from_official(
             known = {t.name: t for t in task_list(arguments["tasks"] or ())}
             if task not in known:
                 raise ConfigError(f"task {task!r} is none of this checkpoint's{nearest(task, list(known))}")
-            arguments["task"], one = task, known[task]
-            arguments["spaces"] = Spaces(
-                {"obs": Spec("float32", (one.obs,))},
-                {"action": Spec("float32", (one.action,))},
-                one.episode_length,
-            ).to_plain()
+            arguments |= {"task": task, "spaces": known[task].spaces().to_plain()}
         module = TDMPC2Module(**arguments | overrides)
         # No file holds the scale of the returns, which begins anew.
         module.model.load_state_dict({"scale": module.model.scale} | state)

@@ -377,6 +377,80 @@ def test_a_converted_checkpoint_plays_where_the_observations_add_up(tmp_path, mo
     assert list(read_spaces("dmc:walker_walk").obs) == ["orientations", "height", "velocity"]
 
 
+TOY = """
+import gymnasium as gym
+import numpy as np
+Box = gym.spaces.Box
+
+class Toy(gym.Env):
+    def __init__(self, shape, actions, key="obs", limit=5):
+        high, kind = (255, np.uint8) if len(shape) == 3 else (1, np.float32)
+        self.observation_space = gym.spaces.Dict({key: Box(0, high, tuple(shape), kind)})
+        self.action_space, self.limit = Box(-1, 1, (actions,), np.float32), limit
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.t = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observation_space.sample(), float(action.sum()), False, self.t >= self.limit, {}
+
+gym.register("Toy-v0", entry_point=Toy)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_env.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def play(*argv):
+    status = main(["evaluate", *argv, "--env", "toy_env:Toy-v0", "--episodes", "2", "--json", "out.json"])
+    return json.loads(Path("out.json").read_text()) if status == 0 else None
+
+
+def test_a_task_and_a_planner_are_chosen_at_the_evaluation(toy, capsys):
+    Path("tasks.yaml").write_text(yaml.safe_dump(TASKS))
+    convert = ["convert", "tdmpc2", str(golden("old", "multitask")), "--tasks", "tasks.yaml"]
+    assert main([*convert, "-o", "ours.ckpt"]) == 0
+    assert main([*convert, "-o", "c.ckpt", "--task", "c"]) == 0
+    one = ["--env-options", "{shape: [6], actions: 3}"]
+    scores = {p: play("--ckpt", "ours.ckpt", "--task", "c", "--planner", p, *one) for p in ("cem", "policy")}
+    assert (scores["cem"]["task"], scores["cem"]["planner"]) == ("c", "cem")
+    assert scores["cem"]["returns"] != scores["policy"]["returns"]
+    for planner, score in scores.items():
+        assert play("--ckpt", "c.ckpt", "--planner", planner, *one)["returns"] == score["returns"]
+    assert play("--ckpt", "c.ckpt", "--task", "a", "--env-options", "{shape: [5], actions: 2}")["task"] == "a"
+    capsys.readouterr()
+    for more, message in (
+        ([], "say with --task which of the checkpoint's tasks is played: a, b, c"),
+        (["--task", "cc"], "--task cc: none of the checkpoint's; did you mean 'c'?"),
+        (["--task", "c", "--planner", "cen"], "unknown planner 'cen'; did you mean 'cem'"),
+    ):
+        assert play("--ckpt", "ours.ckpt", *one, *more) is None
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["image", "obs"])
+def test_a_converted_picture_model_plays_from_stacked_pictures(toy, capsys, key):
+    theirs = torch.load(DATA / "rgb_tiny.pt", weights_only=True)["state_dict"]
+    torch.save({"model": theirs}, "rgb.pt")
+    assert main(["convert", "tdmpc2", "rgb.pt", "-o", "rgb.ckpt"]) == 0
+    actions = len(theirs["_pi.2.bias"]) // 2
+    options = f"shape: [64, 64, 3], actions: {actions}, key: {key}"
+    capsys.readouterr()
+    for wrong in (options, f"shape: [12], actions: {actions}, key: {key}"):
+        assert play("--ckpt", "rgb.ckpt", "--env-options", f"{{{wrong}}}") is None
+        assert "--env-options '{pixels: true, stack: 3}'" in capsys.readouterr().err
+    score = play("--ckpt", "rgb.ckpt", "--planner", "policy", "--env-options", f"{{{options}, stack: 3}}")
+    assert score["lengths"] == [5, 5]
+
+
 def test_entries_are_joined_in_the_order_asked_for():
     class Still:
         num_envs = 2
@@ -387,3 +461,17 @@ def test_entries_are_joined_in_the_order_asked_for():
     spaces = Spaces({"obs": Spec("float32", (3,))}, {})
     shown, _ = Stage(Still(), spaces, 0.0, 0, film=False, join=["b", "a"]).reset()
     assert shown["obs"].tolist() == [[3, 4, 1], [5, 6, 2]]
+
+
+def test_pictures_are_shown_with_their_channels_first():
+    class Still:
+        num_envs = 2
+        pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 9), np.uint8)
+
+        def reset(self, **_):
+            return {"image": self.pictures}, {}
+
+    spaces = Spaces({"obs": Spec("uint8", (9, 64, 64))}, {})
+    shown, _ = Stage(Still(), spaces, 0.0, 0, film=False, join=["image"]).reset()
+    assert shown["obs"].shape == (2, 9, 64, 64)
+    assert np.array_equal(shown["obs"][1, 4], Still.pictures[1, :, :, 4])
