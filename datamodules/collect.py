@@ -19,7 +19,8 @@ from gymnasium.spaces import Dict as DictSpace
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
-from datamodules.replay import RowReplay, counter_rng
+from datamodules.replay import RowReplay
+from datamodules.sampling import counter_rng
 from datamodules.views import to_latents
 from lit_wm.errors import ConfigError, NotSupported
 from lit_wm.noise import stream_seed

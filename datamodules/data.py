@@ -201,7 +201,7 @@ class ReplayDataModule(LightningDataModule):
 
     def row_bytes(self, latents: Mapping[str, Spec]) -> dict[str, int]:
         """Bytes of a replay row by the file that holds them: ``row`` for the small columns."""
-        from datamodules.replay import row_files, row_specs
+        from datamodules.rows import row_files, row_specs
 
         return row_files(row_specs(Spaces.from_plain(self.spaces), latents))
 

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from datamodules.replay import RowReplay, _copy_range, row_bytes, row_specs
+from datamodules.files import copy_range
+from datamodules.replay import RowReplay
+from datamodules.rows import row_bytes, row_specs
 from lit_wm.errors import CheckpointError, ConfigError, DataError
 from lit_wm.types import Spaces, Spec
 
@@ -364,7 +366,7 @@ def test_files_are_copied_where_the_kernel_cannot(tmp_path, monkeypatch):
     data = np.random.default_rng(0).bytes(10_000)
     (tmp_path / "a").write_bytes(data)
     with open(tmp_path / "a", "rb") as source, open(tmp_path / "b", "wb") as target:
-        _copy_range(source.fileno(), target.fileno(), 100, 9000)
+        copy_range(source.fileno(), target.fileno(), 100, 9000)
     assert (tmp_path / "b").read_bytes() == data[100:9100]
 
 

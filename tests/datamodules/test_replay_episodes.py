@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
-from datamodules.replay import EpisodeSampler, RowReplay
+from datamodules.replay import RowReplay
+from datamodules.sampling import EpisodeSampler
 from datamodules.views import tdmpc2_view
 from lit_wm.errors import DataError, NotSupported
 from lit_wm.types import Spaces, Spec
@@ -173,6 +174,6 @@ def test_an_append_costs_the_same_at_any_size(make_replay, play):
     replay = make_replay(capacity=3000, streams=3, window=2, within_episodes=True)
     play(replay, 0, 2.5).run(2500)
     sampler = replay.sampler
-    assert sampler._pieces.shape == (3, 501, 2)  # as many as a ring can hold, however long the run
+    assert sampler._pieces.shape[:2] == (3, 501)  # as many as a ring can hold, however long the run
     assert (sampler._count <= 500).all()
     assert (sampler._count > 100).all()

@@ -1,0 +1,103 @@
+"""Files that are complete or not there, and checked when they are read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_wm.errors import CheckpointError, DataError
+
+_BLOCK = 1 << 24  # bytes copied or checked at a time
+
+
+def copy_range(source: int, target: int, start: int, count: int) -> None:
+    """Append bytes of one file to another; inside the kernel, and shared instead of copied, where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while count:
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, target, min(count, 1 << 30), offset_src=start)
+            except OSError as error:
+                if error.errno not in (
+                    errno.EXDEV,
+                    errno.EINVAL,
+                    errno.ENOSYS,
+                    errno.EOPNOTSUPP,
+                    errno.EPERM,
+                ):
+                    raise
+                in_kernel = False
+                continue
+        else:
+            done = os.write(target, os.pread(source, min(count, _BLOCK), start))
+        if done == 0:
+            raise DataError("a replay file is shorter than the replay: something else has cut it.")
+        start, count = start + done, count - done
+
+
+def crc32(data: np.ndarray, crc: int = 0) -> int:
+    """Checksum of bytes (n,) uint8, going on from ``crc``."""
+    for start in range(0, len(data), _BLOCK):
+        crc = zlib.crc32(data[start : start + _BLOCK].data, crc)
+    return crc
+
+
+def checked_file(path: Path, size: int, crc: int) -> np.ndarray:
+    """The bytes of a snapshot file as a memory map, after a check of size and checksum."""
+    actual = path.stat().st_size if path.is_file() else None
+    if actual != size:
+        found = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+        raise CheckpointError(f"replay snapshot is damaged: {path} {found}.\n  Use an older checkpoint.")
+    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+    if crc32(data) != crc:
+        raise CheckpointError(
+            f"replay snapshot is damaged: the content of {path} does not match its checksum.\n"
+            "  Use an older checkpoint."
+        )
+    return data
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write plain values, synced to disk."""
+    with open(path, "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path, like: Iterable[str]) -> dict[str, Any]:
+    """Read a file of a snapshot that holds at least the keys ``like``.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if missing := sorted(set(like) - set(value)):
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return value
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a replay snapshot: {path.name} is missing.\n"
+            "  A snapshot is a folder with manifest.json; use a checkpoint that was saved with its replay."
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"replay snapshot is damaged: {path} cannot be read: {error}.\n  Use an older checkpoint."
+        ) from None
+
+
+def sync_directory(path: Path) -> None:
+    """Sync the names in a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

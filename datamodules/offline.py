@@ -1,0 +1,485 @@
+"""Rows of a dataset: which episodes take part, what a model wants changed in them, and the replay of them."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from tensordict import MemoryMappedTensor, TensorDict
+from torch import Tensor
+
+from datamodules._torchrl import Storage
+from datamodules.files import checked_file, crc32, read_json, write_json
+from datamodules.rows import (
+    _FLAT,
+    Key,
+    RowStorage,
+    _dtype,
+    _raw,
+    _Record,
+    _remove,
+    require_disk,
+    row_files,
+    row_specs,
+)
+from datamodules.views import NO_LATENT
+from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported, nearest
+from lit_wm.noise import stream_seed
+from lit_wm.types import Spaces, Spec
+
+if TYPE_CHECKING:
+    from datamodules.cache import Cache
+
+_BLOCK = 1 << 16  # rows changed at a time
+
+
+@dataclass(frozen=True)
+class RewardTransform:
+    """``clip(scale * reward + shift)``.
+
+    Args:
+        scale, shift: applied in this order.
+        clip: lowest and highest reward afterwards, null for none; ``[-1, 1]`` as Atari agents do.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+    clip: tuple[float, float] | None = None
+
+    def __call__(self, reward: np.ndarray) -> np.ndarray:
+        """Transform rewards of any shape."""
+        reward = self.scale * reward + self.shift
+        return reward if self.clip is None else np.clip(reward, *self.clip)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One entry of ``data.sources``.
+
+    Args:
+        uri: ``minari:ID``, ``npz:PATH`` ..., see :mod:`datamodules.sources`.
+        weight: share of the batch, relative to the other sources; a list ``[[update, weight], ...]`` changes
+            it linearly between updates.
+        task: name or number of the task, for multi-task models.
+        top_returns: use the fraction of episodes with the highest returns only.
+        min_length: leave out episodes of fewer transitions.
+        episodes: use these episodes only, by their number in the source.
+        fraction: use a random fraction of the episodes, the same for the same seed.
+        max_steps: use the first episodes that together have no more transitions.
+        reward: ``{scale, shift, clip}``, see :class:`RewardTransform`.
+        action_low, action_high: bounds that become -1 and 1, where the source does not state its own.
+        on_bad: ``error`` or ``skip_episode``, what to do with bad episodes.
+        options: of the reader, e.g. ``{episode_length: 300}``.
+    """
+
+    uri: str
+    weight: float | list[list[float]] = 1.0
+    task: str | int | None = None
+    top_returns: float | None = None
+    min_length: int | None = None
+    episodes: list[int] | None = None
+    fraction: float | None = None
+    max_steps: int | None = None
+    reward: dict[str, Any] | None = None
+    action_low: float | list[float] | None = None
+    action_high: float | list[float] | None = None
+    on_bad: str = "error"
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("top_returns", "fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{self.uri}: {name} is {value!r}, expected a fraction above 0, up to 1.")
+        knots = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
+        if (
+            not knots
+            or any(len(k) != 2 or k[1] < 0 for k in knots)
+            or [k[0] for k in knots] != sorted(k[0] for k in knots)
+        ):
+            raise ConfigError(
+                f"{self.uri}: weight is {self.weight!r}, expected a number of 0 or more, or a list "
+                "[[update, weight], ...] with growing updates."
+            )
+        try:
+            RewardTransform(**(self.reward or {}))
+        except TypeError:
+            raise ConfigError(
+                f"{self.uri}: reward is {self.reward}, expected {{scale, shift, clip}}."
+            ) from None
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
+        """From a URI or a mapping, as YAML gives it.
+
+        Raises:
+            ConfigError: for a name that does not exist or an impossible value.
+        """
+        if isinstance(value, SourceSpec):
+            return value
+        given = {"uri": value} if isinstance(value, str) else dict(value)
+        known = list(cls.__dataclass_fields__)
+        if "uri" not in given or set(given) - set(known):
+            wrong = next(iter(sorted(set(given) - set(known))), None)
+            found = f"has no {wrong!r}{nearest(wrong, known)}" if wrong else "needs a uri"
+            raise ConfigError(f"a source in data.sources {found}\n  Its entries: {', '.join(known)}")
+        return cls(**given)
+
+    def weight_at(self, update: int) -> float:
+        """Weight when ``update`` updates have been made."""
+        if not isinstance(self.weight, list):
+            return float(self.weight)
+        knots = np.array(self.weight, np.float64)
+        return float(np.interp(update, knots[:, 0], knots[:, 1]))
+
+
+def uniform_hash(seed: int, name: str, ids: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) that depend on seed, name and id alone: a split survives growing data. (n,)"""
+    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+        stream_seed(seed, 0, name) & (2**64 - 1)
+    )
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+
+
+def select_episodes(
+    cache: Cache, spec: SourceSpec, val_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the episodes to train on and of those held out.
+
+    The split goes by episode and by a hash of seed, source and number: an episode stays on its side when the
+    source grows or a filter changes. Filters apply to both sides, the quantile of returns is that of all.
+
+    Raises:
+        DataError: if no episode is left to train on.
+    """
+    table, steps = cache.episodes, cache.episodes["length"] - 1
+    keep = np.ones(len(steps), np.bool_)
+    if spec.episodes is not None:
+        ids = np.asarray(spec.episodes, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(keep)):
+            raise DataError(f"{spec.uri} has episodes 0 to {len(keep) - 1}; episodes names {ids.max()}.")
+        keep[:] = False
+        keep[ids] = True
+    if spec.min_length is not None:
+        keep &= steps >= spec.min_length
+    if spec.top_returns is not None and keep.any():
+        keep &= table["return"] >= np.quantile(table["return"][keep], 1 - spec.top_returns, method="lower")
+    chosen = np.flatnonzero(keep)
+    if spec.fraction is not None:
+        order = np.argsort(uniform_hash(seed, f"fraction {cache.key}", chosen), kind="stable")
+        chosen = np.sort(chosen[order[: max(1, round(spec.fraction * len(chosen)))]])
+    if spec.max_steps is not None:
+        chosen = chosen[np.cumsum(steps[chosen]) <= spec.max_steps]
+    draw = uniform_hash(seed, f"split {cache.key}", chosen)
+    held = draw < val_fraction
+    if val_fraction and len(chosen) > 1 and not held.any():
+        held[draw.argmin()] = True
+    if held.all():
+        raise DataError(
+            f"{spec.uri} has {len(steps):,} episodes of {steps.min()} to {steps.max()} steps; none is left "
+            "to train on.\n  Loosen top_returns, min_length, episodes, fraction, max_steps or val_fraction."
+        )
+    return chosen[~held], chosen[held]
+
+
+def model_spaces(cache: Cache, stack: int = 1) -> Spaces:
+    """The entries of a cache as a model sees them: images stacked on their channels."""
+    spaces = cache.schema.spaces
+    if stack == 1:
+        return spaces
+    obs = {}
+    for key, spec in spaces.obs.items():
+        shape = list(spec.shape)
+        if spec.is_image:
+            shape[0 if spec.channels_first else 2] *= stack
+        obs[key] = replace(spec, shape=tuple(shape))
+    return replace(spaces, obs=obs)
+
+
+def common_spaces(named: Mapping[str, Spaces], pad: bool = False) -> Spaces:
+    """The entries that all of several sources have.
+
+    Args:
+        named: spaces by source.
+        pad: vectors of different widths get the widest, for multi-task models; classes the largest count.
+
+    Raises:
+        DataError: if they differ otherwise, with all of them side by side.
+    """
+    first, *others = named.values()
+    obs, action = dict(first.obs), dict(first.action)
+    for other in others:
+        for ours, theirs in ((obs, other.obs), (action, other.action)):
+            if list(ours) != list(theirs):
+                raise _differ(named, pad)
+            for key, spec in theirs.items():
+                wide = _wider(ours[key], spec, pad)
+                if wide is None:
+                    raise _differ(named, pad)
+                ours[key] = wide
+    lengths = [s.episode_length for s in named.values()]
+    most = None if None in lengths else max(x for x in lengths if x is not None)
+    unbounded = tuple(dict.fromkeys(name for s in named.values() for name in s.unbounded))
+    return Spaces(obs, action, most, unbounded)
+
+
+def _wider(a: Spec, b: Spec, pad: bool) -> Spec | None:
+    if a == b:
+        return a
+    if not pad or a.dtype != b.dtype or (a.classes is None) != (b.classes is None) or a.is_image:
+        return None
+    if a.classes is not None and b.classes is not None and a.shape == b.shape:
+        return replace(a, classes=max(a.classes, b.classes))
+    if len(a.shape) == len(b.shape) == 1 and a.classes == b.classes:
+        return replace(a, shape=max(a.shape, b.shape))
+    return None
+
+
+def _differ(named: Mapping[str, Spaces], pad: bool) -> DataError:
+    lines = []
+    for name, spaces in named.items():
+        entries = [
+            f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in (spaces.obs | spaces.action).items()
+        ]
+        lines.append(f"  {name}: {', '.join(entries)}")
+    fix = "Leave entries out with the reader's option drop" + (
+        "." if pad else ", or set pad: true for vectors."
+    )
+    return DataError("the sources have different spaces:\n" + "\n".join(lines[:3]) + f"\n  {fix}")
+
+
+class CacheRows(RowStorage):
+    """Episodes of a cache as one stream of rows; nothing but latents is ever written.
+
+    Observations stay in the cache's files. A window needs the small columns of all its rows, so they are
+    copied side by side into a file of this run, in the order of the episodes chosen, with actions within
+    [-1, 1], rewards as wanted, and the number of the source and of the task.
+
+    Args:
+        cache: an open cache.
+        directory: where the files of this run lie.
+        spaces: what the model sees: the cache's entries, with stacked images and padded vectors.
+        episodes: numbers of those that take part, in growing order.
+        spec: transforms of the source.
+        latents: latent entries, none at first; None for none.
+        lead, pin: as in :class:`~datamodules.rows.RowStorage`.
+        stack: images that are put together, the newest last; before an episode began its first is repeated.
+        source, task: numbers written to every row; a task of None leaves those of the cache.
+
+    Raises:
+        DataError: for actions beyond [-1, 1] whose bounds nobody knows.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        directory: Path,
+        spaces: Spaces,
+        episodes: np.ndarray,
+        spec: SourceSpec,
+        latents: Mapping[str, Spec] | None = None,
+        lead: int = 1,
+        pin: bool = False,
+        stack: int = 1,
+        source: int = 0,
+        task: int | None = None,
+    ):
+        lengths = cache.episodes["length"][episodes]
+        self.ring = int(lengths.sum())
+        Storage.__init__(self, self.ring, compilable=True)
+        self.cache, self.chosen, self.stack = cache, np.asarray(episodes), stack
+        self.specs, self.streams, self.lead, self.pin = row_specs(spaces, latents), 1, lead, pin
+        self._stops = np.cumsum(lengths)  # of the episodes, in rows of this storage
+        self.episodes = (self._stops - lengths, self._stops)
+        self._shift = cache.episodes["start"][episodes] - self.episodes[0]  # to rows of the cache
+        self.head, self.floor = np.array([self.ring]), np.zeros(1, np.int64)
+        self._buffers = {}
+        self._blocks, self._handles, self.files, self.columns = {}, {}, {}, {}
+        own = {k: s for k, s in self.specs.items() if k[0] != "observation"}
+        directory.mkdir(parents=True, exist_ok=True)
+        require_disk(directory, self.ring, sum(row_files(own).values()))
+        for name, size in row_files(own).items():
+            file = directory / f"{quote(name, safe='')}.rows"
+            file.unlink(missing_ok=True)
+            block = MemoryMappedTensor.empty((self.ring, size), dtype=torch.uint8, filename=str(file))
+            self._blocks[name], self.files[name] = block.as_subclass(Tensor), file
+            self._handles[name] = open(file, "rb")  # noqa: SIM115
+        self._record = _Record(self.specs)
+        self.columns = self._record.unpack(self._blocks["row"])
+        for key, entry in self.specs.items():
+            if key[0] == "latent":
+                self.columns[key] = self._blocks[".".join(key)].view(_dtype(entry)).view(-1, *entry.shape)
+                if entry.is_discrete:
+                    self.columns[key].fill_(NO_LATENT)
+        self.arrays = {k: _raw(v)[:, 0] if k[0] in _FLAT else _raw(v) for k, v in self.columns.items()}
+        for key in self.specs:
+            if key[0] == "observation":
+                self.columns[key] = cache.rows[key].as_subclass(Tensor)
+        self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))
+        self._fill(spaces, spec, source, task)
+        self.data = TensorDict({k: v for k, v in self.columns.items() if k[0] != "observation"}, [self.ring])
+
+    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: int | None) -> None:
+        """Copy the small columns."""
+        reward = RewardTransform(**(spec.reward or {}))
+        scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if s.classes is None}
+        for key, array in self.arrays.items():
+            if key[0] == "latent":
+                continue
+            if key == ("source",) or (key == ("task",) and task is not None):
+                array[:] = source if key == ("source",) else task
+                continue
+            column, most = self.cache.rows[key].numpy(), 0.0
+            name = key[1] if len(key) > 1 else "action"
+            for start in range(0, self.ring, _BLOCK):
+                value = column[self._origin(np.arange(start, min(start + _BLOCK, self.ring)))]
+                part = array[start : start + len(value)]
+                value = value[:, 0] if key[0] in _FLAT else value
+                if key == ("next", "reward"):
+                    value = np.where(self.arrays["valid",][start : start + len(value)], reward(value), 0)
+                elif key[0] == "action" and (scale := scales.get(name)) is not None:
+                    low, high = scale
+                    acts = self.arrays["valid",][start : start + len(value)]
+                    value = ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))
+                elif key[0] == "action" and name in scales:
+                    most = max(most, float(np.abs(value).max(initial=0)))
+                if value.shape != part.shape:  # padded
+                    part[...] = 0
+                    part = part[:, : value.shape[1]]
+                part[...] = value
+            if most > 1 + 1e-5:
+                raise DataError(
+                    f"{spec.uri}: the values of action {name!r} go up to {most:.3g}, and nobody says their "
+                    "bounds; models need -1 to 1.\n  Give action_low and action_high in its entry of "
+                    "data.sources."
+                )
+
+    def _bounds(self, key: str, spec: SourceSpec) -> tuple[np.ndarray, np.ndarray] | None:
+        """What becomes -1 and 1; None for an action that is not scaled."""
+        if spec.action_low is not None and spec.action_high is not None:
+            low, high = (np.asarray(x, np.float64) for x in (spec.action_low, spec.action_high))
+        elif key in self.cache.schema.low:
+            low, high = (
+                np.asarray(x[key], np.float64) for x in (self.cache.schema.low, self.cache.schema.high)
+            )
+            finite = np.isfinite(low) & np.isfinite(high)  # as environments do: others pass unscaled
+            low, high = np.where(finite, low, -1.0), np.where(finite, high, 1.0)
+        else:
+            return None
+        if not (low < high).all():
+            raise ConfigError(f"{spec.uri}: action_low {low} must be below action_high {high}.")
+        return None if (low == -1).all() and (high == 1).all() else (low, high)
+
+    def _origin(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of the cache. Any shape."""
+        if not self._shift.any():
+            return rows
+        return rows + self._shift[np.searchsorted(self._stops, rows, side="right")]
+
+    def set(self, cursor: Any, data: Mapping[Key, Any], *, set_cursor: bool = True) -> None:
+        """Refused: a dataset does not grow."""
+        raise NotSupported("rows of a dataset cannot be written; add to a ring instead.")
+
+    def get(self, index: Any) -> TensorDict:
+        """As :meth:`RowStorage.get`; single rows with their observations too."""
+        if isinstance(index, Tensor) and index.ndim == 2:
+            return super().get(index)
+        rows = torch.arange(self.ring)[index]
+        found = self.data[rows]
+        for key in self.specs:
+            if key[0] == "observation":
+                found[key] = self._observe(key, rows.reshape(1, -1), None)[0].reshape(
+                    *rows.shape, *self.specs[key].shape
+                )
+        return found
+
+    def _observe(self, key: Key, index: Tensor, out: Tensor | None) -> Tensor:
+        column, spec = self.columns[key], self.specs[key]
+        if out is None:
+            out = self.buffer(key, (*index.shape, *spec.shape), column.dtype)
+        rows = torch.from_numpy(self._origin(index.numpy()))
+        if self.stack > 1 and spec.is_image:
+            # Frames of the same episode only: before it began, its first.
+            age = self.columns["step",][index.reshape(-1)].view(index.shape).long()
+            back = torch.arange(self.stack - 1, -1, -1)
+            rows = rows.unsqueeze(-1) - torch.minimum(back, age.unsqueeze(-1))  # (B, T, stack)
+            frames = column.index_select(0, rows.reshape(-1)).view(*rows.shape, *column.shape[1:])
+            axis = 0 if spec.channels_first else 2
+            joined = frames.movedim(2, 2 + axis)  # the stack beside the channels
+            out.copy_(joined.reshape(out.shape))
+        elif column.shape[1:] == spec.shape:
+            torch.index_select(column, 0, rows.reshape(-1), out=out.view(-1, *spec.shape))
+        else:
+            out.zero_()[..., : column.shape[1]] = column[rows]
+        return out
+
+    # A snapshot holds the latents; the rest is in the dataset.
+
+    def dumps(self, path: Any) -> None:
+        """Write the latents and what they belong to."""
+        files = []
+        for name, block in self._blocks.items():
+            if name != "row":
+                data = block.numpy().reshape(-1)
+                with open(Path(path) / self.files[name].name, "wb") as target:
+                    target.write(data.data)
+                    target.flush()
+                    os.fsync(target.fileno())
+                files.append({"name": name, "bytes": data.nbytes, "crc32": crc32(data)})
+        write_json(Path(path) / "manifest.json", {"dataset": self._identity(), "files": files})
+
+    def loads(self, path: Any) -> None:
+        """Read :meth:`dumps`.
+
+        Raises:
+            CheckpointError: if it is damaged or of other episodes.
+        """
+        path = Path(path)
+        manifest = read_json(path / "manifest.json", ("dataset", "files"))
+        if manifest["dataset"] != self._identity():
+            raise CheckpointError(
+                f"{path} belongs to other data: {manifest['dataset']}\n"
+                f"  but this run has {self._identity()}.\n"
+                "  Resume with the same data.sources and seed."
+            )
+        for entry in manifest["files"]:
+            data = checked_file(path / self.files[entry["name"]].name, entry["bytes"], entry["crc32"])
+            self._blocks[entry["name"]].numpy().reshape(-1)[:] = data
+
+    def _identity(self) -> dict[str, Any]:
+        return {"cache": self.cache.key, "rows": self.ring, "episodes": crc32(self.chosen.view(np.uint8))}
+
+
+def observation_statistics(parts: list[CacheRows]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of every float vector over the rows that are trained on, by entry.
+
+    In float64, block by block around a first guess of the mean; what never changes gets a deviation of 1.
+    """
+    stats = {}
+    for key, spec in parts[0].specs.items():
+        if key[0] != "observation" or spec.dtype != "float32":
+            continue
+        count, guess = 0, parts[0].columns[key][:1].double().numpy()
+        total, square = np.zeros(spec.shape), np.zeros(spec.shape)
+        for part in parts:
+            for start in range(0, part.ring, _BLOCK):
+                rows = part._origin(np.arange(start, min(start + _BLOCK, part.ring)))
+                value = part.columns[key].numpy()[rows].astype(np.float64) - guess
+                count += len(value)
+                total += value.sum(0)
+                square += (value**2).sum(0)
+        mean = total / count
+        std = np.sqrt(np.maximum(square / count - mean**2, 0))
+        std[std < 1e-6] = 1.0
+        name = key[1] if len(key) > 1 else "obs"
+        stats[name] = (torch.from_numpy(mean + guess[0]).float(), torch.from_numpy(std).float())
+    return stats
