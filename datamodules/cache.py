@@ -1,0 +1,658 @@
+"""Caches: a dataset as rows in memory-mapped files, written once and found again by the content of its files.
+
+The folder of a cache is a memory-mapped TensorDict: ``TensorDict.load_memmap(folder)`` reads the rows, and
+``numpy.memmap`` any column with the type and shape in ``meta.json``. Beside the columns lie ``episodes/``, a
+memory-mapped TensorDict too, with one row per episode, and ``rows.json``, which says what the data are and
+has size and checksums of all files.
+
+A folder with its final name is complete: it is written under another name and renamed. A process that is
+killed leaves ``NAME.tmp-*``, which the next ingest removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from datamodules.episodes import Episode, Schema, Source, checked
+from datamodules.replay import row_key, row_specs
+from datamodules.sources import open_source, parse_uri
+from lit_wm.errors import ConfigError, DataError
+from lit_wm.types import Spaces, Spec
+
+LAYOUT = 1  # of the folder; caches of another layout are refused
+Key = tuple[str, ...]
+Progress = Callable[[int, int, int], None]  # episodes and steps so far, bytes expected in all
+
+_BLOCK = 64 << 20  # bytes under one checksum
+_BUFFER = 32 << 20  # bytes of episodes that are written together
+_WHOLE = 1 << 30  # larger files are known by samples of their content
+_LOCAL = ("download", "cache_dir", "root")  # options that say where the data lie, not what they are
+_RESERVED = ("shape", "device", "_type")  # of TensorDict's meta.json
+_EPISODE = {
+    "start": Spec("int64", ()),
+    "length": Spec("int64", ()),
+    "return": Spec("float64", ()),
+    "terminated": Spec("bool", ()),
+    "fake_last": Spec("bool", ()),
+    "seed": Spec("int64", ()),
+    "task": Spec("int16", ()),
+    "crc": Spec("uint32", ()),
+}
+_log = logging.getLogger(__name__)
+
+
+class Cache:
+    """A dataset as rows; see :func:`open_cache` and :func:`ingest`.
+
+    Attributes:
+        folder: where it lies.
+        rows: memory-mapped columns, see :func:`datamodules.replay.row_specs`.                     batch [N]
+        episodes: by name, one number per episode (E,): ``start`` (first row), ``length`` (rows, T+1),
+            ``return``, ``terminated``, ``fake_last`` (o_T repeats o_{T-1}), ``seed`` (-1: unknown), ``task``,
+            ``crc`` (CRC-32 of its observations, actions and rewards).
+        schema: entries and bounds of continuous actions, which are in the source's units.
+        meta: what the source says of itself.
+        report: what was noticed when it was read: ``counts`` and ``notes``.
+        uri: the source, with ``options`` and ``on_bad``.
+        key: digest of content and options.
+        files: by path in the folder: ``bytes`` and ``crc``, one CRC-32 per 64 MB.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]):
+        self.folder, self.facts = folder, facts
+        self.files: dict[str, dict[str, Any]] = facts["files"]
+        self.uri, self.options, self.on_bad = facts["uri"], facts["options"], facts["on_bad"]
+        self.key, self.meta, self.report = facts["key"], facts["meta"], facts["report"]
+        self.schema = Schema.from_plain(facts["schema"])
+        self.steps: int = facts["steps"]
+        self.bytes = sum(file["bytes"] for file in self.files.values())
+
+    @cached_property
+    def rows(self) -> TensorDict:
+        """The columns."""
+        return TensorDict.load_memmap(self.folder)
+
+    @cached_property
+    def episodes(self) -> dict[str, np.ndarray]:
+        """The table of episodes."""
+        return {k: v.numpy() for k, v in TensorDict.load_memmap(self.folder / "episodes").items()}
+
+    def __len__(self) -> int:
+        return self.steps + len(self.episodes["start"])
+
+    def verify(self, full: bool = False) -> None:
+        """Compare the files with what was written: their sizes, and if ``full`` their checksums.
+
+        Raises:
+            DataError: for the first file that differs.
+        """
+        mend = f"run `lit-wm data verify {self.uri or f'rows:{self.folder}'} --repair`"
+        for name, facts in self.files.items():
+            path = self.folder / name
+            what = f"cache {self.folder}: " + (
+                f"column {unquote(name[:-7])}" if name.endswith(".memmap") else f"file {name}"
+            )
+            size = path.stat().st_size if path.is_file() else None
+            if size != facts["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes"
+                raise DataError(f"{what} {found}, expected {facts['bytes']:,}:\n  {mend}")
+            if full:
+                for i, (crc, block) in enumerate(zip(facts["crc"], _blocks(path, _BLOCK), strict=True)):
+                    if zlib.crc32(block) != crc:
+                        raise DataError(
+                            f"{what} is not what was written: bytes {i * _BLOCK:,} to "
+                            f"{i * _BLOCK + len(block):,} do not match their checksum:\n  {mend}"
+                        )
+
+
+def cache_root(given: str | Path | None = None) -> Path:
+    """The folder of all caches: ``given``, else ``$LITWM_CACHE``, else ``~/.cache/lit_wm/rows``."""
+    return Path(given or os.environ.get("LITWM_CACHE") or "~/.cache/lit_wm/rows").expanduser()
+
+
+def open_cache(folder: str | Path, verify: str = "size") -> Cache:
+    """Open the folder of a cache.
+
+    Args:
+        folder: the cache itself.
+        verify: ``size`` compares the sizes of all files, ``full`` their checksums too.
+
+    Raises:
+        DataError: if it is not a cache, of another layout, or damaged.
+    """
+    folder = Path(folder)
+    facts = _facts(folder)
+    if facts.get("layout") != LAYOUT:
+        newer = isinstance(facts.get("layout"), int) and facts["layout"] > LAYOUT
+        raise DataError(
+            f"cache {folder} has layout {facts.get('layout')}, this version reads layout {LAYOUT}.\n  "
+            + ("Update lit-wm, or delete" if newer else "Delete")
+            + f" the folder and ingest {facts.get('uri')} again."
+        )
+    try:
+        cache = Cache(folder, facts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"cache {folder} is damaged: rows.json lacks or garbles {error}.\n  Delete the folder and ingest "
+            "the source again."
+        ) from None
+    cache.verify(full=verify == "full")
+    return cache
+
+
+def plan_size(source: Source) -> int:
+    """Bytes that the rows of a source will take: exact if it says how many steps it has, else the size of its
+    files.
+    """
+    if source.total_steps is None:
+        return sum(path.stat().st_size for path in source.files)
+    row = sum(_width(spec) for spec in row_specs(source.schema.spaces).values())
+    episodes = source.total_episodes or 0
+    return (source.total_steps + episodes) * row + episodes * sum(map(_width, _EPISODE.values()))
+
+
+def find_cache(
+    uri: str, cache: str | Path | None = None, on_bad: str = "error", **options: Any
+) -> Cache | None:
+    """The cache of a source, if there is one; arguments as for :func:`ingest`. ``rows:PATH`` is its own."""
+    source = open_source(uri, **options)
+    if (own := getattr(source, "cache", None)) is not None:
+        return own
+    return _Identity(uri, source, on_bad, options).find(cache_root(cache))
+
+
+def ingest(
+    uri: str,
+    cache: str | Path | None = None,
+    on_bad: str = "error",
+    progress: Progress | None = None,
+    replace: bool = False,
+    **options: Any,
+) -> Cache:
+    """Open the cache of a source, and write it first if there is none.
+
+    Of several processes that ingest the same source one writes, and the others wait for it.
+
+    Args:
+        uri: the source, see :mod:`datamodules.sources`; ``rows:PATH`` is opened where it lies.
+        cache: folder of all caches, see :func:`cache_root`.
+        on_bad: see :func:`datamodules.episodes.checked`.
+        progress: called before the first episode (0, 0, bytes that will be written) and after each one.
+        replace: write it again, even if there is one.
+        options: of the reader.
+
+    Raises:
+        ConfigError: for a source or an option that does not exist.
+        DataError: if the data or the cache cannot be used, or the disk is too small.
+    """
+    source = open_source(uri, **options)
+    if (own := getattr(source, "cache", None)) is not None:
+        return own
+    root = cache_root(cache)
+    identity = _Identity(uri, source, on_bad, options)
+    if not replace and (found := identity.find(root)):
+        return found
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f"{identity.name}.lock"):
+        _sweep(root, identity.name)
+        if not replace and (found := identity.find(root)):
+            return found
+        with ThreadPoolExecutor(1) as pool:
+            key = pool.submit(lambda: identity.key)  # reads the files while they are ingested
+
+            def finish() -> tuple[Path, dict[str, Any]]:
+                key.result()
+                identity.unchanged()
+                return root / f"{identity.name}-{identity.key[:16]}", identity.to_plain()
+
+            try:
+                return _write(root, identity.name, source, on_bad, progress, finish)
+            finally:
+                identity.stop = True
+
+
+def write_rows(
+    source: Source, folder: str | Path, on_bad: str = "error", progress: Progress | None = None
+) -> Cache:
+    """Write episodes into a folder of the caller's choice, for sources that exist only once.
+
+    Args:
+        source: what to write.
+        folder: the new cache; nothing may be there.
+        on_bad, progress: as for :func:`ingest`.
+
+    Raises:
+        ConfigError: if the folder exists.
+        DataError: as :func:`ingest`.
+    """
+    folder = Path(folder).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    plain = {"uri": None, "options": {}, "on_bad": on_bad, "digest": None, "stamps": [], "key": None}
+    with _locked(folder.parent / f"{folder.name}.lock"):
+        if folder.exists():
+            raise ConfigError(f"{folder} exists; expected a new folder. Delete it or give another one.")
+        return _write(folder.parent, folder.name, source, on_bad, progress, lambda: (folder, plain))
+
+
+class _Identity:
+    """What a cache is known by: content of the files, and the options that they are read with."""
+
+    def __init__(self, uri: str, source: Source, on_bad: str, options: Mapping[str, Any]):
+        scheme, rest, given = parse_uri(uri)
+        path = Path(rest)
+        words = [scheme, *([path.name] if path.is_absolute() else path.parts[-3:])]
+        self.uri, self.options, self.on_bad, self.stop = uri, dict(options), on_bad, False
+        self.name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[-64:].strip("-.")
+        self.files = [Path(file).absolute() for file in source.files]
+        options = {k: v for k, v in sorted({**given, **options}.items()) if k not in _LOCAL}
+        settings = {"layout": LAYOUT, "scheme": scheme, "on_bad": on_bad, "options": options}
+        settings |= {} if self.files else {"rest": rest}
+        self.settings = json.dumps(settings, sort_keys=True, default=str)
+        self.stamps = self._stamps()
+        # A file may change twice within one tick of its clock: wait until the next change would show.
+        age = time.time() - max((max(stamp[2:4]) for stamp in self.stamps), default=0) / 1e9
+        time.sleep(0.05 - age if 0 <= age < 0.05 else 0)
+
+    def _stamps(self) -> list[list[Any]]:
+        stats = [(path, path.stat()) for path in self.files]
+        return [[str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for path, s in stats]
+
+    def unchanged(self) -> None:
+        """Whether the files are still the same ones."""
+        for old, new in zip(self.stamps, self._stamps(), strict=True):
+            if old != new:
+                raise DataError(
+                    f"{old[0]} changed while it was read.\n  Ingest it again once it is complete."
+                )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all files, with their names if there are several."""
+        whole = hashlib.blake2b(digest_size=16)
+        for path, stamp in zip(self.files, self.stamps, strict=True):
+            if len(self.files) > 1:
+                whole.update(f"{path.name}\0{stamp[1]}\0".encode())
+            one, size = hashlib.blake2b(digest_size=16), stamp[1]
+            if size <= _WHOLE:
+                for block in _blocks(path, 4 << 20):
+                    if self.stop:
+                        raise InterruptedError
+                    one.update(block)
+            else:
+                one.update(f"{size} {stamp[2]}".encode())
+                with open(path, "rb") as file:
+                    for at in np.linspace(0, size - (1 << 20), 66).astype(int).tolist():
+                        file.seek(at)
+                        one.update(file.read(1 << 20))
+            whole.update(one.digest())
+        return whole.hexdigest()
+
+    @cached_property
+    def key(self) -> str:
+        """Of content and options."""
+        return hashlib.blake2b(f"{self.settings}\n{self.digest}".encode(), digest_size=16).hexdigest()
+
+    def find(self, root: Path) -> Cache | None:
+        """The cache in ``root``; files are read only if they look other than at the last time."""
+        known = {}
+        for folder in root.glob(self.name + "-" + "[0-9a-f]" * 16):
+            try:
+                known[folder] = _facts(folder)
+            except DataError as error:  # it may be another's; if it is ours the digest will lead to it
+                _log.warning("%s", error)
+                known[folder] = {}
+        for folder, facts in known.items():
+            if (facts.get("stamps"), facts.get("settings")) == (self.stamps, self.settings) and self.stamps:
+                return open_cache(folder)
+        folder = root / f"{self.name}-{self.key[:16]}" if known else root
+        if folder not in known:
+            return None
+        cache = open_cache(folder)
+        try:
+            part = root / f"{folder.name}.json.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            _write_json(part, {**cache.facts, "stamps": self.stamps})
+            os.replace(part, folder / "rows.json")
+        except OSError:  # someone else's cache: it is only slower to find
+            pass
+        return cache
+
+    def to_plain(self) -> dict[str, Any]:
+        """For ``rows.json``."""
+        sampled = any(stamp[1] > _WHOLE for stamp in self.stamps)
+        return {
+            "uri": self.uri, "options": self.options, "on_bad": self.on_bad, "settings": self.settings,
+            "key": self.key, "digest": {"kind": "sampled" if sampled else "full", "blake2b": self.digest},
+            "stamps": self.stamps,
+        }  # fmt: skip
+
+
+class _Table:
+    """Columns of a memory-mapped TensorDict, written through files and not through the maps: a full disk is
+    then an error, and not the end of the process.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[Key, Spec]):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.specs, self.rows = folder, specs, 0
+        self.parts = {key: folder / f"{i}.part" for i, key in enumerate(specs)}
+        self.handles = {key: open(path, "wb") for key, path in self.parts.items()}  # noqa: SIM115
+        self.crcs: dict[Key, list[int]] = {key: [] for key in specs}
+        self.sizes = dict.fromkeys(specs, 0)
+
+    def append(self, columns: Mapping[Key, np.ndarray]) -> None:
+        """Append rows."""
+        for key, spec in self.specs.items():
+            value = np.ascontiguousarray(columns[key], spec.dtype)
+            data = value.reshape(-1).view(np.uint8).data
+            while len(data):
+                at = self.sizes[key] % _BLOCK
+                part, data = data[: _BLOCK - at], data[_BLOCK - at :]
+                crcs = self.crcs[key]
+                if at == 0:
+                    crcs.append(0)
+                crcs[-1] = zlib.crc32(part, crcs[-1])
+                self.handles[key].write(part)
+                self.sizes[key] += len(part)
+        self.rows += len(value)
+
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        """Sync, and let TensorDict say the names of the files and write its ``meta.json``."""
+        for handle in self.handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.close()
+        like = TensorDict({}, [1])
+        for key, spec in self.specs.items():
+            like[key] = torch.empty((1, *spec.shape), dtype=getattr(torch, spec.dtype))
+        like = like.expand(self.rows).memmap_like(self.folder)  # files with holes, replaced by ours
+        files = {}
+        for key, part in self.parts.items():
+            path = Path(like[key].filename)
+            os.replace(part, path)
+            path.chmod(0o444)
+            files[path] = {"bytes": self.sizes[key], "crc": self.crcs[key]}
+        return files
+
+    def close(self) -> None:
+        """Close the files."""
+        for handle in self.handles.values():
+            handle.close()
+
+
+class _Writer:
+    """Episodes to rows."""
+
+    def __init__(self, folder: Path, spaces: Spaces):
+        for name in (*spaces.obs, *spaces.action):
+            if name in _RESERVED:
+                raise DataError(f"an entry is called {name!r}, which TensorDict keeps for itself.\n"
+                                "  Leave it out or rename it in the source.")  # fmt: skip
+        self.spaces, self.folder, self.no_reward = spaces, folder, False
+        self.rows = _Table(folder, row_specs(spaces))
+        self.table = _Table(folder / "episodes", {(k,): v for k, v in _EPISODE.items()})
+        self.pending: list[Episode] = []
+        self.bytes = self.steps = 0
+
+    def add(self, episode: Episode) -> None:
+        """Append an episode; only a few MB of them are held."""
+        size = sum(v.nbytes for v in (*episode.observation.values(), *episode.action.values()))
+        if self.bytes + size > _BUFFER:
+            self.flush()
+        self.pending.append(episode)
+        self.bytes += size
+        self.steps += episode.steps
+
+    def flush(self) -> None:
+        """Write what is held."""
+        episodes, self.pending, self.bytes = self.pending, [], 0
+        if not episodes:
+            return
+        length = np.array([e.steps + 1 for e in episodes])
+        stop = np.cumsum(length)
+        start, last, n = stop - length, stop - 1, int(stop[-1])
+        task = np.array([e.task for e in episodes])
+        valid = np.ones(n, np.bool_)
+        valid[last] = False
+        terminated, truncated, init = np.zeros((3, n), np.bool_)
+        terminated[last - 1] = [e.terminated[-1] for e in episodes]
+        truncated[last - 1] = [e.truncated[-1] for e in episodes]
+        init[start] = True
+
+        def joined(arrays: list[np.ndarray]) -> np.ndarray:
+            return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+        def steps(arrays: list[np.ndarray], spec: Spec) -> np.ndarray:
+            column = np.zeros((n, *spec.shape), spec.dtype)
+            column[valid] = joined(arrays)
+            return column
+
+        self.no_reward |= any(e.reward is None for e in episodes)
+        rewards = [np.zeros(e.steps, np.float32) if e.reward is None else e.reward for e in episodes]
+        columns: dict[Key, np.ndarray] = {
+            row_key("observation", k, "obs"): joined([e.observation[k] for e in episodes])
+            for k in self.spaces.obs
+        }
+        for k, spec in self.spaces.action.items():
+            columns[row_key("action", k, "action")] = steps([e.action[k] for e in episodes], spec)
+        columns["next", "reward"] = steps(rewards, Spec("float32", ()))
+        columns |= {("next", "terminated"): terminated, ("next", "truncated"): truncated}
+        columns |= {("next", "done"): terminated | truncated, ("is_init",): init, ("valid",): valid}
+        columns["episode",] = np.repeat(self.table.rows + np.arange(len(episodes)), length)
+        columns["step",] = np.arange(n) - np.repeat(start, length)
+        columns |= {("source",): np.zeros(n, np.int16), ("task",): np.repeat(task, length)}
+        table = {
+            "start": self.rows.rows + start,
+            "length": length,
+            "return": np.array([r.sum(dtype=np.float64) for r in rewards]),
+            "terminated": terminated[last - 1],
+            "fake_last": np.array([e.fake_last for e in episodes]),
+            "seed": np.array([-1 if e.seed is None else e.seed for e in episodes]),
+            "task": task,
+            "crc": np.array([_episode_crc(e, r) for e, r in zip(episodes, rewards, strict=True)]),
+        }
+        self.rows.append(columns)
+        self.table.append({(k,): v for k, v in table.items()})
+
+    def finish(self) -> dict[str, Any]:
+        """Sync all; the part of ``rows.json`` that comes from here."""
+        self.flush()
+        if not self.table.rows:
+            raise DataError("there is no episode with a step in it.")
+        files = {**self.rows.finish(), **self.table.finish()}
+        for path in self.folder.rglob("meta.json"):
+            blocks = list(_blocks(path, _BLOCK))
+            files[path] = {"bytes": sum(map(len, blocks)), "crc": [zlib.crc32(block) for block in blocks]}
+            _sync(path)
+        plain = {str(path.relative_to(self.folder)): files[path] for path in sorted(files)}
+        return {"episodes": self.table.rows, "steps": self.steps, "rows": self.rows.rows, "files": plain}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.rows.close()
+        self.table.close()
+
+
+def _write(
+    root: Path,
+    name: str,
+    source: Source,
+    on_bad: str,
+    progress: Progress | None,
+    finish: Callable[[], tuple[Path, dict[str, Any]]],
+) -> Cache:
+    """Stream a source into a new folder and rename it to what ``finish`` says."""
+    planned, free = plan_size(source), shutil.disk_usage(root).free
+    if planned > free:
+        raise DataError(
+            f"{root}: the rows need {planned / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free.\n"
+            "  Make room, or choose another disk with --cache or LITWM_CACHE."
+        )
+    if progress:
+        progress(0, 0, planned)
+    part = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    part.mkdir()
+    writer = None
+    try:
+        writer = _Writer(part, source.schema.spaces)
+        for number, episode in enumerate(checked(source, on_bad), 1):
+            writer.add(episode)
+            if progress:
+                progress(number, writer.steps, planned)
+        try:
+            facts = writer.finish()
+        except DataError as error:
+            raise DataError(
+                f"{', '.join(map(str, source.files[:1])) or name}: {error}\n  {_counts(source)}"
+            ) from None
+        folder, more = finish()
+        meta = {**source.meta, **({"no_reward": True} if writer.no_reward else {})}
+        facts |= {"layout": LAYOUT, "schema": source.schema.to_plain(), "meta": meta, **more}
+        _write_json(part / "rows.json", {**facts, "report": source.report.to_plain()})
+        for path in (*(p for p in part.rglob("*") if p.is_dir()), part):
+            _sync(path)
+        if folder.exists():
+            old = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            os.rename(folder, old)
+            os.rename(part, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(part, folder)
+        _sync(root)
+    except BaseException as error:
+        if writer is not None:
+            writer.close()
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(root).free
+            raise DataError(
+                f"{root}: the disk is full: the rows need about {planned / 1e9:,.2f} GB, now that what was "
+                f"written is removed {free / 1e9:,.2f} GB are free.\n"
+                "  Make room, or choose another disk with --cache or LITWM_CACHE."
+            ) from error
+        raise
+    return open_cache(folder)
+
+
+@contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file, which is gone afterwards; the kernel frees it when its process dies."""
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                os.close(handle)
+                yield False
+                return
+            _log.warning("waiting for another process that holds %s", path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            if os.fstat(handle).st_ino == path.stat().st_ino:  # else its holder removed it meanwhile
+                break
+        except FileNotFoundError:
+            pass
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _sweep(root: Path, mine: str) -> None:
+    """Remove what killed processes left; ``mine`` is the name whose lock is held."""
+    for part in root.glob("*.tmp-*"):
+        name = part.name.rpartition(".tmp-")[0]
+        if name == mine:
+            _remove(part)
+        else:
+            with _locked(root / f"{name}.lock", wait=False) as free:
+                if free:
+                    _remove(part)
+    for lock in root.glob("*.lock"):
+        with _locked(lock, wait=False):
+            pass
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / "rows.json"
+    try:
+        facts = json.loads(path.read_text())
+        if not isinstance(facts, dict):
+            raise ValueError("it is no object")
+    except FileNotFoundError:
+        what = "has no rows.json" if folder.is_dir() else "is not there"
+        raise DataError(f"{folder} {what}; expected the folder of a cache, as `lit-wm data ingest` prints "
+                        "it.") from None  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise DataError(f"cache {folder} is damaged: rows.json cannot be read: {error}.\n"
+                        "  Delete the folder and ingest the source again.") from None  # fmt: skip
+    return facts
+
+
+def _counts(source: Source) -> str:
+    counts = ", ".join(f"{name} {n:,}" for name, n in source.report.counts.items())
+    first = f"; the first note: {source.report.notes[0]}" if source.report.notes else ""
+    return f"Found: {counts or 'nothing'}{first}"
+
+
+def _episode_crc(episode: Episode, reward: np.ndarray) -> int:
+    crc = 0
+    for value in (*episode.observation.values(), *episode.action.values(), reward):
+        crc = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, crc)
+    return crc
+
+
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while block := file.read(size):
+            yield block
+
+
+def _width(spec: Spec) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
