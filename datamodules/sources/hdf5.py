@@ -1,0 +1,206 @@
+"""``hdf5:PATH``: HDF5 files with flat arrays per step (as D4RL), or with a group per episode (as Minari)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.episodes import Episode, Schema
+from datamodules.sources import register
+from datamodules.sources.flat import NAMES, Column, Ends, FlatSource, Table, expand, fitted, infer, names
+from datamodules.sources.minari import Minari, open_hdf5
+from lit_wm.errors import ConfigError, DataError
+from lit_wm.types import Spaces, Spec
+
+SUFFIXES = (".hdf5", ".h5", ".hdf")
+_GROUPS = {name for role in ("observation", "action", "next") for name in NAMES[role]}
+
+
+@register("hdf5")
+class HDF5(FlatSource):
+    """One file, several (a pattern or a folder), or Minari's ``main_data.hdf5``.
+
+    Flat files hold ``observations``, ``actions``, ``terminals`` and perhaps ``rewards``, ``timeouts`` and
+    ``next_observations``, under any of the usual names; groups of these are nested entries. ``infos`` and
+    ``metadata`` are skipped. A file of groups ``episode_K`` is read as a Minari dataset if its
+    ``metadata.json`` lies beside it; else what its entries are is inferred. Bounds of actions are taken from
+    attributes ``low`` and ``high`` of the actions, which hardly any file has: unknown ones are left out, and
+    a rescaling to [-1, 1] then needs actions that lie there already.
+
+    Args:
+        rest: path, pattern or folder.
+        last_obs, dones_are, episode_length, split: see :mod:`datamodules.sources.flat`.
+        classes: number of classes of integer actions; None: as many as are found.
+        drop: observations to leave out.
+
+    Raises:
+        DataError: if a file is absent, damaged, no HDF5, lacks observations or actions, or has no episode
+            end at all.
+    """
+
+    def __init__(
+        self,
+        rest: str,
+        last_obs: str | None = None,
+        dones_are: str = "ends",
+        episode_length: int | None = None,
+        split: str | None = None,
+        classes: int | None = None,
+        drop: str | Sequence[str] = (),
+    ):
+        files, _ = expand("hdf5", rest, SUFFIXES)
+        ends = Ends.parse(split, episode_length)
+        self.drop = names(drop)
+        self._inner: Minari | None = None
+        self.meta: dict[str, Any] = {"format": "hdf5"}
+        with open_hdf5(files[0]) as file:
+            self._grouped = any(re.fullmatch(r"episode_\d+", name) for name in file)
+            low_high = None if self._grouped else _bounds(file)
+        if not self._grouped:
+            self.setup(files, self._open, last_obs=last_obs or "terminal", dones_are=dones_are, ends=ends,
+                       classes=classes)  # fmt: skip
+            self.take_bounds(*(low_high or (None, None)))
+            return
+        if len(files) > 1:
+            raise ConfigError(
+                f"hdf5: {rest} means {len(files)} files with groups episode_K; name one of them."
+            )
+        beside = (files[0].parent / "metadata.json").is_file()
+        if episode_length or split or (classes and beside):
+            raise ConfigError(
+                f"hdf5: {files[0]} has one group per episode{' and its spaces' if beside else ''}: "
+                f"{'classes, ' if beside else ''}split and episode_length mean nothing there."
+            )
+        if beside:
+            options: dict[str, Any] = {"drop": self.drop} if self.drop else {}
+            if last_obs is not None:
+                options["last_obs"] = last_obs
+            self._inner = Minari(str(files[0].parent), **options)
+            # One dataset, one report, whichever of the two is asked.
+            self.__dict__ |= {**vars(self._inner), "_inner": self._inner, "_report": self._inner.report}
+            return
+        self.files, self.last_obs = files, last_obs or "error"
+        self._infer_groups(classes)
+
+    def episodes(self) -> Iterator[Episode]:
+        """All episodes in the order of the file, groups by their number."""
+        if self._inner is not None:
+            return self._inner.episodes()
+        return self._groups() if self._grouped else super().episodes()
+
+    def take_bounds(self, low: Any, high: Any) -> None:
+        """Bounds of a single continuous action; None are unknown."""
+        action = self.schema.spaces.action
+        if low is None or high is None or list(action) != ["action"] or action["action"].is_discrete:
+            return
+        shape = action["action"].shape
+        bounds = [np.broadcast_to(np.asarray(x, np.float64), shape).copy() for x in (low, high)]
+        self.schema = Schema(self.schema.spaces, {"action": bounds[0]}, {"action": bounds[1]})
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Table]:
+        with open_hdf5(path) as file:
+            yield Table.find(str(path), _columns(file, str(path)), self.drop)
+
+    def _infer_groups(self, classes: int | None) -> None:
+        specs: dict[str, dict[str, Spec]] = {"observations": {}, "actions": {}}
+        with open_hdf5(self.files[0]) as file:
+            episodes = _episodes(file)
+            for name in episodes:
+                for role, found in specs.items():
+                    for key, column in self._entries(file, name, role).items():
+                        where = f"{self.files[0]}, {name}: {role} {key!r}"
+                        # The type is the first episode's; only the number of classes needs all of them.
+                        if key not in found or found[key].is_discrete:
+                            spec = infer(where, column, role == "actions", classes)
+                            if key not in found or (spec.classes or 0) > (found[key].classes or 0):
+                                found[key] = spec
+            first = file[episodes[0]]
+            self.meta |= {"no_reward": "rewards" not in first}
+        self.schema = Schema(Spaces(specs["observations"], specs["actions"]))
+
+    def _entries(self, file: Any, name: str, role: str) -> dict[str, Column]:
+        group = file[name]
+        if role not in group:
+            raise DataError(f"{self.files[0]}, {name} has no {role!r}; found: {', '.join(group)}.")
+        root = "obs" if role == "observations" else "action"
+        leaves = {
+            re.sub(r"_index_(\d+)", r"\1", k) or root: c for k, c in _leaves(group[role], str(self.files[0]))
+        }
+        return {k: c for k, c in leaves.items() if role == "actions" or k not in self.drop}
+
+    def _groups(self) -> Iterator[Episode]:
+        specs = self.schema.spaces
+        with open_hdf5(self.files[0]) as file:
+            for name in _episodes(file):
+                where, group = f"{self.files[0]}, episode {name.removeprefix('episode_')}", file[name]
+                seen = {
+                    k: fitted(specs.obs.get(k), np.asarray(c[:]))
+                    for k, c in self._entries(file, name, "observations").items()
+                }
+                done = {
+                    k: fitted(specs.action.get(k), np.asarray(c[:]))
+                    for k, c in self._entries(file, name, "actions").items()
+                }
+                columns = dict(_leaves(group, where, deep=False))
+                if "rewards" not in columns and not self.meta["no_reward"]:
+                    raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")
+                steps = len(next(iter(done.values())))
+                reward = columns["rewards"][:] if "rewards" in columns else None
+                no = np.zeros(steps, np.bool_)
+                ends = [columns[k][:] if k in columns else no for k in ("terminations", "truncations")]
+                seed = group.attrs.get("seed")
+                seed = int(seed) if isinstance(seed, np.integer) else None
+                yield Episode(seen, done, reward, ends[0], ends[1], where, seed)
+
+
+class _Dataset:
+    """A dataset whose unreadable blocks are named."""
+
+    def __init__(self, data: Any, where: str):
+        self._data, self._where, self.shape, self.dtype = data, where, data.shape, data.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        try:
+            return self._data[rows]
+        except OSError as error:
+            raise DataError(
+                f"{self._where}: {self._data.name} cannot be read ({str(error).splitlines()[0][:90]}).\n"
+                "  The file is damaged; delete it and download it again."
+            ) from error
+
+
+def _leaves(node: Any, where: str, deep: bool = True) -> list[tuple[str, Any]]:
+    if hasattr(node, "shape"):  # a dataset
+        return [("", _Dataset(node, where))]
+    return [(f"{k}/{inner}".rstrip("/"), column) for k in node if deep or hasattr(node[k], "shape")
+            for inner, column in _leaves(node[k], where)]  # fmt: skip
+
+
+def _columns(file: Any, where: str) -> dict[str, Column]:
+    """Flat columns by name; of groups only observations and actions, the rest is no business of ours."""
+    return {
+        f"{name}/{inner}".rstrip("/"): column
+        for name in file
+        if hasattr(file[name], "shape") or name in _GROUPS
+        for inner, column in _leaves(file[name], where)
+    }
+
+
+def _bounds(file: Any) -> tuple[Any, Any]:
+    name = next((name for name in NAMES["action"] if name in file), None)
+    attributes = file[name].attrs if name else {}
+    return attributes.get("low"), attributes.get("high")
+
+
+def _episodes(file: Any) -> list[str]:
+    names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
+    return sorted(names, key=lambda name: int(name.removeprefix("episode_")))

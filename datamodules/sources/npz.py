@@ -1,0 +1,282 @@
+"""``npz:PATH|PATTERN|FOLDER``: recordings in npz files, of four forms that are told apart by their keys.
+
+- demo: ``observations``, ``actions``, ``rewards``, ``dones`` (or the usual other names), flat, in one file or
+  one per episode;
+- replay (WorldFlux, worldloom): ``obs``, ``actions``, ``rewards``, ``dones`` with ``obs_shape`` and
+  ``action_dim``; one-hot actions become classes;
+- OGBench: ``observations``, ``actions``, ``terminals``, no rewards; T+1 rows per episode, ``terminals`` cuts;
+- Dreamer chunks: ``is_first``, ``is_last``, ``is_terminal``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.episodes import Episode, Source
+from datamodules.sources import register
+from datamodules.sources.flat import Ends, FlatSource, Table, expand, head, is_one_hot, names
+from lit_wm.errors import ConfigError, DataError
+
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
+_PIECE = 1 << 20  # bytes taken from a compressed stream at once
+FORMS = ("demo", "replay", "ogbench", "dreamer")
+
+
+@register("npz")
+class NPZ(FlatSource):
+    """Recordings in npz files. Nothing is unpickled, and no array is held in memory as a whole.
+
+    Args:
+        rest: a file, a pattern or a folder; ``*-val.npz`` are left out unless the pattern says ``-val``.
+        last_obs: what to do with the last observation, which most of these files lack, see
+            :func:`~datamodules.episodes.completed`.
+        dones_are: ``ends``: ``dones`` are ends of unknown kind, read as truncations; ``terminals``:
+            terminations.
+        episode_length, split: other rules for where episodes end, see :mod:`datamodules.sources.flat`.
+        classes: number of classes of integer actions; None: as many as are found.
+        discrete: whether actions are classes or one-hot; None: integers, and one-hot rows in the replay form.
+        drop: observations to leave out.
+        form: ``demo``, ``replay``, ``ogbench`` or ``dreamer`` where the keys would be misread.
+        tolerate, actions: of :class:`~datamodules.sources.dreamer_chunks.DreamerChunks`.
+
+    Raises:
+        DataError: if a file is absent, damaged, pickled, or lacks observations or actions.
+    """
+
+    def __init__(
+        self,
+        rest: str,
+        last_obs: str = "terminal",
+        dones_are: str = "ends",
+        episode_length: int | None = None,
+        split: str | None = None,
+        classes: int | None = None,
+        discrete: bool | None = None,
+        drop: str | Sequence[str] = (),
+        form: str | None = None,
+        tolerate: bool = False,
+        actions: str | Sequence[str] | None = None,
+    ):
+        files, pattern = expand("npz", rest, (".npz",))
+        if pattern and "-val" not in Path(rest).name:
+            train = [file for file in files if not file.stem.endswith("-val")]
+            if len(train) < len(files):
+                note = f"{len(files) - len(train)} *-val.npz of {rest} are left out; name them to read them"
+                self.report.count("validation_files", note)
+            files = train or files
+        if form not in (None, *FORMS):
+            raise ConfigError(f"npz: form is {form!r}; expected {', '.join(FORMS)}.")
+        self.drop = names(drop)
+        self._inner: Source | None = None
+        with open_npz(files[0]) as members:
+            self._form, self._said = form or _form(members), form is not None
+        self.files = files
+        self.meta: dict[str, Any] = {"format": f"npz-{self._form}"}
+        if self._form == "dreamer":
+            given = {"episode_length": episode_length, "split": split}
+            if wrong := [name for name, value in given.items() if value is not None]:
+                raise ConfigError(f"npz: {files[0]} is a Dreamer chunk; {wrong[0]} means nothing there.")
+            from datamodules.sources.dreamer_chunks import DreamerChunks
+
+            inner: Source = DreamerChunks(
+                files, tolerate, classes, bool(discrete), actions or ("action",), self.drop
+            )
+            self.__dict__ |= {**vars(inner), "_inner": inner, "_report": inner.report}
+            return
+        if tolerate or actions:
+            raise ConfigError(f"npz: tolerate and actions are for Dreamer chunks; {files[0]} is none.")
+        if self._form == "replay" and discrete is None:
+            discrete = all(_replay_is_one_hot(file) for file in files) or None
+        ends = Ends.parse(split, episode_length)
+        self.setup(files, self._open, last_obs=last_obs, dones_are=dones_are, ends=ends, classes=classes,
+                   discrete=discrete, may_be_open=True)  # fmt: skip
+
+    def episodes(self) -> Iterator[Episode]:
+        """All episodes, file by file."""
+        return self._inner.episodes() if self._inner is not None else super().episodes()
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Table]:
+        with open_npz(path) as members:
+            if not self._said and (form := _form(members)) != self._form:
+                raise DataError(
+                    f"{path} is of the {form} form, {self.files[0]} of the {self._form} form.\n"
+                    "  Expected files of one kind; name them by a pattern, or say form=."
+                )
+            table = Table.find(str(path), members, self.drop)
+            if self._form == "replay":
+                _agree(path, members, table)
+            if self._form == "ogbench":
+                # The last row of an episode holds o_T and an action that nobody took; its mark is a cut.
+                table.truncated, table.terminated, table.shared_last = table.terminated, None, True
+            yield table
+
+
+class Member:
+    """An array of an npz, read forwards by slices of rows; going back starts it anew.
+
+    Stored and compressed arrays go the same way, since it checks the sums of the zip.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, name: str, stack: ExitStack):
+        self._archive, self._name, self._stack = archive, name, stack
+        self._where = f"{archive.filename}: {name.removesuffix('.npy')}"
+        self._map: np.ndarray | None = None
+        self._used = False
+        self._start()
+
+    def _start(self) -> None:
+        fmt = np.lib.format
+        try:
+            self._stream = self._stack.enter_context(self._archive.open(self._name))
+            version = fmt.read_magic(self._stream)
+            if version not in ((1, 0), (2, 0)):
+                raise DataError(f"{self._where} is an array of format {version}; expected 1.0 or 2.0.")
+            read = fmt.read_array_header_1_0 if version == (1, 0) else fmt.read_array_header_2_0
+            self.shape, fortran, self.dtype = read(self._stream)
+        except _BROKEN as error:
+            raise self._damaged(error) from error
+        if self.dtype.hasobject:
+            raise DataError(
+                f"{self._where} is an array of objects: it needs pickle; refused.\n"
+                "  Save it as numbers, e.g. np.savez(path, observations=array.astype('float32'))."
+            )
+        self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        self._row, self._last = 0, np.empty((0, *self.shape[1:]), self.dtype)
+        self._fortran = fortran and len(self.shape) > 1
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        self._used = True
+        start, stop, _ = rows.indices(self.shape[0])
+        stop = max(start, stop)
+        if self._fortran:
+            return np.ascontiguousarray(self._unpacked()[start:stop])
+        if start < self._row - len(self._last):
+            self._stream.close()
+            self._start()
+        again = self._last[: max(stop - start, 0)] if start < self._row else self._last[:0]
+        while self._row < start:  # what nobody asked for
+            self._take(min(start - self._row, max(_PIECE // max(self._width, 1), 1)))
+        value = self._take(stop - start - len(again))
+        value = np.concatenate([again, value]) if len(again) else value
+        self._last = value[-1:].copy() if len(value) else self._last
+        return value
+
+    def value(self) -> np.ndarray:
+        """A small array without rows, e.g. a number."""
+        return np.frombuffer(
+            self._bytes(self._width if not self.shape else self._width * self.shape[0]), self.dtype
+        )
+
+    def finish(self) -> None:
+        """Read what is left, if any of it was used, so that the sum of the zip is checked."""
+        if self._used and not self._fortran and self.shape:
+            self[self.shape[0] : self.shape[0]]
+            if self._bytes(1, exact=False):
+                raise DataError(f"{self._where} holds more bytes than its header says; the file is damaged.")
+
+    def _take(self, count: int) -> np.ndarray:
+        out = np.empty((count, *self.shape[1:]), self.dtype)
+        view, at = out.reshape(-1).view(np.uint8), 0
+        while at < len(view):
+            part = self._bytes(min(_PIECE, len(view) - at))
+            view[at : at + len(part)] = np.frombuffer(part, np.uint8)
+            at += len(part)
+        self._row += count
+        self._last = out[-1:].copy() if count else self._last
+        return out
+
+    def _bytes(self, count: int, exact: bool = True) -> bytes:
+        try:
+            part = self._stream.read(count)
+            if exact and len(part) < count:
+                raise EOFError(f"it ends {count - len(part)} bytes early")
+            return part
+        except _BROKEN as error:
+            raise self._damaged(error) from error
+
+    def _unpacked(self) -> np.ndarray:
+        """An array stored column by column has no rows to stream; it is unpacked into a temporary file."""
+        if self._map is None:
+            file = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            while part := self._bytes(_PIECE, exact=False):
+                file.write(part)
+            file.flush()
+            try:
+                self._map = np.memmap(file, self.dtype, "r", shape=self.shape, order="F")
+            except ValueError as error:
+                raise self._damaged(error) from error
+        return self._map
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(f"{self._where} cannot be read ({str(error)[:90] or type(error).__name__}).\n"
+                         "  The file is damaged; delete it and download or record it again.")  # fmt: skip
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[dict[str, Member]]:
+    """The arrays of a file by name; those that were read are checked to the end when the block ends.
+
+    Raises:
+        DataError: if the file is absent, truncated, no npz, or holds pickled objects.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+        except _BROKEN as error:
+            start = head(path)
+            with open(path, "rb") as file:
+                zipped = file.read(4) == b"PK\x03\x04"
+            what = (f"is truncated: {path.stat().st_size:,} bytes, no zip directory at the end" if zipped
+                    else f"is not an npz file ({start})")  # fmt: skip
+            raise DataError(f"{path} {what}; delete it and download or record it again.") from error
+        names = [name for name in archive.namelist() if name.endswith(".npy")]
+        members = {name.removesuffix(".npy"): Member(archive, name, stack) for name in names}
+        yield members
+        for member in members.values():
+            member.finish()
+
+
+def _form(members: dict[str, Member]) -> str:
+    found = members.keys()
+    if {"is_first", "is_last", "is_terminal"} <= found:
+        return "dreamer"
+    if {"obs", "actions", "obs_shape"} <= found:
+        return "replay"
+    other = {"rewards", "reward", "timeouts", "truncations", "dones", "next_observations"}
+    return "ogbench" if {"observations", "actions", "terminals"} <= found and not other & found else "demo"
+
+
+def _replay_is_one_hot(path: Path) -> bool:
+    with open_npz(path) as members:
+        actions = members.get("actions")
+        return actions is not None and actions.dtype.kind == "f" and is_one_hot(actions)
+
+
+def _agree(path: Path, members: dict[str, Any], table: Table) -> None:
+    """The replay form says what its arrays are; believe it only if they are."""
+    column = next(iter(table.observation.values()))
+    said = {"obs_shape": tuple(members["obs_shape"].value().tolist())}
+    is_ = {"obs_shape": tuple(column.shape[1:])}
+    if "action_dim" in members and len(table.action["action"].shape) == 2:
+        said["action_dim"], is_["action_dim"] = (
+            tuple(members["action_dim"].value()),
+            table.action["action"].shape[1:],
+        )
+    for name, value in said.items():
+        if value != is_[name]:
+            raise DataError(f"{path}: {name} says {_text(value)}, the array has {_text(is_[name])} per step.")
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
