@@ -34,7 +34,8 @@ import torch
 from tensordict import TensorDict
 
 from datamodules.episodes import Episode, Schema, Source, checked
-from datamodules.replay import row_key, row_specs
+from datamodules.files import sync_directory, write_json
+from datamodules.rows import row_key, row_specs
 from datamodules.sources import open_source, parse_uri
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
@@ -66,7 +67,7 @@ class Cache:
 
     Attributes:
         folder: where it lies.
-        rows: memory-mapped columns, see :func:`datamodules.replay.row_specs`.                     batch [N]
+        rows: memory-mapped columns, see :func:`datamodules.rows.row_specs`.                     batch [N]
         episodes: by name, one number per episode (E,): ``start`` (first row), ``length`` (rows, T+1),
             ``return``, ``terminated``, ``fake_last`` (o_T repeats o_{T-1}), ``seed`` (-1: unknown), ``task``,
             ``crc`` (CRC-32 of its observations, actions and rewards).
@@ -106,7 +107,7 @@ class Cache:
         Raises:
             DataError: for the first file that differs.
         """
-        mend = f"run `lit-wm data verify {self.uri or f'rows:{self.folder}'} --repair`"
+        mend = f"run `lit-wm data verify rows:{self.folder} --repair`"
         for name, facts in self.files.items():
             path = self.folder / name
             what = f"cache {self.folder}: " + (
@@ -158,6 +159,18 @@ def open_cache(folder: str | Path, verify: str = "size") -> Cache:
         ) from None
     cache.verify(full=verify == "full")
     return cache
+
+
+def origin(folder: str | Path) -> tuple[str, str, dict[str, Any]]:
+    """Source, ``on_bad`` and options that a cache was written from, for :func:`ingest`; it may be damaged.
+
+    Raises:
+        DataError: if it does not say.
+    """
+    facts = _facts(Path(folder).expanduser())
+    if not facts.get("uri"):
+        raise DataError(f"cache {folder} was not written from a source, so that it cannot be written again.")
+    return facts["uri"], facts["on_bad"], facts["options"]
 
 
 def plan_size(source: Source) -> int:
@@ -247,7 +260,14 @@ def write_rows(
     """
     folder = Path(folder).expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    plain = {"uri": None, "options": {}, "on_bad": on_bad, "digest": None, "stamps": [], "key": None}
+    plain: dict[str, Any] = {
+        "uri": None,
+        "options": {},
+        "on_bad": on_bad,
+        "digest": None,
+        "stamps": [],
+        "key": None,
+    }
     with _locked(folder.parent / f"{folder.name}.lock"):
         if folder.exists():
             raise ConfigError(f"{folder} exists; expected a new folder. Delete it or give another one.")
@@ -330,7 +350,7 @@ class _Identity:
         cache = open_cache(folder)
         try:
             part = root / f"{folder.name}.json.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-            _write_json(part, {**cache.facts, "stamps": self.stamps})
+            write_json(part, {**cache.facts, "stamps": self.stamps})
             os.replace(part, folder / "rows.json")
         except OSError:  # someone else's cache: it is only slower to find
             pass
@@ -482,7 +502,7 @@ class _Writer:
         for path in self.folder.rglob("meta.json"):
             blocks = list(_blocks(path, _BLOCK))
             files[path] = {"bytes": sum(map(len, blocks)), "crc": [zlib.crc32(block) for block in blocks]}
-            _sync(path)
+            sync_directory(path)
         plain = {str(path.relative_to(self.folder)): files[path] for path in sorted(files)}
         return {"episodes": self.table.rows, "steps": self.steps, "rows": self.rows.rows, "files": plain}
 
@@ -527,9 +547,9 @@ def _write(
         folder, more = finish()
         meta = {**source.meta, **({"no_reward": True} if writer.no_reward else {})}
         facts |= {"layout": LAYOUT, "schema": source.schema.to_plain(), "meta": meta, **more}
-        _write_json(part / "rows.json", {**facts, "report": source.report.to_plain()})
+        write_json(part / "rows.json", {**facts, "report": source.report.to_plain()})
         for path in (*(p for p in part.rglob("*") if p.is_dir()), part):
-            _sync(path)
+            sync_directory(path)
         if folder.exists():
             old = root / f"{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
             os.rename(folder, old)
@@ -537,7 +557,7 @@ def _write(
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(part, folder)
-        _sync(root)
+        sync_directory(root)
     except BaseException as error:
         if writer is not None:
             writer.close()
@@ -641,18 +661,3 @@ def _blocks(path: Path, size: int) -> Iterator[bytes]:
 
 def _width(spec: Spec) -> int:
     return int(np.prod(spec.shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import yaml
 
-from datamodules.sources import parse_uri
-from lit_wm.errors import ConfigError, nearest
+from datamodules.sources import Source, checked, open_source, parse_uri
+from lit_wm.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from datamodules.cache import Cache
 
 Verb = Callable[[argparse.Namespace], int]
 VERBS: dict[str, tuple[Verb, str, tuple[tuple[tuple[str, ...], dict[str, Any]], ...]]] = {}
@@ -117,3 +122,159 @@ def show(given: argparse.Namespace, plain: dict[str, Any], lines: list[tuple[str
     width = max((len(name) for name, _ in lines), default=0)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
+
+
+@verb("ingest", "write a source into the cache, once")
+def ingest(given: argparse.Namespace) -> int:
+    """Write the cache, or find it, and say where it lies."""
+    from datamodules.cache import ingest as write
+
+    cache = write(given.source, given.cache, given.on_bad, progress(given), **source_options(given))
+    plain = {**summary(cache, given), "cache": str(cache.folder), "key": cache.key, "rows": len(cache)}
+    show(given, plain, [("cache", plain["cache"]), *described(plain)])
+    return 0
+
+
+@verb("inspect", "say what a source holds; nothing is written, but a cache is used if there is one")
+def inspect(given: argparse.Namespace) -> int:
+    """Spaces, counts, returns and what was noticed."""
+    from datamodules.cache import find_cache
+
+    options = source_options(given)
+    cache = find_cache(given.source, given.cache, given.on_bad, **options)
+    plain = summary(cache or open_source(given.source, **options), given)
+    show(given, plain, described(plain))
+    return 0
+
+
+_REPAIR = option("--repair", action="store_true", help="write it again from the source if it is damaged")
+
+
+@verb("verify", "compare all bytes of a cache with their checksums", _REPAIR)
+def verify(given: argparse.Namespace) -> int:
+    """Check a cache; ``--repair`` ingests the source again if it is damaged."""
+    from datamodules import cache as caches
+
+    uri, root, on_bad, options = given.source, given.cache, given.on_bad, source_options(given)
+    repaired = False
+    try:
+        cache = caches.find_cache(uri, root, on_bad, **options)
+        if cache is None:
+            raise ConfigError(
+                f"{uri} is not in {caches.cache_root(root)}.\n  Write it with `lit-wm data ingest`, or say "
+                "with --cache, --on-bad and --option how that was done."
+            )
+        cache.verify(full=True)
+    except DataError:
+        if not given.repair:
+            raise
+        scheme, rest, _ = parse_uri(uri)
+        if scheme == "rows":
+            root = Path(rest).expanduser().parent
+            uri, on_bad, options = caches.origin(rest)
+        cache, repaired = caches.ingest(uri, root, on_bad, progress(given), replace=True, **options), True
+    plain = {
+        "cache": str(cache.folder),
+        "files": len(cache.files),
+        "bytes": cache.bytes,
+        "repaired": repaired,
+    }
+    state = "damaged, and written again" if repaired else "as written"
+    show(
+        given,
+        plain,
+        [("cache", plain["cache"]), ("files", f"{len(cache.files)}, {_size(cache.bytes)}, {state}")],
+    )
+    return 0
+
+
+def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]:
+    """What ``inspect --json`` prints, of a cache or of a source, which is read for it.
+
+    Raises:
+        DataError: if there is no episode, or a bad one.
+    """
+    from datamodules.cache import Cache, plan_size
+
+    if isinstance(source, Cache):
+        table = source.episodes
+        steps, returns, terminated = table["length"] - 1, table["return"], table["terminated"]
+        report, meta, size = source.report, source.meta, source.bytes
+    else:
+        tell, rows, done = progress(given), [], 0
+        for e in checked(source, given.on_bad):
+            reward = None if e.reward is None else e.reward.sum(dtype=np.float64)
+            rows.append((e.steps, reward, e.terminated[-1]))
+            tell(len(rows), done := done + e.steps, 0)
+        if not rows:
+            raise DataError(f"{given.source}: there is no episode with a step in it.")
+        steps, returns, terminated = map(np.array, zip(*rows, strict=True))
+        report, size = source.report.to_plain(), plan_size(source)
+        meta = {**source.meta, **({"no_reward": True} if None in returns else {})}
+    schema = source.schema.to_plain()
+    action = {
+        k: {**spec, "low": schema["low"].get(k), "high": schema["high"].get(k)}
+        for k, spec in schema["spaces"]["action"].items()
+    }
+    return {
+        "uri": given.source,
+        "episodes": len(steps),
+        "steps": int(steps.sum()),
+        "terminations": int(terminated.sum()),
+        "truncations": int((~terminated).sum()),
+        "lengths": _statistics(steps),
+        "returns": None if meta.get("no_reward") else _statistics(returns),
+        "spaces": {"observation": schema["spaces"]["obs"], "action": action},
+        "env_id": meta.get("env_id"),
+        "meta": meta,
+        "report": report,
+        "bytes": size,
+    }
+
+
+def described(plain: dict[str, Any]) -> list[tuple[str, str]]:
+    """A summary for people."""
+    lengths, returns = plain["lengths"], plain["returns"]
+    lines = [
+        ("source", plain["uri"]),
+        ("environment", plain["env_id"] or "unknown"),
+        ("episodes", f"{plain['episodes']:,}: {plain['terminations']:,} terminated, {plain['truncations']:,} "
+                     "truncated"),
+        ("steps", f"{plain['steps']:,}: {lengths['min']:,} to {lengths['max']:,} an episode"),
+        ("returns", "none: the source has no rewards" if returns is None else
+                    f"{returns['mean']:,.6g} on average, {returns['min']:,.6g} to {returns['max']:,.6g}"),
+        ("size", _size(plain["bytes"])),
+    ]  # fmt: skip
+    for kind, entries in plain["spaces"].items():
+        for name, spec in entries.items():
+            text = f"{name}: {spec['dtype']} ({', '.join(map(str, spec['shape'])) or 'scalar'})"
+            text += f", {spec['classes']} classes" if spec["classes"] else ""
+            if spec.get("low"):
+                text += f", {min(map(float, spec['low'])):g} to {max(map(float, spec['high'])):g}"
+            lines.append((kind, text))
+    counts = ", ".join(f"{name} {n:,}" for name, n in plain["report"]["counts"].items())
+    return [*lines, ("noticed", counts or "nothing"), *(("", note) for note in plain["report"]["notes"])]
+
+
+def progress(given: argparse.Namespace) -> Callable[[int, int, int], None]:
+    """Tells the size before rows are written, and on a terminal how far it is."""
+    last = 0.0
+
+    def tell(episodes: int, steps: int, planned: int) -> None:
+        nonlocal last
+        if not episodes:
+            print(f"writing about {_size(planned)} of rows from {given.source}", file=sys.stderr)
+        elif sys.stderr.isatty() and time.monotonic() - last > 0.2:
+            last = time.monotonic()
+            print(f"\r{episodes:,} episodes, {steps:,} steps ", end="\r", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _statistics(values: np.ndarray) -> dict[str, Any]:
+    plain = {name: getattr(values, name)().item() for name in ("min", "max", "mean", "std")}
+    return {**plain, "per_episode": values[:10_000].tolist()}
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

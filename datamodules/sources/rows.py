@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datamodules.cache import open_cache
 from datamodules.episodes import Episode, Source
-from datamodules.replay import row_key
+from datamodules.rows import row_key
 from datamodules.sources import register
 
 
