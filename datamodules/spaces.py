@@ -154,6 +154,26 @@ def schema(obs: Columns, action: Columns, episode_length: int | None = None) -> 
     return Schema(Spaces(obs.specs, action.specs, episode_length, unbounded), action.low, action.high)
 
 
+def seen(dtype: np.dtype, shape: tuple[int, ...]) -> Spec:
+    """The entry of an observation that no space describes: images as in a space, truths, else numbers."""
+    flat = dtype == np.uint8 and len(shape) == 2 and min(shape) >= 32
+    if dtype == np.uint8 and (flat or len(shape) == 3):
+        return Spec("uint8", (*shape, 1) if flat else shape)
+    return Spec("int32", shape, 2) if dtype == np.bool_ else Spec("float32", shape)
+
+
+def from_one_hot(value: np.ndarray, where: str) -> np.ndarray:
+    """Class numbers (n,) of one-hot rows (n, classes).
+
+    Raises:
+        DataError: if a row is not one-hot.
+    """
+    bad = ~(((value == 0) | (value == 1)).all(1) & (value.sum(1) == 1))
+    if bad.any():
+        raise DataError(f"{where}, row {int(bad.argmax())} is not one-hot: {value[bad][0].tolist()}.")
+    return value.argmax(1)
+
+
 def dropped(drop: str | Sequence[str], space: spaces.Space, where: str) -> list[str]:
     """The names of the option ``drop``: a list, or text with commas.
 

@@ -80,7 +80,8 @@ class Minari(Source):
         known = {
             "format": "minari",
             "dataset_id": meta.get("dataset_id") or self.name,
-            "env_id": spec.get("id"),
+            "env_id": meta.get("env_id") or spec.get("id"),  # ours: `lit-wm collect` notes it
+            "env_options": meta.get("env_options"),
             "env_spec": meta.get("env_spec"),
             "ref_min_score": meta.get("ref_min_score"),
             "ref_max_score": meta.get("ref_max_score"),
@@ -164,9 +165,11 @@ class Minari(Source):
         return Episode(
             self._obs.read(lambda leaf: group.read("observations", leaf)),
             self._action.read(lambda leaf: group.read("actions", leaf)),
-            *(group.flag(name) for name in ("rewards", "terminations", "truncations")),
-            where=group.where,
-            seed=group.seed,
+            group.flag("rewards"),
+            group.flag("terminations"),
+            group.flag("truncations"),
+            group.where,
+            group.seed,
         )
 
 
