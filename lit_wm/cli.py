@@ -26,6 +26,7 @@ usage: lit-wm VERB [options]
   export     a checkpoint's model alone, for sharing
   convert    the authors' TD-MPC2 checkpoints to ours and back
   explain    what a configuration means: shapes, sizes, memory, time
+  collect    episodes of a checkpoint or of random actions, as a dataset
   data       offline datasets: ingest, inspect, verify ...
   presets    the model sizes and their parameter counts
 
@@ -40,6 +41,7 @@ examples:
   lit-wm export --ckpt best -o model.ckpt
   lit-wm convert tdmpc2 walker-walk-1.pt -o walker.ckpt
   lit-wm explain --config configs/dreamer_cartpole.yaml --measure 20
+  lit-wm collect --env CartPole-v1 --policy random --episodes 100 --out minari:cartpole/random-v0
   lit-wm data inspect minari:mujoco/halfcheetah/expert-v0
   lit-wm fit --config FILE --print_config          every option with its value
   lit-wm fit --help                                every option with its meaning
@@ -120,6 +122,10 @@ def run(argv: list[str]) -> int:
         from lit_wm.convert.command import convert
 
         return convert(rest)
+    if verb == "collect":
+        from lit_wm.collect_cli import collect
+
+        return collect(rest)
     if verb == "explain":
         from lit_wm.explain import explain
 
@@ -134,6 +140,7 @@ def run(argv: list[str]) -> int:
         "export",
         "convert",
         "explain",
+        "collect",
         "data",
         "presets",
         "--help",

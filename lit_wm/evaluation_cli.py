@@ -162,6 +162,42 @@ def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
                 )
 
 
+def check_task(module: WorldModelModule) -> None:
+    """Raise a ConfigError if the model knows several tasks and nobody said which one is played."""
+    if (tasks := getattr(module.model, "tasks", None)) and module.model.task_index is None:
+        names = ", ".join(t.name for t in tasks[:8]) + (" ..." if len(tasks) > 8 else "")
+        raise ConfigError(f"say with --task which of the checkpoint's tasks is played: {names}")
+
+
+def entries_for(model: Spaces, env: Spaces, env_id: str, foreign: bool) -> list[str]:
+    """Entries of the environment that a ``foreign`` model sees as one ``obs``; none as a rule.
+
+    Raises:
+        CheckpointError: unless the environment then shows and takes what the model knows.
+    """
+    join: list[str] = []
+    if foreign and model.obs.keys() == {"obs"} and env.obs.get("obs") != model.obs["obs"]:
+        # Converted from a program that saw all entries as one vector, or a picture with the channels first,
+        # and did not note their names.
+        if model.obs["obs"].is_image:
+            join = [k for k, s in env.obs.items() if s.is_image][:1]
+            seen = [Spec("uint8", (s.hwc[2], *s.hwc[:2])) for s in (env.obs[k] for k in join)]
+        else:
+            join = [k for k, s in env.obs.items() if s.dtype == "float32"]
+            seen = [Spec("float32", (sum(env.obs[k].size for k in join),))] if join else []
+        env = replace(env, obs={"obs": seen[0]} if seen else env.obs)
+    check_spaces(model, env, env_id)
+    return join
+
+
+def as_one(obs: dict[str, np.ndarray], join: Sequence[str], wanted: Spec) -> dict[str, np.ndarray]:
+    """The entries ``join`` as one ``obs``: a vector, or a picture in the wanted layout. (N, ...)"""
+    if not wanted.is_image:
+        return {"obs": np.concatenate([obs[k].reshape(len(obs[k]), -1) for k in join], 1)}
+    picture = obs[join[0]]
+    return {"obs": picture if picture.shape[1:] == wanted.shape else np.moveaxis(picture, -1, 1)}
+
+
 class Stage:
     """A vector environment with noise before the agent's eyes and a camera on its first episode.
 
@@ -180,7 +216,7 @@ class Stage:
     ):
         self.env, self.num_envs, self.sigma, self.filming = env, env.num_envs, sigma, film
         self.frames: list[np.ndarray] = []
-        self._join, self._wanted = join, spaces.obs.get("obs")
+        self._join, self._wanted = join, spaces.obs.get("obs", Spec("float32", ()))
         self._noise = NoiseStreams(seed)
         self._noisy = {k: s for k, s in spaces.obs.items() if sigma and not s.is_discrete}
         self._image = next(((k, s) for k, s in spaces.obs.items() if s.is_image), None)
@@ -199,11 +235,8 @@ class Stage:
         return self._show(obs, True), *rest
 
     def _show(self, obs: dict[str, np.ndarray], new: bool) -> dict[str, np.ndarray]:
-        if self._join and self._wanted is not None and self._wanted.is_image:
-            picture = obs[self._join[0]]
-            obs = {"obs": picture if picture.shape[1:] == self._wanted.shape else np.moveaxis(picture, -1, 1)}
-        elif self._join:
-            obs = {"obs": np.concatenate([obs[k].reshape(self.num_envs, -1) for k in self._join], 1)}
+        if self._join:
+            obs = as_one(obs, self._join, self._wanted)
         for key, spec in self._noisy.items():
             noise = self.sigma * self._noise.normal(f"obs/{key}", obs[key].shape).numpy()
             noisy = np.clip(np.rint(obs[key] + 255 * noise), 0, 255) if spec.is_image else obs[key] + noise
@@ -264,9 +297,7 @@ def evaluate(argv: list[str]) -> int:
     path = find_checkpoint("evaluate", given.ckpt, {})
     assert path is not None
     module, about = load_module(path, given.device, given.planner, given.task)
-    if (tasks := getattr(module.model, "tasks", None)) and module.model.task_index is None:
-        names = ", ".join(t.name for t in tasks[:8]) + (" ..." if len(tasks) > 8 else "")
-        raise ConfigError(f"say with --task which of the checkpoint's tasks is played: {names}")
+    check_task(module)
     env_id = given.env or about["env"]
     if env_id is None:
         raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
@@ -280,19 +311,8 @@ def evaluate(argv: list[str]) -> int:
     rendered = given.video is not None and not any(s.is_image for s in spaces.obs.values())
     env = open_envs(env_id, min(given.num_envs, given.episodes), options, rendered)
     try:
-        shown, join = spaces_from_gym(env.single_observation_space, env.single_action_space), []
-        foreign = (about["env"] is None or given.task) and spaces.obs.keys() == {"obs"}
-        if foreign and shown.obs.get("obs") != spaces.obs["obs"]:
-            # Converted from a program that saw all entries as one vector, or a picture with the channels
-            # first, and did not note their names.
-            if spaces.obs["obs"].is_image:
-                join = [k for k, s in shown.obs.items() if s.is_image][:1]
-                seen = [Spec("uint8", (s.hwc[2], *s.hwc[:2])) for s in (shown.obs[k] for k in join)]
-            else:
-                join = [k for k, s in shown.obs.items() if s.dtype == "float32"]
-                seen = [Spec("float32", (sum(shown.obs[k].size for k in join),))] if join else []
-            shown = replace(shown, obs={"obs": seen[0]} if seen else shown.obs)
-        check_spaces(spaces, shown, env_id)
+        shown = spaces_from_gym(env.single_observation_space, env.single_action_space)
+        join = entries_for(spaces, shown, env_id, about["env"] is None or bool(given.task))
         theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
         if None not in (theirs, ours) and theirs != ours:
             print(

@@ -20,6 +20,7 @@ import numpy as np
 
 from datamodules.episodes import Episode, Source
 from datamodules.sources import register
+from datamodules.sources.hdf5 import open_hdf5
 from datamodules.spaces import Columns, Leaf, dropped, leaves, schema
 from lit_wm.errors import ConfigError, DataError, nearest
 
@@ -345,31 +346,6 @@ class _ArrowGroup(_Group):
         flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape
         fits = len(flat) == len(column) * int(np.prod(shape))
         return flat.reshape(len(column), *(shape if fits else (-1,)))
-
-
-def open_hdf5(path: Path) -> Any:
-    """Open an HDF5 file for reading.
-
-    Raises:
-        DataError: if it is absent, no HDF5 file, or cut off.
-    """
-    import h5py
-
-    try:
-        return h5py.File(path, "r")
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing.\n  Fetch the dataset again.") from None
-    except OSError as error:
-        with open(path, "rb") as file:
-            head = file.read(12)
-        if sizes := re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", str(error)):
-            there, whole = map(int, sizes.groups())
-            what = f"is truncated: {there:,} of {whole:,} bytes"
-        elif not head.startswith(b"\x89HDF"):
-            what = f"is not an HDF5 file (starts with {head!r})" if head else "is empty"
-        else:
-            what = f"is damaged ({error})"
-        raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
 
 
 def _is_image(leaf: Leaf) -> bool:

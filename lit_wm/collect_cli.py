@@ -1,0 +1,214 @@
+"""``lit-wm collect``: episodes of a checkpoint or of random actions, written as a dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from datamodules.record import (
+    Played,
+    Policy,
+    Take,
+    Tally,
+    minari_folder,
+    play,
+    portable,
+    write_minari,
+    write_played,
+)
+from lit_wm import __version__
+from lit_wm.callbacks.evaluate import Interrupts
+from lit_wm.callbacks.progress import RLProgressBar
+from lit_wm.envs import make_env, spaces_from_gym
+from lit_wm.errors import ConfigError
+from lit_wm.evaluation_cli import Parser, as_one, check_task, entries_for, load_module
+from lit_wm.noise import NoiseStreams
+from lit_wm.training_cli import find_checkpoint
+from lit_wm.types import State, Tensors
+
+
+def collect_parser() -> Parser:
+    """The options of ``collect``."""
+    parser = Parser(
+        prog="lit-wm collect",
+        description="Play episodes and write them as a Minari dataset or as rows for training.",
+        epilog="Episode k starts from seed S + k. A Minari dataset of a plain Gymnasium environment holds "
+        "its own observations and actions; of Atari, dm_control and Crafter, and with options for images or "
+        "repeats, what a model sees and does. Images are stored without loss.",
+    )
+    cuda = torch.cuda.is_available()
+    for name, kind, default, meta, meaning in (
+        ("env", str, None, "ID", "environment; a checkpoint's own by default"),
+        ("policy", str, "random", "random|CKPT", "random, last, best, a run or a .ckpt (random)"),
+        ("episodes", int, 10, "N", "number of episodes (10)"),
+        ("out", str, None, "minari:ID|rows:PATH", "what to write"),
+        ("seed", int, 0, "S", "of the first episode (0)"),
+        ("num-envs", int, 1, "K", "environments side by side (1)"),
+        ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
+        ("epsilon", float, 0.0, "P", "probability of a random action instead of the policy's (0)"),
+        ("max-steps", int, None, "T", "truncate episodes after so many decisions"),
+        ("root", Path, None, "DIR", "folder of Minari's datasets (as Minari finds it)"),
+        ("algorithm", str, None, "NAME", "algorithm_name of the dataset (the class of the model, or random)"),
+        ("author", str, None, "NAME", "author of the dataset"),
+        ("device", str, "cuda" if cuda else "cpu", "cpu|cuda", "where the model runs; cuda if there is one"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
+    help_text = "options of the environment, as K=V or '{K: V}'; the training's if --env is not given"
+    parser.add_argument("--env-options", nargs="+", metavar="K=V", help=help_text)
+    mode_help = "how a checkpoint acts: as in evaluations or as in training (eval)"
+    parser.add_argument("--mode", choices=["eval", "train"], default="eval", help=mode_help)
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def env_options_of(given: list[str]) -> dict[str, Any]:
+    """Options from ``K=V`` or YAML.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        found = {key: yaml.safe_load(value)} if equals and "{" not in key else yaml.safe_load(text)
+        if not isinstance(found, dict):
+            raise ConfigError(f"--env-options {text}: expected K=V or '{{K: V}}', e.g. size=64")
+        options |= found
+    return options
+
+
+def rows_folder(path: str, overwrite: bool) -> Path:
+    """Where new rows will lie.
+
+    Raises:
+        ConfigError: if something else does.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() and not (overwrite and (folder / "rows.json").exists()):
+        what = "--overwrite replaces rows only" if overwrite else "Give another one, or --overwrite"
+        raise ConfigError(f"--out rows:{path} exists; expected a new folder\n  {what}.")
+    return folder
+
+
+def policy_of(given: Any, env: Any, env_id: str, module: Any, trained_in: str | None) -> Policy:
+    """A checkpoint as a policy for the environment."""
+    spaces = spaces_from_gym(env.observation_space, env.action_space)
+    join = entries_for(module.model.spaces, spaces, env_id, trained_in is None or bool(given.task))
+    noise = NoiseStreams(given.seed, 0, given.device)
+
+    def policy(obs: Tensors, state: State | None, is_first: torch.Tensor) -> tuple[Tensors, State]:
+        if join:
+            one = as_one({k: v.cpu().numpy() for k, v in obs.items()}, join, module.model.spaces.obs["obs"])
+            obs = {k: torch.as_tensor(v, device=given.device) for k, v in one.items()}
+        return module.policy(obs, state, is_first, given.mode, noise)
+
+    return policy
+
+
+def collect(argv: list[str]) -> int:
+    """``lit-wm collect``: play, write, say how to look at it.
+
+    Raises:
+        LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
+    """
+    given = collect_parser().parse_args(argv)
+    lowest = {"episodes": 1, "num_envs": 1, "seed": 0, "epsilon": 0, "max_steps": 1}
+    for name, low in lowest.items():
+        if (value := getattr(given, name)) is not None and not low <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+    if given.epsilon > 1:
+        raise ConfigError(f"--epsilon is {given.epsilon}; expected a probability, 0 to 1")
+    if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
+    scheme, _, target = (given.out or "").partition(":")
+    if scheme not in ("minari", "rows") or not target:
+        raise ConfigError(f"--out {given.out}: expected minari:ID (cartpole/random-v0) or rows:PATH")
+    folder = (
+        minari_folder(target, given.root, given.overwrite)
+        if scheme == "minari"
+        else rows_folder(target, given.overwrite)
+    )
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"--out {given.out}: {folder} cannot be written: give a folder that is yours")
+    module, about, who = None, {"env": None, "env_options": None}, "random"
+    if given.policy != "random":
+        path = find_checkpoint("evaluate", given.policy, {})
+        assert path is not None
+        module, about = load_module(path, given.device, task=given.task)
+        check_task(module)
+        who = f"{type(module).__name__.removesuffix('Module')} ({given.mode}, {module.updates:,} updates"
+        who += f", epsilon {given.epsilon:g})" if given.epsilon else ")"
+    env_id = given.env or about["env"]
+    if env_id is None:
+        raise ConfigError(f"in which environment? --policy {given.policy} does not say: give --env ID")
+    if given.env_options is not None:
+        options = env_options_of(given.env_options)
+    else:
+        options = about["env_options"] or {} if env_id == about["env"] else {}
+
+    envs = [make_env(env_id, **options) for _ in range(min(given.num_envs, given.episodes))]
+    tally, bar = Tally(), RLProgressBar()
+    try:
+        policy = None if module is None else policy_of(given, envs[0], env_id, module, about["env"])
+        shown, spec = portable(envs[0], options) if scheme == "minari" else (envs[0], None)
+        with Interrupts() as signals:
+
+            def takes() -> Iterator[Take]:
+                yield from play(
+                    envs,
+                    policy,
+                    given.episodes,
+                    given.seed,
+                    raw=shown is not envs[0],
+                    device=given.device,
+                    max_steps=given.max_steps,
+                    epsilon=given.epsilon,
+                    stop=lambda: signals.number is not None,
+                    progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
+                )
+                signals.check(len(tally.returns), given.episodes)
+
+            command = shlex.join(["lit-wm", "collect", *argv])
+            about_it = f"{given.episodes} episodes of {env_id}, {who}. lit-wm {__version__}: {command}"
+            meta = {"env_id": env_id, "env_options": options, "description": about_it}
+            name, author = given.algorithm or who, {given.author} - {None}
+            if scheme == "minari":
+                meta |= {"algorithm_name": name, "author": author}
+                write_minari(tally.count(takes()), folder, target, shown, meta, spec)
+            else:
+                meta |= {"algorithm": name} | ({"author": sorted(author)} if author else {})
+                write_played(Played(envs[0], tally.count(takes()), meta, given.episodes), folder)
+    finally:
+        bar.clear()
+        for env in envs:
+            env.close()
+
+    returns, lengths = np.array(tally.returns), np.array(tally.lengths)
+    again = f"lit-wm data inspect {scheme}:{folder if given.root or scheme == 'rows' else target}"
+    if given.json:
+        report = {"out": given.out, "folder": str(folder), "env": env_id, "env_options": options}
+        report |= {"episodes": len(returns), "steps": int(lengths.sum()), "seed": given.seed, "policy": who}
+        report |= {"returns": tally.returns, "lengths": tally.lengths, "terminated": tally.terminated}
+        print(json.dumps(report | {"inspect": again}))
+        return 0
+    spread = f", std {returns.std(ddof=1):.2f}" if len(returns) > 1 else ""
+    print(f"written:    {folder} ({len(returns):,} episodes, {lengths.sum():,} steps)")
+    print(f"return:     {returns.mean():.2f}{spread}, {returns.min():.2f} to {returns.max():.2f}")
+    print(f"length:     {lengths.mean():.1f} ({lengths.min()} to {lengths.max()})")
+    print(f"terminated: {np.mean(tally.terminated):.0%}")
+    if scheme == "minari" and spec is None:
+        print(f"note: Minari's recover_environment() cannot make {env_id}; lit_wm can", file=sys.stderr)
+    print(f"look at it: {again}")
+    return 0
