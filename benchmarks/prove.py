@@ -117,9 +117,9 @@ def train(proof: Proof, seed: int, run: Path) -> None:
     run.mkdir(exist_ok=True)
     with open(run / "processor_seconds", "a") as file:  # a line for each part, if it was interrupted
         file.write(f"{used.ru_utime + used.ru_stime:.0f}\n")
-    if process.returncode:
+    if process.returncode not in (0, 130, 143):  # Ctrl-C and SIGTERM leave a checkpoint
         raise SystemExit(f"the training of seed {seed} failed: see {run.with_suffix('.log')}")
-    if env_steps(last) < settings(proof)["data"]["init_args"]["max_env_steps"]:
+    if not last.exists() or env_steps(last) < settings(proof)["data"]["init_args"]["max_env_steps"]:
         raise SystemExit(f"the training of seed {seed} was interrupted; the same command goes on with it")
 
 

@@ -31,7 +31,7 @@ class NotSupported(LitWMError, NotImplementedError):
 
 
 class Interrupted(LitWMError):
-    """Ctrl-C or SIGTERM ended what had to be finished to count; ``number`` is the signal's."""
+    """Ctrl-C or SIGTERM ended a training or an evaluation before its end; ``number`` is the signal's."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)

@@ -626,9 +626,14 @@ class TrainingCLI(LightningCLI):
         self._done_before = loaded.get("global_step") if loaded else None
 
     def after_fit(self) -> None:
-        """Say where everything is and what comes next, unless a signal has ended the training early."""
-        stopped = getattr(self.trainer.checkpoint_callback, "stopping", False)
-        if self.trainer.is_global_zero and not stopped:
+        """Say where everything is and what comes next; after a signal leave with its status.
+
+        The other processes leave in peace: Lightning would take their status for a crash and kill the first.
+        """
+        checkpoint = self.trainer.checkpoint_callback
+        if self.trainer.is_global_zero and getattr(checkpoint, "stopping", False):
+            raise checkpoint.interrupted()  # type: ignore[union-attr]
+        if self.trainer.is_global_zero:
             if self.trainer.global_step == self._done_before:
                 print("fit: nothing was left to do: raise data.max_env_steps or trainer.max_steps")
             print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}")

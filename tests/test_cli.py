@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 import lit_wm
-from lit_wm import __version__
+from lit_wm import DreamerV3Module, __version__
 from lit_wm.cli import main
 from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE
 from lit_wm.training_cli import merge, shorten
@@ -205,6 +206,29 @@ def test_another_size_than_the_checkpoints_is_an_error(at_run, capsys):
     ]
     assert main(argv) == 1
     assert "other parts or sizes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_training_with_its_own_status_and_a_checkpoint_to_go_on_from(
+    number, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    step = DreamerV3Module.training_step
+
+    def interrupted(self, batch, batch_idx):
+        step(self, batch, batch_idx)
+        if self.updates == 2:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(DreamerV3Module, "training_step", interrupted)
+    fit = ["fit", *CARTPOLE, "--trainer.logger", "false", "--name", "cut", "--trainer.max_steps", "4"]
+    assert main(fit) == 128 + number
+    printed = capsys.readouterr()
+    assert "stopped after update 2" in printed.out
+    assert f"{number.name}: the training was stopped before its end" in printed.err
+    assert main(["fit", "--ckpt_path", "last"]) == 0
+    last = torch.load(Path("runs/CartPole-v1/cut/checkpoints/last.ckpt"), weights_only=True)
+    assert last["global_step"] == 4
 
 
 def test_validate_test_and_predict_each_leave_their_file(at_run, capsys):

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 import warnings
 import zlib
@@ -36,7 +37,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_wm.callbacks.evaluate import Interrupts, data_of
-from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.errors import CheckpointError, ConfigError, Interrupted
 
 # Updates between two looks of several processes at clock and signals: each costs a collective.
 AGREE_EVERY = 10
@@ -94,6 +95,11 @@ class ResumableCheckpoint(ModelCheckpoint):
     def stopping(self) -> bool:
         """Whether a signal ends this training; of several processes, once all of them know."""
         return self._agreed or (self._alone and self._signals.number is not None)
+
+    def interrupted(self) -> Interrupted:
+        """What to leave with when :attr:`stopping` has ended the training; its checkpoint is there."""
+        number = self._signals.number or signal.SIGTERM  # None: another process has heard it
+        return Interrupted(f"{signal.Signals(number).name}: the training was stopped before its end", number)
 
     @property
     def folder(self) -> Path:
