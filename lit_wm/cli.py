@@ -150,8 +150,8 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb, 130 after Ctrl-C, 143 when
-    SIGTERM ends an evaluation."""
+    """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb; ended early, 130 after
+    Ctrl-C and 143 after SIGTERM, a training with its checkpoint saved."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LITWM_DEBUG", "") not in ("", "0")
     try:
