@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"unknown verb {argv[0]!r}{nearest(argv[0], known)}\nVerbs: {', '.join(known)}")
     function, meaning, options = VERBS[argv[0]]
     parser = Parser(prog=f"lit-wm data {argv[0]}", description=f"{meaning}.")
-    parser.add_argument("source", metavar="SOURCE", type=uri_of, help=_SOURCE)
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder of the caches")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     bad = "what a bad episode does"
@@ -75,7 +75,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=meaning)
     for names, settings in options:
         parser.add_argument(*names, **settings)
-    return function(parser.parse_args(argv[1:]))
+    given = parser.parse_args(argv[1:])
+    given.source = uri_of(given.source)
+    return function(given)
 
 
 _SOURCE = "minari:ID, d4rl:NAME, hdf5:PATH, npz:PATH, tdmpc2:PATTERN, torchrl:PATH or rows:PATH"

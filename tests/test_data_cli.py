@@ -1,0 +1,137 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from datamodules.episodes import Episode, Schema, Source
+from datamodules.sources import register
+from lit_wm.cli import main
+from lit_wm.types import Spaces, Spec
+
+
+@register("told")
+class Told(Source):
+    """PATH has one episode's length per line; rewards 0, 1, 2 ...; episodes of one step are broken."""
+
+    def __init__(self, path: str, reward: bool = True):
+        self.files, self.reward, self.meta = [Path(path)], reward, {"env_id": "Told-v0"}
+        spaces = Spaces(
+            {"obs": Spec("float32", (2,))}, {"a": Spec("float32", (1,)), "b": Spec("int32", (), 3)}
+        )
+        self.schema = Schema(spaces, {"a": np.array([-2.0])}, {"a": np.array([np.inf])})
+
+    def episodes(self) -> Iterator[Episode]:
+        for i, n in enumerate(map(int, self.files[0].read_text().split())):
+            end, no = np.arange(n) == n - 1, np.zeros(n, bool)
+            obs = np.full((n + 1, 2), np.inf if n == 1 else i)
+            yield Episode({"obs": obs}, {"a": np.ones((n, 1)), "b": np.zeros(n, int)},
+                          np.arange(n) if self.reward else None, *((end, no) if i else (no, end)),
+                          f"{self.files[0]}, episode {i}")  # fmt: skip
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: Any) -> str:
+    (tmp_path / "told.txt").write_text("3\n5\n4\n")
+    monkeypatch.setenv("LITWM_CACHE", str(tmp_path / "caches"))
+    return f"told:{tmp_path / 'told.txt'}"
+
+
+def run(capsys: Any, *argv: str, code: int = 0) -> tuple[str, str]:
+    capsys.readouterr()
+    assert main(["data", *argv]) == code
+    return capsys.readouterr()
+
+
+def test_inspect_then_ingest_then_verify(told: str, tmp_path: Path, capsys: Any):
+    root = tmp_path / "caches"
+    streamed = json.loads(run(capsys, "inspect", told, "--json")[0])
+    assert not root.exists()
+    out, err = run(capsys, "ingest", told, "--json")
+    written, folder = json.loads(out), next(root.iterdir())
+    assert f"rows from {told}" in err  # the size, before
+    assert (written["cache"], written["rows"]) == (str(folder), 15)
+    cached = json.loads(run(capsys, "inspect", told, "--json")[0])
+    for key in set(streamed) - {"bytes"}:
+        assert streamed[key] == cached[key] == written[key], key
+    assert (cached["uri"], cached["env_id"]) == (told, "Told-v0")
+    assert (cached["episodes"], cached["steps"]) == (3, 12)
+    assert (cached["terminations"], cached["truncations"]) == (2, 1)
+    assert cached["lengths"]["per_episode"] == [3, 5, 4]
+    returns = [3, 10, 6]
+    assert cached["returns"] == {"min": 3, "max": 10, "mean": pytest.approx(19 / 3),
+                                 "std": pytest.approx(np.std(returns)), "per_episode": returns}  # fmt: skip
+    assert cached["spaces"] == {
+        "observation": {"obs": {"dtype": "float32", "shape": [2], "classes": None}},
+        "action": {
+            "a": {"dtype": "float32", "shape": [1], "classes": None, "low": [-2.0], "high": ["inf"]},
+            "b": {"dtype": "int32", "shape": [], "classes": 3, "low": None, "high": None},
+        },
+    }
+    assert run(capsys, "ingest", told)[1] == ""  # nothing to write
+    verified = json.loads(run(capsys, "verify", told, "--json")[0])
+    assert verified["bytes"] == cached["bytes"] == written["bytes"]
+    assert not verified["repaired"]
+
+
+def test_text_for_people(told: str, capsys: Any):
+    out, _ = run(capsys, "inspect", told)
+    assert "episodes     3: 2 terminated, 1 truncated\nsteps        12: 3 to 5 an episode\n" in out
+    assert "action       a: float32 (1), -2 to inf\naction       b: int32 (scalar), 3 classes\n" in out
+    out, _ = run(capsys, "inspect", told, "--option", "reward=false")
+    assert "returns      none: the source has no rewards\n" in out
+    assert json.loads(run(capsys, "inspect", f"{told}?reward=false", "--json")[0])["returns"] is None
+
+
+def test_bad_data(told: str, tmp_path: Path, capsys: Any):
+    (tmp_path / "told.txt").write_text("3\n1\n4\n")
+    for name in ("ingest", "inspect"):
+        err = run(capsys, name, told, code=1)[1]
+        assert "episode 1: observation 'obs', row 0 is inf" in err
+    assert list((tmp_path / "caches").iterdir()) == []
+    assert "noticed      cast 6, skipped 1" in run(capsys, "inspect", told, "--on-bad", "skip_episode")[0]
+    assert json.loads(run(capsys, "ingest", told, "--json", "--on-bad", "skip_episode")[0])["episodes"] == 2
+
+
+def test_verify_and_repair(told: str, tmp_path: Path, capsys: Any):
+    assert f"{told} is not in {tmp_path / 'caches'}" in run(capsys, "verify", told, code=1)[1]
+    folder = Path(json.loads(run(capsys, "ingest", told, "--json")[0])["cache"])
+    column = folder / "observation.memmap"
+    before = column.read_bytes()
+    for source, change in ((told, before[:-1]), (f"rows:{folder}", before[:-1]), (told, b"x" + before[1:])):
+        column.chmod(0o644)
+        column.write_bytes(change)
+        err = run(capsys, "verify", source, code=1)[1]
+        assert f"column observation {'is not' if len(change) == len(before) else 'has 119 bytes'}" in err
+        out, _ = run(capsys, "verify", source, "--repair")
+        assert "damaged, and written again" in out
+        assert column.read_bytes() == before
+    assert "as written" in run(capsys, "verify", f"rows:{folder}")[0]
+
+
+def test_a_path_gets_its_uri(tmp_path: Path, told: str, capsys: Any):
+    with h5py.File(tmp_path / "x.hdf5", "w"):
+        pass
+    np.savez(tmp_path / "x.npz", a=1)
+    (tmp_path / "x.pt").touch()
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "metadata.json").touch()
+    rows = Path(json.loads(run(capsys, "ingest", told, "--json")[0])["cache"])
+    known = {"x.hdf5": "hdf5", "x.npz": "npz", "x.pt": "tdmpc2", "set": "minari", rows: "rows"}
+    for path, uri in known.items():
+        err = run(capsys, "inspect", str(tmp_path / path), code=1)[1]
+        assert f"expected a URI.\n  Write {uri}:{tmp_path / path}\n" in err
+    assert "'nothing' is no source" in run(capsys, "inspect", "nothing", code=1)[1]
+
+
+def test_the_command(capsys: Any, told: str):
+    out, _ = run(capsys, "--help")
+    assert all(name in out for name in ("ingest", "inspect", "verify", "minari:ID"))
+    assert "did you mean 'inspect'" in run(capsys, "inspct", told, code=1)[1]
+    assert "--option x: expected NAME=VALUE" in run(capsys, "inspect", told, "--option", "x", code=1)[1]
+    assert "told: has no option 'reword'; did you mean 'reward'?" in run(
+        capsys, "inspect", told, "--option", "reword=1", code=1
+    )[1]  # fmt: skip
