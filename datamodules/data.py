@@ -1,4 +1,4 @@
-"""Online experience for a Lightning Trainer: environments, collection, replay and batches in one data module.
+"""Experience for a Lightning Trainer, from environments, datasets or both: replay and batches in one module.
 
 Lightning fetches a batch ahead, even before training starts. So the loader yields *tickets* instead: the
 module calls its ticket inside ``training_step``, and only then are steps collected and a batch drawn.
@@ -7,7 +7,7 @@ Resuming is exact because of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
@@ -19,16 +19,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
-from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
 from lit_wm.types import Batch, Spaces, Spec, State
 
 if TYPE_CHECKING:
     from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
+    from datamodules.cache import Cache
     from datamodules.collect import Collector
+    from datamodules.mixture import Mixture, Prefetch
     from datamodules.replay import RowReplay
+    from datamodules.rows import Key
 
 Ticket = Callable[[Any], Batch]
 
@@ -58,13 +62,31 @@ class TrainRatio:
 
 
 class ReplayDataModule(LightningDataModule):
-    """Collects experience from environments while training and hands out replayed batches.
+    """Hands out batches of experience: of environments, collected while training, of datasets, or of both.
 
-    Several processes share the work: each owns ``num_envs``, ``batch_size`` and ``capacity`` divided by their
-    number.
+    Datasets are written once as rows into a cache, see :mod:`datamodules.cache`, and drawn from there like
+    what environments give. Several processes share the work: each owns ``num_envs``, ``batch_size`` and
+    ``capacity`` divided by their number.
 
     Args:
-        env: environment id: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``.
+        env: environment id: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on
+            ``sources`` alone.
+        sources: datasets to train on: URIs such as ``minari:ID``, or mappings of ``uri`` and more, see
+            :class:`~datamodules.offline.SourceSpec`.
+        env_weight: share of the batch that comes from the environment, beside the ``weight`` of each source;
+            a list ``[[update, weight], ...]`` changes it linearly between updates.
+        mix: ``ratio`` gives every source its weight's share of each batch, on average exactly;
+            ``proportional`` a share by the number of its windows.
+        val_fraction: share of the episodes of each source that are held out from training.
+        cache_dir: folder for the caches of sources; null for ``$LITWM_CACHE`` or ``~/.cache/lit_wm/rows``.
+        pad: fill vectors of several sources up to the widest, for models of several tasks.
+        stack: images of datasets that are put together when they are drawn; environments have the option
+            ``stack`` of their own.
+        uniform_over: with ``windows: episode`` draws are uniform over ``episodes``, then over the starts
+            within, as the official TD-MPC2 draws; or over ``windows``.
+        prefetch: batches drawn ahead by a thread where no environment writes; 0 for none.
+        eval_env: environment of evaluation where ``env`` is null; null for the one that the first source
+            was recorded in, if it can be made here.
         env_options: options of the environment, e.g. ``{repeat: 4}``.
         num_envs: environments over all processes.
         eval_envs: environments for evaluation over all processes.
@@ -101,7 +123,7 @@ class ReplayDataModule(LightningDataModule):
 
     def __init__(
         self,
-        env: str,
+        env: str | None = None,
         env_options: dict[str, Any] | None = None,
         num_envs: int = 1,
         eval_envs: int = 1,
@@ -122,6 +144,16 @@ class ReplayDataModule(LightningDataModule):
         windows: str = "stream",
         utd: float | None = None,
         first_updates: int = 1,
+        sources: list[Any] | None = None,
+        env_weight: float | list[list[float]] = 1.0,
+        mix: str = "ratio",
+        val_fraction: float = 0.0,
+        cache_dir: str | None = None,
+        pad: bool = False,
+        stack: int = 1,
+        uniform_over: str = "episodes",
+        prefetch: int = 2,
+        eval_env: str | None = None,
     ):
         super().__init__()
         self.env, self.env_options = env, dict(env_options or {})
@@ -137,9 +169,21 @@ class ReplayDataModule(LightningDataModule):
         self.max_env_steps, self.online_queue = max_env_steps, online_queue
         self.replay_dir, self.seed = replay_dir, seed
         self._time_limit_is_terminal = time_limit_is_terminal
+        self.sources, self.mix, self.val_fraction = (
+            [SourceSpec.of(x) for x in sources or []],
+            mix,
+            val_fraction,
+        )
+        self.env_weight = SourceSpec("data.env_weight", env_weight)
+        self.cache_dir, self.pad, self.stack = cache_dir, pad, stack
+        self.uniform_over, self.prefetch, self.eval_env = uniform_over, prefetch, eval_env
         self._check()
         self.world_size = self.rank = 0  # known after setup
-        self.replay: RowReplay | None = None
+        self.replay: RowReplay | Mixture | None = None
+        self.held_out: Mixture | None = None  # episodes that are not trained on
+        self._ahead: Prefetch | None = None
+        self._multitask = False  # whether the model wants to know the task
+        self._served = 0  # batches handed out without an environment
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
         # Env steps of the run that this one goes on from, where its collectors are not restored.
@@ -151,7 +195,8 @@ class ReplayDataModule(LightningDataModule):
     def _check(self) -> None:
         at_least = {
             "num_envs": 1, "eval_envs": 1, "batch_size": 1, "batch_length": 2,
-            "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0, "first_updates": 1,
+            "replay_context": 0, "capacity": 1, "prefill": 0, "seed": 0, "first_updates": 1, "stack": 1,
+            "prefetch": 0,
         }  # fmt: skip
         for name, low in at_least.items():
             value = getattr(self, name)
@@ -168,11 +213,22 @@ class ReplayDataModule(LightningDataModule):
             raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
         if self.windows not in ("stream", "episode"):
             raise ConfigError(f"data.windows is {self.windows!r}, expected 'stream' or 'episode'.")
+        for name, known in (("mix", ("ratio", "proportional")), ("uniform_over", ("episodes", "windows"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"data.{name} is {getattr(self, name)!r}, expected {known[0]!r} or {known[1]!r}."
+                )
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction!r}, expected 0 or more, below 1.")
+        if self.env is None and not self.sources:
+            raise ConfigError("there is nothing to train on: give data.env, data.sources or both.")
         if self.within_episodes and self.replay_context:
             raise ConfigError(
                 f"data.replay_context is {self.replay_context}, but data.windows: episode keeps no latents.\n"
                 "  Leave replay_context out, or set it to 0."
             )
+        if self.env is None:
+            return
         # Each stream needs its first window, then one more row per window; in episodes one window will do.
         begin = 0 if self.within_episodes else self.batch_size * self.batch_length
         first = begin + self.num_envs * self.window
@@ -206,25 +262,66 @@ class ReplayDataModule(LightningDataModule):
         return row_files(row_specs(Spaces.from_plain(self.spaces), latents))
 
     @cached_property
+    def caches(self) -> list[Cache]:
+        """The datasets, written as rows where that has not been done yet."""
+        from datamodules.cache import ingest
+
+        return [
+            ingest(spec.uri, self.cache_dir, spec.on_bad, **(spec.options or {})) for spec in self.sources
+        ]
+
+    @cached_property
     def spaces(self) -> dict[str, Any]:
-        """Observation and action entries as a plain dict, read from one environment that is closed again."""
-        return read_spaces(self.env, **self.env_options).to_plain()
+        """Observation and action entries as a plain dict, of all sources and of the environment, which is
+        made once and closed again.
+
+        Raises:
+            DataError: if they differ, or a source cannot be read.
+        """
+        named = {} if self.env is None else {self.env: read_spaces(self.env, **self.env_options)}
+        for spec, cache in zip(self.sources, self.caches, strict=True):
+            named[spec.uri] = model_spaces(cache, self.stack)
+        return common_spaces(named, self.pad).to_plain()
+
+    @cached_property
+    def evaluation_env(self) -> str | None:
+        """The environment to evaluate in; None if there is none that fits the datasets."""
+        if self.env is not None or self.eval_env is not None:
+            return self.env or self.eval_env
+        name = self.caches[0].meta.get("env_id")
+        try:
+            same = name and read_spaces(name, **self.env_options) == Spaces.from_plain(self.spaces)
+        except LitWMError:
+            same = False
+        return name if same else None
 
     @cached_property
     def time_limit_is_terminal(self) -> bool:
         """Whether the value after a time limit is zero."""
         if self._time_limit_is_terminal is not None:
             return self._time_limit_is_terminal
+        if self.env is None:
+            return False
         return bool(suite_defaults(self.env, **self.env_options)["time_limit_is_terminal"])
 
     @cached_property
     def repeat(self) -> int:
         """Environment frames per env step, for the x-axis of published curves."""
-        return int(suite_defaults(self.env, **self.env_options)["repeat"])
+        return 1 if self.env is None else int(suite_defaults(self.env, **self.env_options)["repeat"])
 
     def make_envs(self, num_envs: int, seeds: list[int]) -> SyncVectorEnv | AsyncVectorEnv:
-        """A vector environment with this module's id and options."""
-        return make_vector_env(self.env, num_envs, seeds, self.vectorization, **self.env_options)
+        """A vector environment with this module's id and options.
+
+        Raises:
+            ConfigError: if there is none to evaluate in.
+        """
+        name = self.evaluation_env
+        if name is None:
+            raise ConfigError(
+                "the datasets name no environment that can be made here.\n  Give data.eval_env, an "
+                "environment with the same observations and actions."
+            )
+        return make_vector_env(name, num_envs, seeds, self.vectorization, **self.env_options)
 
     def _share(self, name: str) -> int:
         value, rest = divmod(getattr(self, name), self.world_size)
@@ -241,29 +338,54 @@ class ReplayDataModule(LightningDataModule):
         Raises:
             ConfigError: if the processes cannot share the work or the disk is too small.
         """
-        if stage != "fit" or self.collector is not None:
+        if stage != "fit" or self.replay is not None:
             return
-        from datamodules.collect import Collector
-        from datamodules.replay import RowReplay
+        from datamodules.mixture import Mixture, Prefetch
 
         trainer = self.trainer
         assert trainer is not None
         module: Any = trainer.lightning_module
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
-        num_envs, self.local_batch = self._share("num_envs"), self._share("batch_size")
+        num_envs = 0 if self.env is None else self._share("num_envs")
+        self.local_batch = self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
+        self._check_model(module, spaces, num_envs)
+        self._multitask = bool(getattr(getattr(module, "model", None), "tasks", None))
+        root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
+        root = root / f"rank{self.rank}"
+        ring = None if self.env is None else self._open_ring(module, spaces, num_envs, root)
+        if not self.sources:
+            self.replay = ring
+            return
+        train, held = self._open_sources(module, spaces, root)
+        if ring is not None:
+            train["env"] = ring
+        weights = [*self.sources, self.env_weight] if ring is not None else self.sources
+
+        def shares(update: int) -> list[float]:
+            return [spec.weight_at(update) for spec in weights]
+
+        self.replay = Mixture(train, None if self.mix == "proportional" else shares, self.seed, self.rank)
+        self.held_out = Mixture(held, None, self.seed, self.rank) if held else None
+        if ring is None and self.prefetch:
+            self._ahead = Prefetch(self.replay, self.local_batch, self.prefetch)
+
+    def _open_ring(self, module: Any, spaces: Spaces, num_envs: int, root: Path) -> RowReplay:
+        """Environments, their collector and its ring."""
+        from datamodules.collect import Collector
+        from datamodules.replay import RowReplay
+
+        assert self.trainer is not None
         if self.action_noise and all(spec.is_discrete for spec in spaces.action.values()):
             raise ConfigError(f"data.action_noise: {self.env} has no continuous action. Use data.epsilon.")
-        self._check_model(module, spaces, num_envs)
         reachable = None
         if self.max_env_steps is not None:  # the last loop may go beyond by two rows per environment
             reachable = self.max_env_steps // self.world_size + 2 * num_envs
-        root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
-        self.replay = RowReplay(
+        ring = RowReplay(
             spaces,
             self.capacity // self.world_size,
             num_envs,
-            root / f"rank{self.rank}",
+            root,
             module.latent_specs(),
             self.replay_context + self.batch_length,
             self.replay_context,
@@ -271,15 +393,16 @@ class ReplayDataModule(LightningDataModule):
             self.rank,
             self.online_queue,
             reachable,
-            sharers=trainer.num_devices,
-            pin=trainer.strategy.root_device.type == "cuda",
+            sharers=self.trainer.num_devices,
+            pin=self._pin,
             within_episodes=self.within_episodes,
+            by=self.uniform_over,
         )
         seeds = [self.seed + 10_000 * self.rank + i for i in range(num_envs)]
         envs = self.make_envs(num_envs, seeds)
         prefill = -(-self.prefill // self.world_size)
         self.collector = Collector(
-            envs, spaces, self.replay, self.seed, self.rank, prefill, self.epsilon, self.action_noise
+            envs, spaces, ring, self.seed, self.rank, prefill, self.epsilon, self.action_noise
         )
         # Through str, so that 0.1 means one tenth. Per step of this process, as every process makes every
         # update.
@@ -287,6 +410,58 @@ class ReplayDataModule(LightningDataModule):
         if self.utd is not None:
             per_step = Fraction(str(self.utd))
         self.ratio = TrainRatio(per_step * self.world_size, self.first_updates)
+        return ring
+
+    def _open_sources(
+        self, module: Any, spaces: Spaces, root: Path
+    ) -> tuple[dict[str, RowReplay], dict[str, RowReplay]]:
+        """Replays of the episodes to train on and of those held out, by source."""
+        from datamodules.offline import CacheRows
+        from datamodules.replay import RowReplay
+
+        train: dict[str, RowReplay] = {}
+        held: dict[str, RowReplay] = {}
+        for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
+            task = task_number(spec, getattr(module.model, "tasks", []))
+            split = select_episodes(cache, spec, self.val_fraction, self.seed)
+            for kind, group, chosen in zip(("train", "val"), (train, held), split, strict=True):
+                if kind == "val" and not len(chosen):
+                    continue
+                storage = CacheRows(
+                    cache,
+                    root / f"source{number}-{kind}",
+                    spaces,
+                    chosen,
+                    spec,
+                    module.latent_specs() if kind == "train" else None,
+                    0 if self.within_episodes else max(self.replay_context, 1),
+                    self._pin,
+                    self.stack,
+                    number,
+                    task,
+                )
+                try:
+                    group[f"source{number}"] = RowReplay.of_dataset(
+                        storage,
+                        spaces,
+                        self.replay_context + self.batch_length,
+                        self.replay_context,
+                        self.seed,
+                        self.rank,
+                        self.within_episodes,
+                        self.uniform_over,
+                        f"source{number}/{kind}",
+                    )
+                except DataError:
+                    if kind == "train":
+                        raise
+                    storage.close()  # too short to look at
+        return train, held
+
+    @property
+    def _pin(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"
 
     def _check_model(self, module: Any, spaces: Spaces, num_envs: int) -> None:
         """Refuse windows that the model cannot learn from, and a ring that may never hold one."""
@@ -302,6 +477,8 @@ class ReplayDataModule(LightningDataModule):
                 f"data.batch_length is {self.batch_length}; expected {steps}, one more than model.horizon"
             )
         # While an episode runs, whole windows of the one before must still be there.
+        if self.env is None:
+            return
         rows, most = self.capacity // self.world_size // num_envs, spaces.episode_length
         if self.within_episodes and most is not None and rows < (need := most + 1 + self.window):
             raise ConfigError(
@@ -317,6 +494,8 @@ class ReplayDataModule(LightningDataModule):
             module: acts in the environments by ``module.policy`` and says by ``module.device`` where the
                 batch goes.
         """
+        if self.env is None:
+            return self._offline(module)
         collector, replay, ratio = self._open()
         self._flush()
         enough = 1 if self.within_episodes else self.local_batch * self.batch_length
@@ -328,7 +507,17 @@ class ReplayDataModule(LightningDataModule):
             self._collect(module)
         ratio.done += 1
         self._totals = self._sum([collector.env_steps, ratio.owed(self._clock)], module.device)
-        return self._batch(replay.sample(self.local_batch), module.device)
+        return self._batch(self._replay.sample_columns(self.local_batch), module.device)
+
+    def _offline(self, module: Any) -> Batch:
+        """The next batch of datasets alone."""
+        self._flush()
+        if self._ahead is not None:
+            columns = self._ahead.next()
+        else:
+            columns = self._replay.sample_columns(self.local_batch)
+        self._served += 1
+        return self._batch(columns, module.device)
 
     def _begin_training(self, enough: int) -> None:
         """Let updates be owed from now on, if there are ``enough`` windows; refuse to wait for ever."""
@@ -361,34 +550,52 @@ class ReplayDataModule(LightningDataModule):
             )
 
     def report_batch(self, batch_size: int, length: int, device: torch.device | str = "cpu") -> Batch:
-        """Windows of ``length`` steps for a report; leaves the training draws as they are.
+        """Windows of ``length`` steps for a report, of held-out episodes if there are any.
+
+        The training draws stay as they are.
 
         Raises:
             DataError: if there is no complete window yet.
             NotSupported: for another length than ``batch_length`` with ``windows: episode``.
         """
-        _, replay, _ = self._open()
         self._flush()
-        rows = replay.sample(batch_size, self.replay_context + length, mode="report")
-        return replace(self._batch(rows, device), write_back=None)
+        self._rewind()
+        replay = self.held_out or self._replay
+        columns = replay.sample_columns(batch_size, self.replay_context + length, mode="report")
+        return replace(self._batch(columns, device), write_back=None)
+
+    @property
+    def _replay(self) -> RowReplay | Mixture:
+        if self.replay is None:
+            raise RuntimeError("the replay is open only after setup('fit'), which Trainer.fit calls")
+        return self.replay
+
+    def _rewind(self) -> None:
+        """Let the thread stop, with draws that stand where training does."""
+        if self._ahead is not None:
+            self._ahead.rewind()
 
     def _open(self) -> tuple[Collector, RowReplay, TrainRatio]:
-        if self.collector is None or self.replay is None or self.ratio is None:
+        """What collecting needs; the replay is the environment's ring."""
+        if self.collector is None or self.ratio is None:
             raise RuntimeError("the replay is open only after setup('fit'), which Trainer.fit calls")
-        return self.collector, self.replay, self.ratio
+        return self.collector, self.collector.replay, self.ratio
 
-    def _batch(self, rows: Any, device: torch.device | str) -> Batch:
-        _, replay, _ = self._open()
+    def _batch(self, columns: dict[Key, Tensor], device: torch.device | str) -> Batch:
+        from datamodules.rows import nested
+
+        replay, rows = self._replay, nested(columns)
         if self.within_episodes:
-            batch = tdmpc2_view(rows)
+            batch = tdmpc2_view(rows, self._multitask)
             return batch if torch.device(device).type == "cpu" else batch.to(device)
-        batch = dreamer_view(rows, self.replay_context, self.time_limit_is_terminal, replay.latents)
-        index, generation = batch.info["index"], batch.info["generation"]
+        latents = replay.latents if "latent" in rows else None
+        batch = dreamer_view(rows, self.replay_context, self.time_limit_is_terminal, latents)
+        place = batch.info
 
         def write_back(states: State) -> None:
             latents = to_latents(states, replay.latents)
             if states.deter.device.type != "cuda":
-                replay.write_back(index, generation, {k: v.cpu() for k, v in latents.items()})
+                replay.write_back(latents={k: v.cpu() for k, v in latents.items()}, **place)
                 return
             # The copy runs behind the update; whoever needs the rows next waits for it.
             staged = {k: torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for k, v in latents.items()}
@@ -399,7 +606,7 @@ class ReplayDataModule(LightningDataModule):
 
             def finish() -> None:
                 copied.synchronize()
-                replay.write_back(index, generation, staged)
+                replay.write_back(latents=staged, **place)
 
             self._flush()
             self._pending = finish
@@ -422,7 +629,7 @@ class ReplayDataModule(LightningDataModule):
 
     @property
     def env_steps(self) -> int:
-        """Env steps of all processes, as of the last ticket."""
+        """Env steps of all processes, as of the last ticket; 0 with datasets alone."""
         return self._steps_before + self._totals[0]
 
     @property
@@ -434,6 +641,8 @@ class ReplayDataModule(LightningDataModule):
 
     def pop_finished(self) -> list[tuple[float, int]]:
         """(return, length) of this process's episodes finished since the last call."""
+        if self.env is None:
+            return []
         collector, _, _ = self._open()
         finished, collector.finished = collector.finished, []
         return finished
@@ -444,12 +653,10 @@ class ReplayDataModule(LightningDataModule):
         ``step/episodes``, ``replay/rows``, ``replay/stale_rows``; ``train/return`` and ``train/length`` if
         an episode has finished.
         """
-        collector, replay, _ = self._open()
-        metrics = {
-            "step/episodes": float(collector.episodes),
-            "replay/rows": float(len(replay)),
-            "replay/stale_rows": float(replay.stale_rows),
-        }
+        replay = self._replay
+        metrics = {"replay/rows": float(len(replay)), "replay/stale_rows": float(replay.stale_rows)}
+        if self.collector is not None:
+            metrics["step/episodes"] = float(self.collector.episodes)
         if finished := self.pop_finished():
             for name, values in zip(
                 ("train/return", "train/length"), zip(*finished, strict=True), strict=True
@@ -458,9 +665,25 @@ class ReplayDataModule(LightningDataModule):
         return metrics
 
     def mean_frames(self) -> dict[str, Tensor]:
-        """Mean of all frames that this process collected for training, per image key, float64 in 0..255."""
+        """Mean of all frames that this process collected for training, per image key, float64 in 0..255;
+        of datasets the mean of up to 1,000 frames spread over them.
+        """
         here = self.collector.mean_frames() if self.collector else {}
+        if self.env is None and not here and self._restored.get("mean_frames") is None:
+            here = self._dataset_frames()
         return here or self._restored.get("mean_frames", {})
+
+    def _dataset_frames(self) -> dict[str, Tensor]:
+        from datamodules.rows import row_key
+
+        means = {}
+        for key, spec in Spaces.from_plain(self.spaces).obs.items():
+            if spec.is_image:
+                column = self.caches[0].rows[row_key("observation", key, "obs")]
+                frames = column[torch.linspace(0, len(column) - 1, min(1000, len(column))).long()]
+                mean = frames.double().mean(0)
+                means[key] = torch.cat([mean] * self.stack, 0 if spec.channels_first else 2)
+        return means
 
     # Loaders
 
@@ -494,8 +717,10 @@ class ReplayDataModule(LightningDataModule):
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Collector, environments and train ratio of this process, as tensors and plain values."""
-        collector, _, ratio = self._open()
         self._flush()
+        if self.env is None:
+            return {"world_size": self.world_size, "served": self._served}
+        collector, _, ratio = self._open()
         return {
             "world_size": self.world_size,
             "collector": collector.state_dict(),
@@ -510,12 +735,15 @@ class ReplayDataModule(LightningDataModule):
         Raises:
             CheckpointError: if the checkpoint is of another number of processes.
         """
-        collector, _, ratio = self._open()
         if state["world_size"] != self.world_size:
             raise CheckpointError(
                 f"the checkpoint is of {state['world_size']} processes, this run has {self.world_size}.\n"
                 "  Resume with the same number of devices."
             )
+        if self.env is None:
+            self._served = state["served"]
+            return
+        collector, _, ratio = self._open()
         assert self.trainer is not None
         collector.load_state_dict(state["collector"], self.trainer.strategy.root_device)
         ratio.ready_at, ratio.done = state["ratio"]["ready_at"], state["ratio"]["done"]
@@ -523,9 +751,9 @@ class ReplayDataModule(LightningDataModule):
 
     def snapshot_replay(self, directory: Path | str) -> None:
         """Write this process's rows to a new folder, complete or not at all."""
-        _, replay, _ = self._open()
         self._flush()
-        replay.snapshot(directory)
+        self._rewind()
+        self._replay.snapshot(directory)
 
     def restore_replay(self, directory: Path | str) -> None:
         """Read :meth:`snapshot_replay`.
@@ -533,17 +761,40 @@ class ReplayDataModule(LightningDataModule):
         Raises:
             CheckpointError: if the folder is damaged or does not fit this run.
         """
-        _, replay, _ = self._open()
-        replay.restore(directory)
+        self._rewind()
+        self._replay.restore(directory)
 
     def close(self) -> None:
         """Close the environments and remove the replay files."""
-        if self.collector is not None:
-            self._flush()
-            self.collector.close()
-        if self.replay is not None:
-            self.replay.close()
-        self.collector = self.replay = self.ratio = None
+        self._flush()
+        if self._ahead is not None:
+            self._rewind()
+            self._ahead.close()
+        for part in (self.collector, self.replay, self.held_out):
+            if part is not None:
+                part.close()
+        self.collector = self.replay = self.held_out = self.ratio = self._ahead = None
+
+
+def task_number(spec: SourceSpec, tasks: Sequence[Any]) -> int | None:
+    """The number of a source's task among the model's; None leaves what the source says itself.
+
+    Raises:
+        ConfigError: for a name that is not among them, or a task for a model of one task.
+    """
+    if spec.task is None:
+        return None
+    names = [task.name for task in tasks]
+    if spec.task in names:
+        return names.index(spec.task)
+    if isinstance(spec.task, int) and 0 <= spec.task < len(names):
+        return spec.task
+    known = (
+        f"{nearest(str(spec.task), names)}\n  The model's tasks: {', '.join(names)}"
+        if names
+        else (": the model has one task.\n  Leave task out, or set model.tasks.")
+    )
+    raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{known}")
 
 
 class _Tickets(IterableDataset):

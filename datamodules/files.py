@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,24 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder by ``fill``, complete or not at all; one that is there is replaced."""
+    work = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    work.mkdir(parents=True)
+    try:
+        fill(work)
+        for folder in (*(path for path in work.rglob("*") if path.is_dir()), work):
+            sync_directory(folder)
+        old = None
+        if final.exists():
+            old = final.with_name(f"{work.name}.old")
+            os.rename(final, old)
+        os.rename(work, final)
+        sync_directory(final.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if old is not None:
+        shutil.rmtree(old)

@@ -1,11 +1,10 @@
-"""Rows of a dataset: which episodes take part, what a model wants changed in them, and the replay of them."""
+"""Rows of a dataset as the models want them."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -29,232 +28,15 @@ from datamodules.rows import (
     row_files,
     row_specs,
 )
+from datamodules.selection import RewardTransform, SourceSpec
 from datamodules.views import NO_LATENT
-from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported, nearest
-from lit_wm.noise import stream_seed
+from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported
 from lit_wm.types import Spaces, Spec
 
 if TYPE_CHECKING:
     from datamodules.cache import Cache
 
 _BLOCK = 1 << 16  # rows changed at a time
-
-
-@dataclass(frozen=True)
-class RewardTransform:
-    """``clip(scale * reward + shift)``.
-
-    Args:
-        scale, shift: applied in this order.
-        clip: lowest and highest reward afterwards, null for none; ``[-1, 1]`` as Atari agents do.
-    """
-
-    scale: float = 1.0
-    shift: float = 0.0
-    clip: tuple[float, float] | None = None
-
-    def __call__(self, reward: np.ndarray) -> np.ndarray:
-        """Transform rewards of any shape."""
-        reward = self.scale * reward + self.shift
-        return reward if self.clip is None else np.clip(reward, *self.clip)
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """One entry of ``data.sources``.
-
-    Args:
-        uri: ``minari:ID``, ``npz:PATH`` ..., see :mod:`datamodules.sources`.
-        weight: share of the batch, relative to the other sources; a list ``[[update, weight], ...]`` changes
-            it linearly between updates.
-        task: name or number of the task, for multi-task models.
-        top_returns: use the fraction of episodes with the highest returns only.
-        min_length: leave out episodes of fewer transitions.
-        episodes: use these episodes only, by their number in the source.
-        fraction: use a random fraction of the episodes, the same for the same seed.
-        max_steps: use the first episodes that together have no more transitions.
-        reward: ``{scale, shift, clip}``, see :class:`RewardTransform`.
-        action_low, action_high: bounds that become -1 and 1, where the source does not state its own.
-        on_bad: ``error`` or ``skip_episode``, what to do with bad episodes.
-        options: of the reader, e.g. ``{episode_length: 300}``.
-    """
-
-    uri: str
-    weight: float | list[list[float]] = 1.0
-    task: str | int | None = None
-    top_returns: float | None = None
-    min_length: int | None = None
-    episodes: list[int] | None = None
-    fraction: float | None = None
-    max_steps: int | None = None
-    reward: dict[str, Any] | None = None
-    action_low: float | list[float] | None = None
-    action_high: float | list[float] | None = None
-    on_bad: str = "error"
-    options: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("top_returns", "fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{self.uri}: {name} is {value!r}, expected a fraction above 0, up to 1.")
-        knots = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
-        if (
-            not knots
-            or any(len(k) != 2 or k[1] < 0 for k in knots)
-            or [k[0] for k in knots] != sorted(k[0] for k in knots)
-        ):
-            raise ConfigError(
-                f"{self.uri}: weight is {self.weight!r}, expected a number of 0 or more, or a list "
-                "[[update, weight], ...] with growing updates."
-            )
-        try:
-            RewardTransform(**(self.reward or {}))
-        except TypeError:
-            raise ConfigError(
-                f"{self.uri}: reward is {self.reward}, expected {{scale, shift, clip}}."
-            ) from None
-
-    @classmethod
-    def of(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
-        """From a URI or a mapping, as YAML gives it.
-
-        Raises:
-            ConfigError: for a name that does not exist or an impossible value.
-        """
-        if isinstance(value, SourceSpec):
-            return value
-        given = {"uri": value} if isinstance(value, str) else dict(value)
-        known = list(cls.__dataclass_fields__)
-        if "uri" not in given or set(given) - set(known):
-            wrong = next(iter(sorted(set(given) - set(known))), None)
-            found = f"has no {wrong!r}{nearest(wrong, known)}" if wrong else "needs a uri"
-            raise ConfigError(f"a source in data.sources {found}\n  Its entries: {', '.join(known)}")
-        return cls(**given)
-
-    def weight_at(self, update: int) -> float:
-        """Weight when ``update`` updates have been made."""
-        if not isinstance(self.weight, list):
-            return float(self.weight)
-        knots = np.array(self.weight, np.float64)
-        return float(np.interp(update, knots[:, 0], knots[:, 1]))
-
-
-def uniform_hash(seed: int, name: str, ids: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that depend on seed, name and id alone: a split survives growing data. (n,)"""
-    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
-        stream_seed(seed, 0, name) & (2**64 - 1)
-    )
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
-
-
-def select_episodes(
-    cache: Cache, spec: SourceSpec, val_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the episodes to train on and of those held out.
-
-    The split goes by episode and by a hash of seed, source and number: an episode stays on its side when the
-    source grows or a filter changes. Filters apply to both sides, the quantile of returns is that of all.
-
-    Raises:
-        DataError: if no episode is left to train on.
-    """
-    table, steps = cache.episodes, cache.episodes["length"] - 1
-    keep = np.ones(len(steps), np.bool_)
-    if spec.episodes is not None:
-        ids = np.asarray(spec.episodes, np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(keep)):
-            raise DataError(f"{spec.uri} has episodes 0 to {len(keep) - 1}; episodes names {ids.max()}.")
-        keep[:] = False
-        keep[ids] = True
-    if spec.min_length is not None:
-        keep &= steps >= spec.min_length
-    if spec.top_returns is not None and keep.any():
-        keep &= table["return"] >= np.quantile(table["return"][keep], 1 - spec.top_returns, method="lower")
-    chosen = np.flatnonzero(keep)
-    if spec.fraction is not None:
-        order = np.argsort(uniform_hash(seed, f"fraction {cache.key}", chosen), kind="stable")
-        chosen = np.sort(chosen[order[: max(1, round(spec.fraction * len(chosen)))]])
-    if spec.max_steps is not None:
-        chosen = chosen[np.cumsum(steps[chosen]) <= spec.max_steps]
-    draw = uniform_hash(seed, f"split {cache.key}", chosen)
-    held = draw < val_fraction
-    if val_fraction and len(chosen) > 1 and not held.any():
-        held[draw.argmin()] = True
-    if held.all():
-        raise DataError(
-            f"{spec.uri} has {len(steps):,} episodes of {steps.min()} to {steps.max()} steps; none is left "
-            "to train on.\n  Loosen top_returns, min_length, episodes, fraction, max_steps or val_fraction."
-        )
-    return chosen[~held], chosen[held]
-
-
-def model_spaces(cache: Cache, stack: int = 1) -> Spaces:
-    """The entries of a cache as a model sees them: images stacked on their channels."""
-    spaces = cache.schema.spaces
-    if stack == 1:
-        return spaces
-    obs = {}
-    for key, spec in spaces.obs.items():
-        shape = list(spec.shape)
-        if spec.is_image:
-            shape[0 if spec.channels_first else 2] *= stack
-        obs[key] = replace(spec, shape=tuple(shape))
-    return replace(spaces, obs=obs)
-
-
-def common_spaces(named: Mapping[str, Spaces], pad: bool = False) -> Spaces:
-    """The entries that all of several sources have.
-
-    Args:
-        named: spaces by source.
-        pad: vectors of different widths get the widest, for multi-task models; classes the largest count.
-
-    Raises:
-        DataError: if they differ otherwise, with all of them side by side.
-    """
-    first, *others = named.values()
-    obs, action = dict(first.obs), dict(first.action)
-    for other in others:
-        for ours, theirs in ((obs, other.obs), (action, other.action)):
-            if list(ours) != list(theirs):
-                raise _differ(named, pad)
-            for key, spec in theirs.items():
-                wide = _wider(ours[key], spec, pad)
-                if wide is None:
-                    raise _differ(named, pad)
-                ours[key] = wide
-    lengths = [s.episode_length for s in named.values()]
-    most = None if None in lengths else max(x for x in lengths if x is not None)
-    unbounded = tuple(dict.fromkeys(name for s in named.values() for name in s.unbounded))
-    return Spaces(obs, action, most, unbounded)
-
-
-def _wider(a: Spec, b: Spec, pad: bool) -> Spec | None:
-    if a == b:
-        return a
-    if not pad or a.dtype != b.dtype or (a.classes is None) != (b.classes is None) or a.is_image:
-        return None
-    if a.classes is not None and b.classes is not None and a.shape == b.shape:
-        return replace(a, classes=max(a.classes, b.classes))
-    if len(a.shape) == len(b.shape) == 1 and a.classes == b.classes:
-        return replace(a, shape=max(a.shape, b.shape))
-    return None
-
-
-def _differ(named: Mapping[str, Spaces], pad: bool) -> DataError:
-    lines = []
-    for name, spaces in named.items():
-        entries = [
-            f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in (spaces.obs | spaces.action).items()
-        ]
-        lines.append(f"  {name}: {', '.join(entries)}")
-    fix = "Leave entries out with the reader's option drop" + (
-        "." if pad else ", or set pad: true for vectors."
-    )
-    return DataError("the sources have different spaces:\n" + "\n".join(lines[:3]) + f"\n  {fix}")
 
 
 class CacheRows(RowStorage):
@@ -332,8 +114,11 @@ class CacheRows(RowStorage):
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
         scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if s.classes is None}
+        valid = self.arrays["valid",]
+        valid[:] = True
+        valid[self._stops - 1] = False
         for key, array in self.arrays.items():
-            if key[0] == "latent":
+            if key[0] == "latent" or key == ("valid",):
                 continue
             if key == ("source",) or (key == ("task",) and task is not None):
                 array[:] = source if key == ("source",) else task
@@ -345,10 +130,10 @@ class CacheRows(RowStorage):
                 part = array[start : start + len(value)]
                 value = value[:, 0] if key[0] in _FLAT else value
                 if key == ("next", "reward"):
-                    value = np.where(self.arrays["valid",][start : start + len(value)], reward(value), 0)
+                    value = np.where(valid[start : start + len(value)], reward(value), 0)
                 elif key[0] == "action" and (scale := scales.get(name)) is not None:
                     low, high = scale
-                    acts = self.arrays["valid",][start : start + len(value)]
+                    acts = valid[start : start + len(value)]
                     value = ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))
                 elif key[0] == "action" and name in scales:
                     most = max(most, float(np.abs(value).max(initial=0)))
@@ -456,7 +241,8 @@ class CacheRows(RowStorage):
             self._blocks[entry["name"]].numpy().reshape(-1)[:] = data
 
     def _identity(self) -> dict[str, Any]:
-        return {"cache": self.cache.key, "rows": self.ring, "episodes": crc32(self.chosen.view(np.uint8))}
+        content = np.stack([self.chosen, self.cache.episodes["crc"][self.chosen]])
+        return {"rows": self.ring, "crc32": crc32(content.view(np.uint8).reshape(-1))}
 
 
 def observation_statistics(parts: list[CacheRows]) -> dict[str, tuple[Tensor, Tensor]]:

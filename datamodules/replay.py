@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from datamodules._torchrl import ImmutableDatasetWriter, ReplayBuffer, Writer
-from datamodules.files import read_json, sync_directory, write_json
+from datamodules.files import read_json, write_folder, write_json
 from datamodules.rows import Array, Key, RowStorage, _raw, nested, require_disk, row_bytes, row_key, row_specs
 from datamodules.sampling import EpisodeSampler, WindowSampler
 from datamodules.views import NO_LATENT
@@ -174,12 +171,12 @@ class RowReplay:
         sampler.rebuild()
         replay._assemble(spaces, storage, sampler, None)
         if replay.num_windows == 0:
-            start, stop = storage.episodes
-            longest = int((stop - start).max()) if within_episodes else storage.ring
+            assert storage.episodes is not None
+            longest = int(np.subtract(*storage.episodes[::-1]).max()) if within_episodes else storage.ring
             raise DataError(
                 f"{storage.cache.uri}: {'the longest episode has' if within_episodes else 'there are'} "
                 f"{longest:,} observations, but a window has {window}.\n"
-                f"  Lower data.batch_length{'' if within_episodes else ' or replay_context'}, or use more data."
+                "  Lower data.batch_length, or use more data."
             )
         return replay
 
@@ -297,12 +294,14 @@ class RowReplay:
         length: int | None = None,
         mode: str = "train",
         out: Mapping[Key, Tensor] | None = None,
+        latents: bool = True,
     ) -> dict[Key, Tensor]:
         """As :meth:`sample`, as a plain dict by column, which takes less time to make.
 
         Args:
             batch_size, length, mode: as there.
             out: memory for the observations, by column; None takes new memory.           (B, T, ...)
+            latents: whether to read them now; else :meth:`add_latents` does later.
         """
         if self.within_episodes and length not in (None, self.window):
             raise NotSupported(f"windows within episodes have {self.window} rows here, not {length}.")
@@ -310,7 +309,13 @@ class RowReplay:
         index, position = self.sampler.draw(batch_size)
         columns = self.storage.gather(index, out)
         columns["index",], columns["generation",] = index, position
+        if latents:
+            self.add_latents(columns)
         return columns
+
+    def add_latents(self, columns: dict[Key, Tensor]) -> None:
+        """Read the latents of the last lead row of sampled windows, as they are now. (B, ...) each"""
+        columns |= self.storage.carried(columns["index",])
 
     def write_back(self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor]) -> None:
         """Replace the latents of sampled rows. Rows evicted since stay and are counted in ``stale_rows``.
@@ -352,24 +357,12 @@ class RowReplay:
 
     def snapshot(self, directory: Path | str) -> None:
         """Write rows and state to a new folder, complete or not at all; one that is there is replaced."""
-        final = Path(directory)
-        work = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
-        work.mkdir(parents=True)
-        try:
-            for part in self._parts().values():
-                part.dumps(work)
-            sync_directory(work)
-            old = None
-            if final.exists():
-                old = final.with_name(f"{work.name}.old")
-                os.rename(final, old)
-            os.rename(work, final)
-            sync_directory(final.parent)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        if old is not None:
-            shutil.rmtree(old)
+        write_folder(Path(directory), self.dump)
+
+    def dump(self, directory: Path) -> None:
+        """Write rows and state into an empty folder."""
+        for part in self._parts().values():
+            part.dumps(directory)
 
     def restore(self, directory: Path | str) -> None:
         """Go on from :meth:`snapshot`, with the same draws; a smaller capacity keeps the newest rows.

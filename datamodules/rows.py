@@ -212,12 +212,17 @@ class RowStorage(Storage):
             index: (B, lead + T) row numbers of windows, or any index of single rows.
 
         Returns:
-            For windows what :meth:`gather` returns, as a TensorDict of batch size B. For single rows a
-            TensorDict with every column.
+            For windows what :meth:`gather` and :meth:`carried` return, as a TensorDict of batch size B. For
+            single rows a TensorDict with every column.
         """
         if not isinstance(index, Tensor) or index.ndim != 2:
             return self.data[index]
-        return TensorDict(nested(self.gather(index)), index.shape[:1])
+        return TensorDict(nested(self.gather(index) | self.carried(index)), index.shape[:1])
+
+    def carried(self, index: Tensor) -> dict[Key, Tensor]:
+        """Latents of the last lead row of windows, where training starts. (B, ...) each"""
+        rows = index[:, self.lead - 1]
+        return {k: self.columns[k].index_select(0, rows) for k in self.specs if k[0] == "latent"}
 
     def gather(self, index: Tensor, out: Mapping[Key, Tensor] | None = None) -> dict[Key, Tensor]:
         """Columns of windows.
@@ -227,8 +232,8 @@ class RowStorage(Storage):
             out: where to put observations, by column; new memory if it is None.    (B, T, ...)
 
         Returns:
-            Observations (B, T, ...) of the rows after the lead, latents (B, ...) of the last lead row, where
-            training starts, and action, reward, flags, step and task (B, lead + T, ...).
+            Observations (B, T, ...) of the rows after the lead, and action, reward, flags, step and task
+            (B, lead + T, ...).
         """
         record = self._blocks["row"].index_select(0, index.reshape(-1))
         columns = self._record.unpack(record.view(*index.shape, -1), _UNREAD)
@@ -236,8 +241,6 @@ class RowStorage(Storage):
         for key in self.specs:
             if key[0] == "observation":
                 columns[key] = self._observe(key, trained, None if out is None else out[key])
-            elif key[0] == "latent":
-                columns[key] = self.columns[key].index_select(0, index[:, self.lead - 1])
         return columns
 
     def _observe(self, key: Key, index: Tensor, out: Tensor | None) -> Tensor:

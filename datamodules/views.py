@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_wm.types import Batch, Spec, State, Tensors
 
+_PLACE = ("index", "generation", "part")  # where rows are, for whoever writes back
 NO_LATENT = 255  # class index where there is no latent; its one-hot vector is zero
 
 
@@ -90,11 +91,11 @@ def dreamer_view(
         is_last=is_last,
         is_terminal=is_terminal,
         carry=to_state(rows["latent"], latents) if latents and context else None,
-        info={"index": rows["index"][:, lead:], "generation": rows["generation"][:, lead:]},
+        info={k: rows[k] if k == "part" else rows[k][:, lead:] for k in _PLACE if k in rows},
     )
 
 
-def tdmpc2_view(rows: Any) -> Batch:
+def tdmpc2_view(rows: Any, tasks: bool = False) -> Batch:
     """Sampled rows as a TD-MPC2 batch of T = H + 1 steps, all of one episode::
 
         row      s          s+1        s+2                  batch t = row s + t
@@ -105,6 +106,7 @@ def tdmpc2_view(rows: Any) -> Batch:
 
     Args:
         rows: what ``RowReplay.sample`` returned for windows of T rows within episodes.
+        tasks: whether the batch names the task of each row of it.
 
     Returns:
         A batch of T steps. ``is_terminal`` is set where the task itself ended, never by a time limit;
@@ -118,7 +120,8 @@ def tdmpc2_view(rows: Any) -> Batch:
         is_first=rows["is_init"].squeeze(-1),
         is_last=~rows["valid"].squeeze(-1),
         is_terminal=_later(outcome["terminated"].squeeze(-1)),
-        info={"index": rows["index"], "generation": rows["generation"]},
+        task=rows["task"][:, 0].long() if tasks else None,
+        info={k: rows[k] for k in _PLACE if k in rows},
     )
 
 

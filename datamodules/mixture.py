@@ -1,0 +1,225 @@
+"""Several replays drawn from as one, and the thread that draws ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.files import read_json, write_folder, write_json
+from datamodules.replay import RowReplay
+from datamodules.rows import Key
+from datamodules.sampling import counter_rng
+from lit_wm.errors import DataError
+
+_STATE = "mixture.json"
+
+
+class Mixture:
+    """Replays of the same entries, each with a share of every batch.
+
+    A share may be any number: a batch of 16 with shares of 0.3 and 0.7 has 4 or 5 windows of the first,
+    4.8 on average. Which of the two depends on seed, rank and the number of the draw alone. A replay without
+    a complete window, as that of an environment at first, has no share.
+
+    Args:
+        parts: the replays, by name; the parts of a batch stand in this order.
+        weights: ``weights(update)`` are the relative shares when that many batches have been drawn; None
+            gives every part a share in proportion to its windows.
+        seed, rank: choose the shares.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, RowReplay],
+        weights: Callable[[int], list[float]] | None = None,
+        seed: int = 0,
+        rank: int = 0,
+    ):
+        self.names, self.parts = list(parts), list(parts.values())
+        self.weights, self.seed, self.rank = weights, seed, rank
+        self.draws = {"train": 0, "report": 0}
+        first = self.parts[0]
+        self.spaces, self.latents, self.within_episodes = first.spaces, first.latents, first.within_episodes
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def num_windows(self) -> int:
+        """Complete training windows that can be drawn."""
+        return sum(part.num_windows for part in self.parts)
+
+    @property
+    def stale_rows(self) -> int:
+        """Write-backs that came too late."""
+        return sum(part.stale_rows for part in self.parts)
+
+    def shares(self, batch_size: int, mode: str = "train") -> list[int]:
+        """Windows of each part in the next batch.
+
+        Raises:
+            DataError: if no part with a weight above 0 has a window.
+        """
+        update = self.draws["train"]
+        windows = [part.num_windows for part in self.parts]
+        weights = np.array(self.weights(update) if self.weights else windows, np.float64) * (
+            np.array(windows) > 0
+        )
+        if not weights.sum():
+            raise DataError(
+                f"update {update} has nothing to draw from: {', '.join(self.names)} have {windows} windows.\n"
+                "  Give one of them a weight, or collect more steps first."
+            )
+        offset = counter_rng(self.seed, self.rank, f"mixture/{mode}", self.draws[mode]).random()
+        ends = np.cumsum(weights / weights.sum()) * batch_size
+        ends[-1] = batch_size
+        return np.diff(np.ceil(ends - offset), prepend=np.ceil(-offset)).astype(int).tolist()
+
+    def sample_columns(
+        self, batch_size: int, length: int | None = None, mode: str = "train", latents: bool = True
+    ) -> dict[Key, Tensor]:
+        """As :meth:`RowReplay.sample_columns`, with ``part``, the number of the part.             (B,)"""
+        shares = self.shares(batch_size, mode)
+        self.draws[mode] += 1
+        drawn: list[dict[Key, Tensor]] = []
+        out: dict[Key, Tensor] = {}
+        start = 0
+        for number, (part, share) in enumerate(zip(self.parts, shares, strict=True)):
+            if not share:
+                continue
+            if share == batch_size:
+                columns = part.sample_columns(share, length, mode, latents=latents)
+            else:
+                out = out or self._memory(part, batch_size, (length or part.window) - part.context)
+                mine = {key: value[start : start + share] for key, value in out.items()}
+                columns = part.sample_columns(share, length, mode, mine, latents)
+            columns["part",] = torch.full((share,), number)
+            drawn.append(columns)
+            start += share
+        if len(drawn) == 1:
+            return drawn[0]
+        joined = {key: torch.cat([columns[key] for columns in drawn]) for key in drawn[0] if key not in out}
+        return joined | out
+
+    def _memory(self, part: RowReplay, batch_size: int, steps: int) -> dict[Key, Tensor]:
+        """Where the parts put their observations. (B, T, ...)"""
+        storage = part.storage
+        return {
+            key: storage.buffer(key, (batch_size, steps, *spec.shape), getattr(torch, spec.dtype))
+            for key, spec in storage.specs.items()
+            if key[0] == "observation"
+        }
+
+    def add_latents(self, columns: dict[Key, Tensor]) -> None:
+        """As :meth:`RowReplay.add_latents`."""
+        found: dict[Key, list[Tensor]] = {}
+        for number, rows in self._split(columns["part",]):
+            mine: dict[Key, Tensor] = {("index",): columns["index",][rows]}
+            self.parts[number].add_latents(mine)
+            for key, value in mine.items():
+                if key[0] == "latent":
+                    found.setdefault(key, []).append(value)
+        columns |= {key: torch.cat(values) for key, values in found.items()}
+
+    def write_back(
+        self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor], part: Tensor
+    ) -> None:
+        """As :meth:`RowReplay.write_back`, each row to its part."""
+        for number, rows in self._split(part):
+            mine = {key: value[rows] for key, value in latents.items()}
+            self.parts[number].write_back(index[rows], generation[rows], mine)
+
+    @staticmethod
+    def _split(part: Tensor) -> list[tuple[int, slice]]:
+        """Number and rows of every part of a batch."""
+        numbers, counts = torch.unique_consecutive(part, return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        return [(n, slice(a, b)) for n, a, b in zip(numbers.tolist(), starts, ends, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draws, and the states of the parts, as plain values."""
+        return {"draws": dict(self.draws), "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`, for the same rows."""
+        self.draws = dict(state["draws"])
+        for part, mine in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(mine)
+
+    def snapshot(self, directory: Path | str) -> None:
+        """Write draws, rings and latents to a new folder, complete or not at all."""
+
+        def fill(work: Path) -> None:
+            write_json(work / _STATE, {"draws": self.draws, "names": self.names})
+            for number, part in enumerate(self.parts):
+                (work / f"part{number}").mkdir()
+                part.dump(work / f"part{number}")
+
+        write_folder(Path(directory), fill)
+
+    def restore(self, directory: Path | str) -> None:
+        """Go on from :meth:`snapshot`, with the same draws.
+
+        Raises:
+            CheckpointError: if the snapshot is damaged or of other data.
+        """
+        state = read_json(Path(directory) / _STATE, ("draws", "names"))
+        for number, part in enumerate(self.parts):
+            part.restore(Path(directory) / f"part{number}")
+        self.draws = dict(state["draws"])
+
+    def close(self) -> None:
+        """Remove the files of all parts."""
+        for part in self.parts:
+            part.close()
+
+
+class Prefetch:
+    """Draws batches ahead in a thread; only for replays that nobody writes rows to.
+
+    Which batch comes next does not depend on the thread: draws are numbered, and latents, which training
+    refreshes, are read when the batch is handed out.
+
+    Args:
+        replay: draws from it must depend on its state alone.
+        batch_size: of every batch.
+        depth: batches ahead.
+    """
+
+    def __init__(self, replay: Mixture, batch_size: int, depth: int = 2):
+        self.replay, self.batch_size, self.depth = replay, batch_size, depth
+        self._thread = ThreadPoolExecutor(1, "replay")
+        self._ahead: deque[Future[tuple[dict[str, Any], dict[Key, Tensor]]]] = deque()
+
+    def _draw(self) -> tuple[dict[str, Any], dict[Key, Tensor]]:
+        return self.replay.state_dict(), self.replay.sample_columns(self.batch_size, latents=False)
+
+    def next(self) -> dict[Key, Tensor]:
+        """The next batch; an error of the thread comes out here."""
+        while len(self._ahead) <= self.depth:
+            self._ahead.append(self._thread.submit(self._draw))
+        _, columns = self._ahead.popleft().result()
+        if self.replay.latents:
+            self.replay.add_latents(columns)
+        return columns
+
+    def rewind(self) -> None:
+        """Give back what was drawn and not handed out, so that the replay's state is that of its user."""
+        for future in reversed(self._ahead):
+            future.cancel()
+        drawn = [future.result() for future in self._ahead if not future.cancelled()]
+        if drawn:
+            self.replay.load_state_dict(drawn[0][0])
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
