@@ -13,8 +13,7 @@ from pathlib import Path
 from datamodules.download import command, download, verify
 from datamodules.sources import register
 from datamodules.sources.flat import NAMES
-from datamodules.sources.hdf5 import HDF5
-from datamodules.sources.minari import open_hdf5
+from datamodules.sources.hdf5 import HDF5, open_hdf5
 from lit_wm.errors import DataError, nearest
 
 BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"

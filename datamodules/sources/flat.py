@@ -246,7 +246,7 @@ class FlatSource(Source):
         columns = [
             *table.observation.values(),
             *table.action.values(),
-            *([table.reward] if table.reward else []),
+            *([] if table.reward is None else [table.reward]),
         ]
         width = sum(_row_bytes(column) for column in columns)
         first, number = 0, 0

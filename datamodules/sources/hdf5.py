@@ -10,10 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Episode, Schema
+from datamodules.episodes import Episode, Schema, Source
 from datamodules.sources import register
-from datamodules.sources.flat import NAMES, Column, Ends, FlatSource, Table, expand, fitted, infer, names
-from datamodules.sources.minari import Minari, open_hdf5
+from datamodules.sources.flat import (
+    NAMES,
+    Column,
+    Ends,
+    FlatSource,
+    Table,
+    expand,
+    fitted,
+    head,
+    infer,
+    names,
+)
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
 
@@ -56,7 +66,7 @@ class HDF5(FlatSource):
         files, _ = expand("hdf5", rest, SUFFIXES)
         ends = Ends.parse(split, episode_length)
         self.drop = names(drop)
-        self._inner: Minari | None = None
+        self._inner: Source | None = None
         self.meta: dict[str, Any] = {"format": "hdf5"}
         with open_hdf5(files[0]) as file:
             self._grouped = any(re.fullmatch(r"episode_\d+", name) for name in file)
@@ -80,6 +90,8 @@ class HDF5(FlatSource):
             options: dict[str, Any] = {"drop": self.drop} if self.drop else {}
             if last_obs is not None:
                 options["last_obs"] = last_obs
+            from datamodules.sources.minari import Minari
+
             self._inner = Minari(str(files[0].parent), **options)
             # One dataset, one report, whichever of the two is asked.
             self.__dict__ |= {**vars(self._inner), "_inner": self._inner, "_report": self._inner.report}
@@ -157,6 +169,29 @@ class HDF5(FlatSource):
                 seed = group.attrs.get("seed")
                 seed = int(seed) if isinstance(seed, np.integer) else None
                 yield Episode(seen, done, reward, ends[0], ends[1], where, seed)
+
+
+def open_hdf5(path: Path) -> Any:
+    """Open a file for reading.
+
+    Raises:
+        DataError: if it is absent, empty, truncated, or no HDF5 file.
+    """
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing.\n  Restore it or fetch it again.") from None
+    except OSError as error:
+        start = head(path)
+        if sizes := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
+            what = f"is truncated: {int(sizes[1]):,} of {int(sizes[2]):,} bytes"
+        elif "HDF" not in start:
+            what = start if "empty" in start else f"is not an HDF5 file ({start})"
+        else:
+            what = f"is damaged ({str(error).splitlines()[0][:90]})"
+        raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
 
 
 class _Dataset:

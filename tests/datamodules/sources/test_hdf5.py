@@ -1,0 +1,207 @@
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from datamodules.sources import checked, open_source
+from lit_wm.errors import ConfigError, DataError
+from lit_wm.types import Spec
+
+DATA = Path(__file__).parent.parent / "data" / "d4rl"
+NONEXT, NOTIMEOUTS = (
+    DATA / "pendulum_scripted-v2-nonext.hdf5",
+    DATA / "halfcheetah_scripted-v0-notimeouts.hdf5",
+)
+
+
+def read(uri, **options):
+    return list(checked(open_source(uri, **options)))
+
+
+def write(path, **columns):
+    with h5py.File(path, "w") as file:
+        for name, value in columns.items():
+            file[name.replace("__", "/")] = value
+    return path
+
+
+def flat(n=10, ends=(4, 9), **more):
+    rng = np.random.default_rng(n)
+    terminals = np.zeros(n, bool)
+    terminals[list(ends)] = True
+    return {
+        "observations": rng.standard_normal((n, 3)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, 2)).astype(np.float32),
+        "rewards": rng.standard_normal(n).astype(np.float32),
+        "terminals": terminals,
+    } | more
+
+
+def test_a_file_without_next_observations():
+    with h5py.File(NONEXT) as file:
+        obs, action, reward, ends = (file[k][:] for k in ("observations", "actions", "rewards", "timeouts"))
+        assert not file["terminals"][:].any()
+    source = open_source(f"hdf5:{NONEXT}")
+    start = 0
+    for episode, end in zip(checked(source), np.flatnonzero(ends), strict=True):
+        # o_T is missing, so o_{T-1} becomes the last observation and a_{T-1} goes.
+        np.testing.assert_array_equal(episode.observation["obs"], obs[start : end + 1])
+        np.testing.assert_array_equal(episode.action["action"], action[start:end])
+        np.testing.assert_array_equal(episode.reward, reward[start:end])
+        assert episode.truncated[-1]
+        assert not episode.terminated.any()
+        start = end + 1
+    assert (start, source.report.counts["last_dropped"]) == (1037, 6)
+    repeated = read(f"hdf5:{NONEXT}?last_obs=repeat")
+    assert [e.steps for e in repeated] == [200] * 5 + [37]
+    assert all(e.fake_last for e in repeated)
+    assert (source.files, source.meta["no_reward"], source.schema.low) == ([NONEXT], False, {})
+
+
+def test_a_file_without_time_limits_needs_a_length():
+    with pytest.raises(DataError, match="no episode end found in 900 steps; give episode_length= or split="):
+        read(f"hdf5:{NOTIMEOUTS}")
+    with h5py.File(NOTIMEOUTS) as file:
+        obs = file["observations"][:]
+    for options in ({"episode_length": 300}, {"split": "length=300"}):
+        episodes = read(f"hdf5:{NOTIMEOUTS}", **options)
+        np.testing.assert_array_equal(np.concatenate([e.observation["obs"] for e in episodes]), obs)
+        assert [len(e.observation["obs"]) for e in episodes] == [300] * 3
+
+
+def test_next_observations_infos_and_bounds(tmp_path):
+    columns = flat(next_observations=np.arange(30, dtype=np.float32).reshape(10, 3))
+    more = {
+        "infos__qpos": np.zeros((10, 2)),
+        "metadata__iteration": np.int64(3),
+        "metadata__policy__w": np.zeros(4),
+    }
+    path = write(tmp_path / "a.hdf5", **columns, **more)
+    with h5py.File(path, "a") as file:
+        file["actions"].attrs.update(low=-2.0, high=[2.0, 3.0])
+    source = open_source(f"hdf5:{path}")
+    first, second = checked(source)
+    np.testing.assert_array_equal(
+        first.observation["obs"], np.r_[columns["observations"][:5], [[12, 13, 14]]]
+    )
+    np.testing.assert_array_equal(
+        second.observation["obs"], np.r_[columns["observations"][5:], [[27, 28, 29]]]
+    )
+    assert (first.steps, first.fake_last, bool(first.terminated[-1])) == (5, False, True)
+    assert source.schema.spaces.obs == {"obs": Spec("float32", (3,))}
+    assert (source.schema.low["action"].tolist(), source.schema.high["action"].tolist()) == ([-2, -2], [2, 3])
+
+
+def test_compressed_nested_and_without_rewards(tmp_path):
+    columns = flat()
+    obs = columns.pop("observations")
+    del columns["rewards"]
+    with h5py.File(write(tmp_path / "a.h5", **columns), "a") as file:
+        file.create_dataset("observations/image", data=np.arange(10 * 48, dtype=np.uint8).reshape(10, 4, 4, 3),
+                            chunks=(4, 2, 2, 3), compression="gzip")  # fmt: skip
+        file.create_dataset("observations/vector", data=obs, chunks=(3, 3), compression="gzip")
+    source = open_source(f"hdf5:{tmp_path}/a.h5")
+    second = list(checked(source))[1]
+    np.testing.assert_array_equal(second.observation["vector"][:5], obs[5:])
+    np.testing.assert_array_equal(
+        second.observation["image"][:5].reshape(-1), np.arange(240, 480, dtype=np.uint8)
+    )
+    assert (source.meta["no_reward"], second.reward) == (True, None)
+    assert list(read(f"hdf5:{tmp_path}/a.h5?drop=image")[0].observation) == ["vector"]
+
+
+def test_several_files_are_one_source(tmp_path):
+    for i in (2, 10, 1):
+        write(tmp_path / f"part{i}.hdf5", **flat(rewards=np.full(10, i)))
+    assert [e.reward[0] for e in read(f"hdf5:{tmp_path}/*.hdf5")] == [1, 1, 2, 2, 10, 10]
+    write(tmp_path / "part3.hdf5", **flat(observations=np.zeros((10, 7))))
+    with pytest.raises(DataError, match=r"part3.hdf5: observation 'obs' is float32 \(7,\)"):
+        read(f"hdf5:{tmp_path}")
+
+
+def groups(path, count=11, **change):
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for i in range(count):
+            columns = {
+                "observations": {"vec": rng.standard_normal((i + 2, 3)), "pair": {"_index_0": np.arange(i + 2)}},
+                "actions": np.arange(i + 1) % 3, "rewards": np.full(i + 1, float(i)),
+                "terminations": np.arange(i + 1) == i, "truncations": np.zeros(i + 1, bool),
+            } | (change if i == 7 else {})  # fmt: skip
+            group = file.create_group(f"episode_{i}")
+            group.attrs["seed"] = 100 + i
+            for name, value in columns.items():
+                if isinstance(value, dict):
+                    group[f"{name}/vec"], group[f"{name}/pair/_index_0"] = (
+                        value["vec"],
+                        value["pair"]["_index_0"],
+                    )
+                elif value is not None:
+                    group[name] = value
+    return path
+
+
+def test_groups_without_metadata(tmp_path):
+    path = groups(tmp_path / "main_data.hdf5")
+    source = open_source(f"hdf5:{path}")
+    assert source.schema.spaces.obs == {"pair/0": Spec("int32", (), 12), "vec": Spec("float32", (3,))}
+    assert source.schema.spaces.action == {"action": Spec("int32", (), 3)}
+    episodes = list(checked(source))
+    assert [(e.steps, e.seed, e.reward[0]) for e in episodes] == [(i + 1, 100 + i, i) for i in range(11)]
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(
+            episodes[10].observation["vec"], file["episode_10/observations/vec"][:].astype(np.float32)
+        )
+    np.testing.assert_array_equal(episodes[10].observation["pair/0"], np.arange(12))
+    with pytest.raises(ConfigError, match="one group per episode"):
+        open_source(f"hdf5:{path}?episode_length=3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rewards": None},
+            "episode 7 has no 'rewards'; found: actions, observations, terminations, truncations",
+        ),
+        ({"actions": None}, "episode_7 has no 'actions'"),
+        ({"actions": np.zeros(5, int)}, "episode 7: the lengths differ: .* action action 5"),
+    ],
+)
+def test_a_bad_group_is_named(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        read(f"hdf5:{groups(tmp_path / 'a.hdf5', **change)}")
+
+
+def test_damaged_files_are_said(tmp_path):
+    whole = NONEXT.read_bytes()
+    path = tmp_path / "a.hdf5"
+    for content, message in (
+        (b"", r"a.hdf5 is empty"),
+        (b"<html>404 not found</html>", r"not an HDF5 file \(starts with '<html>404"),
+        (whole[: len(whole) // 2], f"truncated: {len(whole) // 2:,} of {len(whole):,} bytes"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            open_source(f"hdf5:{path}")
+    with h5py.File(path, "w") as file:
+        for name, value in flat(1000, [999]).items():
+            file.create_dataset(name, data=value, chunks=(250, *value.shape[1:]), compression="gzip")
+        at = file["rewards"].id.get_chunk_info(2)
+    content = bytearray(path.read_bytes())
+    content[at.byte_offset : at.byte_offset + at.size] = bytes(at.size)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a.hdf5: /rewards cannot be read .*\n.*damaged"):
+        read(f"hdf5:{path}")
+
+
+def test_absent_files_and_folders(tmp_path):
+    write(tmp_path / "hopper.hdf5", **flat())
+    with pytest.raises(DataError, match=r"does not exist; did you mean 'hopper.hdf5'"):
+        open_source(f"hdf5:{tmp_path}/hoper.hdf5")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no .hdf5"):
+        open_source(f"hdf5:{tmp_path}/none")
+    with pytest.raises(DataError, match=r"has no observations .*found: x"):
+        open_source(f"hdf5:{write(tmp_path / 'x.hdf5', x=np.zeros(3))}")
