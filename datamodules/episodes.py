@@ -192,13 +192,13 @@ def checked(source: Source, on_bad: str = "error") -> Iterator[Episode]:
             if source.last_obs != "error":
                 episode = completed(episode, source.last_obs, source.report)
             whole = _checked(episode, source)
+            parts = [] if whole is None else list(_split(whole, source.report))
         except DataError as error:
             if on_bad != "skip_episode":
                 raise
             source.report.count("skipped", str(error).splitlines()[0])
             continue
-        if whole is not None:
-            yield from _split(whole, source.report)
+        yield from parts
 
 
 def completed(episode: Episode, last_obs: str, report: Report) -> Episode:
