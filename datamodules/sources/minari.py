@@ -341,7 +341,7 @@ class _ArrowGroup(_Group):
             return self._decode(column.to_pylist(), part, leaf)
         if column.null_count:
             raise DataError(f"{self.where}: {part} {leaf.name!r} has {column.null_count} empty rows.")
-        if not hasattr(column, "flatten") or not leaf.space.shape:
+        if not hasattr(column, "flatten"):  # Discrete
             return column.to_numpy(zero_copy_only=False)
         flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape
         fits = len(flat) == len(column) * int(np.prod(shape))

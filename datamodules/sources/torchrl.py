@@ -218,7 +218,7 @@ class TorchRL(Source):
         if self._has_next and len(last) and real and not shown:
             if self.last_obs == "error":
                 raise DataError(
-                    f"{root}: next observations are zero at every end, a known defect of D4RLExperienceReplay."
+                    f"{root}: next observations are zero at every end, a defect of D4RLExperienceReplay."
                     "\n  Read the file itself, d4rl:NAME or hdf5:PATH, or accept it with last_obs=terminal."
                 )
             self._has_next = False

@@ -1,0 +1,413 @@
+"""Minari datasets against Minari's own reading, and what damage does to them."""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector.episode_buffer import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+
+from datamodules.episodes import Episode, checked
+from datamodules.sources import open_source
+from lit_wm.errors import ConfigError, DataError
+from lit_wm.types import Spec
+
+ROOT = Path(__file__).parents[1] / "data" / "minari"
+SETS = ["pendulum/scripted-v0", "pendulum/arrow-v0", "pendulum/parquet-v0", "cartpole/mixed-v0"]
+
+
+def stack(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {k: stack([v[k] for v in values]) for k in values[0]}
+    if isinstance(values[0], tuple):
+        return tuple(stack(list(part)) for part in zip(*values, strict=True))
+    return list(values) if isinstance(values[0], str) else np.stack(values)
+
+
+def make(
+    folder: Path, obs: spaces.Space, action: spaces.Space, lengths: tuple[int, ...] = (3, 12),
+    form: str = "hdf5", jpeg: bool = True, sample: Callable[[], Any] | None = None,
+) -> Path:  # fmt: skip
+    """A dataset that Minari's own storage writes."""
+    folder.mkdir(parents=True)
+    storage = MinariStorage.new(folder / "data", obs, action, data_format=form, jpeg_encoding=jpeg)
+    obs.seed(1)
+    action.seed(2)
+    for i, steps in enumerate(lengths):
+        ends = np.zeros((2, steps), bool)
+        ends[i % 2, -1] = True
+        storage.update_episodes(
+            [
+                EpisodeBuffer(
+                    id=i,
+                    seed=10 + i,
+                    observations=stack([(sample or obs.sample)() for _ in range(steps + 1)]),
+                    actions=stack([action.sample() for _ in range(steps)]),
+                    rewards=np.arange(steps) + 0.5,  # type: ignore[arg-type]
+                    terminations=ends[0],  # type: ignore[arg-type]
+                    truncations=ends[1],  # type: ignore[arg-type]
+                )
+            ]
+        )
+    return folder
+
+
+def flat(value: Any, root: str, path: str = "") -> dict[str, Any]:
+    """Nested arrays under our names, by hand."""
+    if isinstance(value, dict | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, x in items for k, v in flat(x, root, f"{path}/{key}").items()}
+    return {path[1:] or root: np.asarray(value)}
+
+
+def same(got: Episode, storage: dict[str, Any], shift: dict[str, int] | None = None) -> None:
+    for part, root in (("observation", "obs"), ("action", "action")):
+        ours, theirs = getattr(got, part), flat(storage[f"{part}s"], root)
+        assert set(ours) == set(theirs)
+        for key, value in theirs.items():
+            want = (value - (shift or {}).get(key, 0)).astype(ours[key].dtype)
+            np.testing.assert_array_equal(ours[key], want.reshape(ours[key].shape), key)
+    np.testing.assert_array_equal(got.reward, storage["rewards"].astype(np.float32))
+    np.testing.assert_array_equal(got.terminated, storage["terminations"])
+    np.testing.assert_array_equal(got.truncated, storage["truncations"])
+
+
+def read(folder: Path | str, on_bad: str = "error", **options: Any) -> list[Episode]:
+    return list(checked(open_source(f"minari:{folder}", **options), on_bad))
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    storage = MinariStorage.read(folder / "data")
+    return list(storage.get_episodes(range(storage.total_episodes)))
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_every_value_is_what_minari_reads(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(ROOT))
+    theirs = minari.load_dataset(dataset)
+    source = open_source(f"minari:{dataset}")
+    got = list(checked(source))
+    assert (source.total_episodes, source.total_steps) == (theirs.total_episodes, theirs.total_steps)
+    assert len(got) == theirs.total_episodes
+    for ours, episode in zip(got, theirs.iterate_episodes(), strict=True):
+        same(ours, vars(episode))
+        assert ours.where == f"{dataset}, episode {episode.id}"
+    notes = theirs.storage.get_episode_metadata(range(len(got)))
+    assert [x.seed for x in got] == [note["seed"] for note in notes]
+    spec = json.loads(source.meta["env_spec"])
+    assert (source.meta["env_id"], source.meta["dataset_id"]) == (spec["id"], dataset)
+    assert source.schema.spaces.episode_length == spec["max_episode_steps"]
+    assert source.meta["ref_max_score"] == 1.0
+    assert source.meta["algorithm"] == "scripted/random"
+    assert not source.report.notes
+
+
+def test_a_folder_is_named_by_id_root_path_or_its_data() -> None:
+    first = read("pendulum/arrow-v0", root=str(ROOT))
+    for folder in (ROOT / "pendulum/arrow-v0", ROOT / "pendulum/arrow-v0/data"):
+        again = read(folder)
+        assert len(again) == len(first) == 3
+        assert again[2].where == "arrow-v0, episode 2"
+    source = open_source("minari:pendulum/scripted-v0", root=str(ROOT))
+    assert source.schema.low["action"].tolist() == [-2]
+    assert source.schema.spaces.unbounded == ()
+
+
+NESTED = spaces.Dict(
+    {
+        "t": spaces.Tuple((spaces.Discrete(4, start=3), spaces.Box(-1, 1, (2, 2), np.float32))),
+        "d": spaces.Dict({"deep": spaces.Box(-5, 5, (), np.float64), "bits": spaces.MultiBinary(3)}),
+        "pixels": spaces.Box(0, 255, (40, 32, 3), np.uint8),
+        "grey": spaces.Box(0, 255, (33, 32), np.uint8),
+        "small": spaces.Box(0, 255, (3, 8, 8), np.uint8),
+        "board": spaces.Box(0, 5, (2, 2), np.int8),
+    }
+)
+
+
+@pytest.mark.parametrize("form", ["hdf5", "arrow", "parquet"])
+@pytest.mark.parametrize("jpeg", [True, False])
+def test_every_space_is_read_as_minari_decodes_it(form: str, jpeg: bool, tmp_path: Path) -> None:
+    folder = make(
+        tmp_path / "x-v0",
+        NESTED,
+        spaces.MultiDiscrete([3, 3]),
+        (3, 40, 1, 2, 2, 2, 2, 2, 2, 2, 5),
+        form,
+        jpeg,
+    )
+    source = open_source(f"minari:{folder}")
+    assert source.schema.spaces.obs["grey"] == Spec("uint8", (33, 32, 1))
+    assert source.schema.spaces.obs["t/0"] == Spec("int32", (), 4)
+    assert source.meta["lossy_images"] is jpeg
+    assert source.meta["start"] == {"t/0": [3]}
+    got, theirs = list(checked(source)), stored(folder)
+    assert [x.steps for x in got] == [3, 40, 1, 2, 2, 2, 2, 2, 2, 2, 5]  # 10 after 9, not after 1
+    for ours, episode in zip(got, theirs, strict=True):
+        same(ours, episode, {"t/0": 3})
+
+
+def test_uneven_classes_and_started_actions_are_split_and_shifted(tmp_path: Path) -> None:
+    action = spaces.Tuple((spaces.MultiDiscrete([2, 5], start=[0, 10]), spaces.Discrete(3, start=-1)))
+    folder = make(tmp_path / "x-v0", spaces.Discrete(5, start=2), action)
+    (ours, _), (theirs, _) = read(folder), stored(folder)
+    np.testing.assert_array_equal(ours.action["0/1"], theirs["actions"][0][:, 1] - 10)
+    np.testing.assert_array_equal(ours.action["0/0"], theirs["actions"][0][:, 0])
+    np.testing.assert_array_equal(ours.action["1"], theirs["actions"][1] + 1)
+    np.testing.assert_array_equal(ours.observation["obs"], theirs["observations"] - 2)
+
+
+def test_jpegs_of_one_size_are_pictures_too(tmp_path: Path) -> None:
+    space = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    shades = iter(range(0, 255, 7))
+    folder = make(
+        tmp_path / "x-v0",
+        space,
+        spaces.Discrete(2),
+        sample=lambda: np.full((32, 32, 3), next(shades), np.uint8),
+    )
+    with h5py.File(folder / "data/main_data.hdf5") as file:
+        assert file["episode_0/observations"].ndim == 2  # bytes in a rectangle, no shape of a picture
+    for ours, episode in zip(read(folder), stored(folder), strict=True):
+        assert ours.observation["obs"].shape[1:] == (32, 32, 3)
+        same(ours, episode)
+
+
+@pytest.mark.parametrize("form", ["hdf5", "parquet"])
+def test_text_by_choice(form: str, tmp_path: Path) -> None:
+    space = spaces.Dict({"say": spaces.Text(4, charset="abé"), "x": spaces.Box(-1, 1, (1,), np.float32)})
+    folder = make(tmp_path / "x-v0", space, spaces.Discrete(2), form=form)
+    with pytest.raises(DataError, match="observation 'say' is Text"):
+        read(folder)
+    assert set(read(folder, drop="say")[0].observation) == {"x"}
+    source = open_source(f"minari:{folder}?text=ids")
+    words = source.meta["vocabulary"]["say"]
+    for ours, episode in zip(checked(source), stored(folder), strict=True):
+        assert [words[i] for i in ours.observation["say"]] == list(episode["observations"]["say"])
+    with pytest.raises(ConfigError, match="text is 'words'; expected ids"):
+        read(folder, text="words")
+    with pytest.raises(DataError, match="drop names 'sya'.*did you mean 'say'"):
+        read(folder, drop=["sya"])
+
+
+def test_what_is_absent_is_said_with_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+    message = (
+        "(?s)'pendulum/scriptd-v0' not found under .*did you mean 'pendulum/scripted-v0'.*There are: "
+        "cartpole/mixed-v0, .*MINARI_DATASETS_PATH=.* minari download pendulum/scriptd-v0"
+    )
+    with pytest.raises(DataError, match=message):
+        read("pendulum/scriptd-v0", root=str(ROOT))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        DataError, match="(?s)under .*.minari/datasets.*There are: none.*: minari download a/b-v0"
+    ):
+        read("a/b-v0")
+    assert not list(tmp_path.iterdir())  # looking does not create the root
+
+
+def test_downloads_go_through_minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)
+
+    def fetch(dataset: str) -> None:
+        shutil.copytree(ROOT / dataset, Path(os.environ["MINARI_DATASETS_PATH"]) / dataset)
+
+    monkeypatch.setattr(minari, "download_dataset", fetch)
+    assert len(read("pendulum/arrow-v0", root=str(tmp_path), download=True)) == 3
+    assert "MINARI_DATASETS_PATH" not in os.environ
+
+    def offline(dataset: str) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(minari, "download_dataset", offline)
+    with pytest.raises(
+        DataError, match="(?s)'a/b-v0' could not be fetched: Name or service.*run: MINARI.* minari download"
+    ):
+        read("a/b-v0", root=str(tmp_path), download=True)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], Path]:
+    def make_copy(dataset: str) -> Path:
+        return Path(shutil.copytree(ROOT / dataset, tmp_path / dataset.rpartition("/")[2]))
+
+    return make_copy
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    with h5py.File(path / "data/main_data.hdf5", "a") as file:
+        change(file)
+
+
+def cut(file: Any, key: str, rows: Any) -> None:
+    put(file, key, file[key][()][rows])
+
+
+def put(file: Any, key: str, value: Any) -> None:
+    del file[key]
+    file[key] = value
+
+
+DAMAGE: list[tuple[str, Callable[[Any], Any], str]] = [
+    ("key", lambda f: f.__delitem__("episode_2/rewards"),
+     "episode 2 has no 'rewards'; found: actions, infos, observations, terminations, truncations"),
+    ("last", lambda f: cut(f, "episode_2/observations", slice(50)), "the lengths differ: observation obs 50"),
+    ("last2", lambda f: cut(f, "episode_2/observations", slice(-1)),
+     "episode 2: 200 observations for 200 actions, expected 201"),
+    ("action", lambda f: cut(f, "episode_2/actions", slice(7)), "action action 7, reward 200"),
+    ("width", lambda f: cut(f, "episode_2/observations", np.s_[:, :2]), r"\(.., 2\), its space says \(3\)"),
+    ("nan", lambda f: f["episode_2/rewards"].__setitem__(11, np.nan), "episode 2: reward, row 11 is nan"),
+    ("text", lambda f: put(f, "episode_2/rewards", [b"x"] * 200),
+     "episode 2: reward has the type"),
+    ("group", lambda f: (f.__delitem__("episode_2/actions"), f.create_group("episode_2/actions/deep")),
+     "'actions' is a group of deep"),
+    ("middle", lambda f: f["episode_2/terminations"].__setitem__(30, True), "at step 30, but 169 more"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE]
+)
+def test_damage_in_one_episode_is_named_and_can_be_left_out(
+    change: Callable[[Any], Any], message: str, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("pendulum/scripted-v0")
+    edit(folder, change)
+    with pytest.raises(DataError, match=message):
+        read(folder)
+    source = open_source(f"minari:{folder}")
+    left = list(checked(source, "skip_episode"))
+    assert [x.where[-1] for x in left] == ["0", "1", "3", "4", "5"]
+    assert source.report.counts["skipped"] == 1
+
+
+def test_a_missing_last_observation_can_be_accepted(copy: Callable[[str], Path]) -> None:
+    folder = copy("cartpole/mixed-v0")
+    edit(folder, lambda f: [cut(f, f"episode_{i}/observations", slice(-1)) for i in (0, 1)])
+    first, second = read(folder, last_obs="terminal")[:2]
+    assert (first.steps, first.fake_last, second.steps, second.fake_last) == (119, False, 49, True)
+
+
+def test_a_missing_last_observation_is_seen_in_padded_tables(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x-v0", spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2), (4,), "arrow")
+    edit_note = folder / "data/0/metadata.json"
+    edit_note.write_text(json.dumps(json.loads(edit_note.read_text()) | {"total_steps": 5}))
+    with pytest.raises(DataError, match="5 observations for 5 actions, expected 6"):
+        read(folder)
+
+
+def test_no_end_mark_is_a_truncation_and_both_are_a_termination(copy: Callable[[str], Path]) -> None:
+    folder = copy("pendulum/scripted-v0")
+    edit(
+        folder,
+        lambda f: [
+            f["episode_0/truncations"].__setitem__(-1, False),
+            f["episode_1/terminations"].__setitem__(-1, 1),
+        ],
+    )
+    source = open_source(f"minari:{folder}")
+    first, second = list(checked(source))[:2]
+    assert (first.truncated[-1], second.terminated[-1], second.truncated[-1]) == (True, True, False)
+    assert (source.report.counts["no_end_flag"], source.report.counts["both_flags"]) == (1, 1)
+
+
+def test_metadata_that_disagree_or_are_missing(copy: Callable[[str], Path]) -> None:
+    folder = copy("pendulum/scripted-v0")
+    edit(folder, lambda f: f.__delitem__("episode_3"))
+    source = open_source(f"minari:{folder}")
+    assert [x.where[-1] for x in checked(source)] == ["0", "1", "2", "4", "5"]
+    assert source.report.notes == ["scripted-v0: metadata says 6 episodes, the file has 5: using the file"]
+    (folder / "data/metadata.json").write_text('{"total_')
+    with pytest.raises(DataError, match=r"metadata.json is not JSON"):
+        read(folder)
+    (folder / "data/metadata.json").unlink()
+    with pytest.raises(DataError, match=r"scripted-v0: .*metadata.json is missing, which holds the spaces"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b"<html>Not found</html>", "not an HDF5 file.*<html>"),
+        (lambda b: b"", "is empty"),
+        (lambda b: b[: len(b) // 2], "truncated: 64,046 of 128,092 bytes"),
+        (lambda b: b[:8] + b"\xff" * 64 + b[72:], "HDF5|damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    change: Callable[[bytes], bytes], message: str, copy: Callable[[str], Path]
+) -> None:
+    path = copy("pendulum/scripted-v0") / "data/main_data.hdf5"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=f"main_data.hdf5.*{message}"):
+        read(path.parents[1])
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_a_damaged_table_is_named(form: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(f"pendulum/{form}-v0")
+    path = folder / f"data/1/part-0.{form}"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=f"episode 1: .*part-0.{form} is damaged"):
+        read(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=f"episode 1: no .{form} file"):
+        read(folder)
+    assert [x.where[-1] for x in read(folder, "skip_episode")] == ["0", *"2"[: form == "arrow"]]
+
+
+def test_a_cut_jpeg_is_named_by_episode_and_row(tmp_path: Path) -> None:
+    space = spaces.Dict({"eye": spaces.Box(0, 255, (32, 32, 3), np.uint8)})
+    folder = make(tmp_path / "x-v0", space, spaces.Discrete(2), (20, 20, 20))
+
+    def change(file: Any) -> None:
+        frames = file["episode_1/observations/eye"]
+        frames[17] = frames[17][:-300]
+
+    edit(folder, change)
+    with pytest.raises(DataError, match="x-v0, episode 1, observation 'eye' row 17: JPEG cannot be decoded"):
+        read(folder)
+    assert [x.where for x in read(folder, "skip_episode")] == ["x-v0, episode 0", "x-v0, episode 2"]
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = make(tmp_path / "x-v0", spaces.Box(0, 255, (32, 32, 3), np.uint8), spaces.Discrete(2), (3,))
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((32, 40, 3), np.uint8)).save(out, format="JPEG")
+    edit(
+        folder, lambda f: f["episode_0/observations"].__setitem__(2, np.frombuffer(out.getvalue(), np.uint8))
+    )
+    with pytest.raises(
+        DataError, match=r"observation row 2: JPEG has the shape \(32, 40, 3\), its space says \(32, 32, 3\)"
+    ):
+        read(folder)
+
+
+def test_a_space_that_minari_cannot_write_is_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("pendulum/arrow-v0")
+    path = folder / "data/metadata.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"observation_space": json.dumps({"type": "Graph"})}))
+    with pytest.raises(DataError, match="observation_space in metadata.json is a Graph space"):
+        read(folder)
+    del meta["observation_space"]  # old sets: the environment knows
+    path.write_text(json.dumps(meta))
+    assert read(folder)[0].observation["obs"].shape == (61, 3)
+
+
+def test_the_reader_needs_no_collector() -> None:
+    assert "jax" not in sys.modules
+    assert re.match(r"\d", minari.__version__)
