@@ -62,7 +62,12 @@ def download(
             ) from None
         if path.exists():
             return verify(path, sha256)
-        _fetch(url, path, file, magic, timeout)
+        try:
+            _fetch(url, path, file, magic, timeout)
+        except BaseException:
+            if not part.exists() or not file.seek(0, os.SEEK_END):
+                _forget(part)  # nothing to go on from
+            raise
         file.flush()
         os.fsync(file.fileno())
         found = digest(part)
@@ -130,8 +135,6 @@ def _fetch(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
         if failures >= (_TRIES if have else 2):
             have = file.seek(0, os.SEEK_END)
             kept = f" after {have:,} bytes, which are kept" if have else ""
-            if not have:
-                _forget(part)
             raise DataError(
                 f"{url} cannot be fetched{kept} ({reason}).\n  Try again, or run where there is a network\n"
                 f"    {command(url, path)}\n  and bring the file to {path}"

@@ -159,13 +159,14 @@ class HDF5(FlatSource):
                     k: fitted(specs.action.get(k), np.asarray(c[:]))
                     for k, c in self._entries(file, name, "actions").items()
                 }
-                columns = dict(_leaves(group, where, deep=False))
+                names = ("rewards", "terminations", "truncations")
+                columns = {k: _Dataset(group[k], where) for k in names if k in group}
                 if "rewards" not in columns and not self.meta["no_reward"]:
                     raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")
                 steps = len(next(iter(done.values())))
                 reward = columns["rewards"][:] if "rewards" in columns else None
                 no = np.zeros(steps, np.bool_)
-                ends = [columns[k][:] if k in columns else no for k in ("terminations", "truncations")]
+                ends = [columns[k][:] if k in columns else no for k in names[1:]]
                 seed = group.attrs.get("seed")
                 seed = int(seed) if isinstance(seed, np.integer) else None
                 yield Episode(seen, done, reward, ends[0], ends[1], where, seed)
@@ -213,11 +214,14 @@ class _Dataset:
             ) from error
 
 
-def _leaves(node: Any, where: str, deep: bool = True) -> list[tuple[str, Any]]:
+def _leaves(node: Any, where: str) -> list[tuple[str, Any]]:
     if hasattr(node, "shape"):  # a dataset
         return [("", _Dataset(node, where))]
-    return [(f"{k}/{inner}".rstrip("/"), column) for k in node if deep or hasattr(node[k], "shape")
-            for inner, column in _leaves(node[k], where)]  # fmt: skip
+    return [
+        (f"{k}/{inner}".rstrip("/"), column)
+        for k, child in node.items()
+        for inner, column in _leaves(child, where)
+    ]
 
 
 def _columns(file: Any, where: str) -> dict[str, Column]:

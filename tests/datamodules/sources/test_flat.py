@@ -61,7 +61,7 @@ def test_no_value_is_lost_or_moved(plan, has_next, open_end, block, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flat, "BLOCK", block)
         source = Arrays(arrays, may_be_open=True)
-        with pytest.warns(UserWarning) if open_end else pytest.MonkeyPatch.context():
+        with pytest.warns(UserWarning, match="truncated") if open_end else pytest.MonkeyPatch.context():
             raw = list(source.episodes())
     assert len(raw) == len(plan)
     start = 0
@@ -79,7 +79,7 @@ def test_no_value_is_lost_or_moved(plan, has_next, open_end, block, data):
         ended = is_terminal and not (open_end and start == n)
         assert episode.terminated.tolist() == [False] * (t - 1) + [ended]
         assert episode.truncated.tolist() == [False] * (t - 1) + [not ended]
-    # Without the next observation a truncated episode gives up its last transition, a terminated one does not.
+    # Without the next observation a truncated episode gives up its last transition, a terminated one none.
     kept = list(checked(source))
     assert sum(e.steps for e in kept) == n - (0 if has_next else sum(not e.terminated[-1] for e in raw))
     assert all(len(e.observation["obs"]) == e.steps + 1 for e in kept)
