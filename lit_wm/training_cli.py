@@ -235,9 +235,12 @@ def read_command(argv: list[str]) -> Command:
         raise CheckpointError(
             f"'{verb}' needs a trained model: --ckpt_path best, last, a run directory or a .ckpt"
         )
-    if checkpoint is None and not (options.config or asks_only or said.get("data.env")):
+    if checkpoint is None and not (
+        options.config or asks_only or said.get("data.env") or said.get("data.sources")
+    ):
         raise ConfigError(
-            "'fit' needs to know what to train: --config FILE, --data.env ID, or --ckpt_path last to go on\n"
+            "'fit' needs to know what to train: --config FILE, --data.env ID, --data.sources [URI], or "
+            "--ckpt_path last to go on\n"
             f"Packaged files: {', '.join(name for name in packaged_configs() if '/' not in name)}"
         )
     run, stored = (None, {}) if checkpoint is None else stored_run(checkpoint)
@@ -282,8 +285,13 @@ def translate(
 
 
 def experiment_of(config: dict[str, Any]) -> str | None:
-    """The MLflow experiment that a flat configuration belongs to: the environment if it names no other."""
-    return config.get("tracking.experiment") or config.get("data.env")
+    """The MLflow experiment of a flat configuration: the environment or dataset if it names no other."""
+    name, sources = config.get("tracking.experiment") or config.get("data.env"), config.get("data.sources")
+    if name or not sources:
+        return name
+    first = sources[0]
+    uri = first if isinstance(first, str) else str(first.get("uri"))
+    return re.sub(r"[^\w.-]+", "-", "-".join(Path(uri.partition("?")[0]).parts[-3:])).strip("-")
 
 
 def find_checkpoint(verb: str, ckpt_path: str | None, said: dict[str, Any]) -> Path | None:

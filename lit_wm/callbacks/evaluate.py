@@ -28,6 +28,8 @@ from lit_wm.types import State, Tensors
 
 Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
 
+PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")  # of EpisodeResults
+
 
 @dataclass
 class Windows:
@@ -291,17 +293,9 @@ def run_episodes(
 
     results = EpisodeResults(windows=recorder.windows())
     for plays, records in zip(finished, rows, strict=True):
-        columns: tuple[list, ...] = (
-            results.returns,
-            results.lengths,
-            results.terminated,
-            results.cut,
-            results.success,
-            results.jitter,
-        )
         for play in plays:
-            for column, value in zip(columns, play, strict=True):
-                column.append(value)
+            for name, value in zip(PER_EPISODE, play, strict=True):
+                getattr(results, name).append(value)
         results.rows.extend(records)
     return results
 
@@ -531,15 +525,15 @@ class Evaluate(pl.Callback):
 
     def catch_up(self, trainer: pl.Trainer, module: Any) -> None:
         """Measure the present weights, unless the last evaluation did; on its windows if it has any."""
-        if self.measured_at == int(module.updates) or leaving(trainer):
+        if self.measured_at == int(module.updates) or leaving(trainer) or not playable(trainer):
             return
         if self.results is None:
             self.results = self.run(trainer, module, self.episodes, self.seed)
         self._foresee(trainer, module, self.seed)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Play, measure, log."""
-        if trainer.sanity_checking or leaving(trainer):
+        """Play, measure, log; nothing where datasets name no environment to play in."""
+        if trainer.sanity_checking or leaving(trainer) or not playable(trainer):
             return
         results = self.run(trainer, pl_module, self.episodes, self.seed)
         if leaving(trainer):
@@ -598,9 +592,8 @@ class Evaluate(pl.Callback):
     def _log(self, trainer: pl.Trainer, module: Any, metrics: dict[str, float], watch: str) -> None:
         # Loggers get integers as steps (a metric called "step" would be rounded to float32); `log` feeds only
         # checkpointing and early stopping.
-        step = int(data_of(trainer).env_steps)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=int(module.axis))
         if watch in metrics:
             module.log(watch, metrics[watch], logger=False, prog_bar=False, sync_dist=False)
 
@@ -608,6 +601,11 @@ class Evaluate(pl.Callback):
 def data_of(trainer: pl.Trainer) -> Any:
     """The data module of a trainer; Lightning sets this attribute without declaring it."""
     return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def playable(trainer: pl.Trainer) -> bool:
+    """Whether the data module has an environment to play episodes in."""
+    return getattr(data_of(trainer), "evaluation_env", "") is not None
 
 
 def leaving(trainer: pl.Trainer) -> bool:

@@ -58,7 +58,7 @@ class RLProgressBar(ProgressBar):
         """The first update can take a while: the replay fills first."""
         self._history.clear()
         self._shown = float("-inf")
-        if not int(pl_module.updates):
+        if not int(pl_module.updates) and getattr(data_of(trainer), "env", "") is not None:
             self._show("filling the replay ...", float("-inf"))
 
     def on_train_batch_end(
@@ -121,10 +121,12 @@ class RLProgressBar(ProgressBar):
         data = data_of(trainer)
         most_steps = getattr(data, "max_env_steps", None)
         most_updates = trainer.max_steps if trainer.max_steps > 0 else None
-        parts = [_count("env steps", steps, most_steps), _count("updates", updates, most_updates)]
+        collects = getattr(data, "env", "") is not None
+        parts = [_count("env steps", steps, most_steps)] if collects else []
+        parts.append(_count("updates", updates, most_updates))
         if self.last_return is not None:
             parts.append(f"return {self.last_return:.1f}")
-        parts.append(f"{_rate(rates[0])} env steps/s {_rate(rates[1])} updates/s")
+        parts.append(f"{_rate(rates[0])} env steps/s " * collects + f"{_rate(rates[1])} updates/s")
         limits = ((most_steps, steps, rates[0]), (most_updates, updates, rates[1]))
         left = [(most - count) / rate for most, count, rate in limits if most and rate > 0]
         if left:

@@ -1,0 +1,225 @@
+"""The data module on datasets, alone and beside an environment."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from made import made_cache
+from test_data import Module, trainer_of
+
+from datamodules import ReplayDataModule
+from lit_wm.dreamerv3 import DreamerV3Module
+from lit_wm.errors import ConfigError, DataError
+from lit_wm.tdmpc2 import TDMPC2Module
+from lit_wm.types import Spec
+
+LENGTHS = "9,4,12,7,30,3,15,8"
+
+
+class Watch(Module):
+    """Keeps all that a batch holds, and writes latents back that tell where they were written."""
+
+    def __init__(self, updates, windows="stream", tasks=()):
+        super().__init__(updates)
+        self.windows = windows
+        self.model = type("Model", (), {"tasks": tasks})
+
+    def latent_specs(self):
+        return {} if self.windows == "episode" else {"deter": Spec("float32", (2,))}
+
+    def policy(self, obs, state, is_first, mode="train"):
+        from lit_wm.types import State
+
+        x = obs["obs"]
+        action = {"action": torch.rand(len(x), 2, generator=self.generator) * 2 - 1}
+        return action, State(x[:, :2], None, action)
+
+    def training_step(self, ticket, batch_idx):
+        from lit_wm.types import State
+
+        batch = ticket(self)
+        kept = [*batch.obs.values(), *batch.prev_action.values(), batch.reward, batch.is_first, batch.is_last,
+                batch.is_terminal, *batch.info.values()]  # fmt: skip
+        if batch.carry is not None:
+            kept.append(batch.carry.deter)
+        if batch.task is not None:
+            kept.append(batch.task)
+        self.seen.append([x.clone() for x in kept])
+        self.batch = batch
+        if batch.write_back is not None:
+            self.count = getattr(self, "count", 0) + 1
+            batch.write_back(State(batch.obs["obs"][..., :2] + self.count))
+        self.optimizers().step()
+        if len(self.seen) == self.updates:
+            self.trainer.should_stop = True
+
+
+def data_of(tmp_path, cache=None, **options):
+    defaults = {"sources": [f"made:{LENGTHS}"], "batch_size": 4, "batch_length": 5}
+    if options.get("windows") == "episode":
+        defaults["batch_length"] = 4
+    cache = cache or tmp_path / "cache"
+    return ReplayDataModule(**(defaults | options), cache_dir=str(cache), replay_dir=str(tmp_path / "replay"))
+
+
+def fit(tmp_path, updates=6, resume=None, tasks=(), cache=None, **options):
+    module = Watch(updates, options.get("windows", "stream"), tasks)
+    data, trainer = data_of(tmp_path, cache, **options), trainer_of(tmp_path)
+    if resume is not None:
+        trainer.callbacks.append(Resume(data, resume))
+        module.count = resume["count"]
+    trainer.fit(module, datamodule=data)
+    return module, data
+
+
+class Resume(pl.Callback):
+    def __init__(self, data, state):
+        self.data, self.state = data, state
+
+    def on_fit_start(self, trainer, pl_module):
+        self.data.load_state_dict(self.state["shared"])
+        self.data.restore_replay(self.state["folder"])
+        self.data.load_rank_state_dict(self.state["rank"])
+
+
+@pytest.mark.parametrize("windows", ["stream", "episode"])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resuming_a_stream_of_batches_is_bitwise(tmp_path, windows, prefetch):
+    two = [f"made:{LENGTHS}", {"uri": "made:20,30", "weight": [[0, 0.2], [8, 1.5]]}]
+    options = {"windows": windows, "sources": two, "prefetch": prefetch, "cache": tmp_path / "cache"}
+    whole, _ = fit(tmp_path / "whole", 10, **options)
+    part, data = fit(tmp_path / "part", 6, **options)
+    state = {"shared": data.state_dict(), "rank": data.rank_state_dict(), "folder": tmp_path / "saved"}
+    torch.save(state["rank"], tmp_path / "rank.pt")
+    torch.load(tmp_path / "rank.pt", weights_only=True)
+    data.snapshot_replay(state["folder"])
+    state["count"] = getattr(part, "count", 0)
+    rest, _ = fit(tmp_path / "rest", 4, state, **options)
+    seen = part.seen + rest.seen
+    assert len(seen) == len(whole.seen) == 10
+    for a, b in zip(whole.seen, seen, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_saving_does_not_change_the_batches_that_follow(tmp_path):
+    plain, _ = fit(tmp_path / "a", 8, cache=tmp_path / "c")
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.datamodule.snapshot_replay(tmp_path / "saved")
+            trainer.datamodule.report_batch(2, 4)
+
+    module, data, trainer = Watch(8), data_of(tmp_path / "b", tmp_path / "c"), trainer_of(tmp_path / "b")
+    trainer.callbacks.append(Save())
+    trainer.fit(module, datamodule=data)
+    for a, b in zip(plain.seen, module.seen, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_reports_come_from_held_out_episodes_which_training_never_sees(tmp_path):
+    module, data = fit(tmp_path, 40, val_fraction=0.4)
+    trained = {int(e) for batch in module.seen for e in batch[0][..., 0].unique()}
+    seen = {int(e) for _ in range(20) for e in data.report_batch(4, 3).obs["obs"][..., 0].unique()}
+    assert trained
+    assert seen
+    assert not trained & seen
+    assert trained | seen <= set(range(8))
+
+
+def test_tasks_of_sources_reach_the_batch(tmp_path):
+    tasks = [type("Task", (), {"name": name}) for name in ("walk", "run", "jump")]
+    two = [{"uri": "made:9,9", "task": "jump"}, {"uri": "made:8,8", "task": 1}]
+    module, _ = fit(tmp_path, 3, windows="episode", sources=two, tasks=tasks)
+    batch = module.batch
+    assert torch.equal(batch.task, torch.where(batch.info["part"] == 0, 2, 1))
+    with pytest.raises(ConfigError, match="task 'walc' is unknown; did you mean 'walk'"):
+        fit(tmp_path / "2", 1, windows="episode", sources=[{"uri": "made:9", "task": "walc"}], tasks=tasks)
+    with pytest.raises(ConfigError, match="the model has one task"):
+        fit(tmp_path / "3", 1, windows="episode", sources=[{"uri": "made:9", "task": "walk"}])
+
+
+def test_demonstrations_beside_an_environment(tmp_path):
+    """The robot's own observations are not the made ones: a source of its spaces is written first."""
+    from datamodules.cache import write_rows
+    from datamodules.episodes import Episode, Schema, Source
+    from lit_wm.envs import read_spaces
+
+    spaces = read_spaces("Pendulum-v1")
+
+    class Demo(Source):
+        files, meta, schema = [], {}, Schema(spaces)
+
+        def episodes(self):
+            end = np.arange(30) == 29
+            obs, action = np.full((31, 3), 7.0), np.full((30, 1), 0.5)
+            yield Episode({"obs": obs}, {"action": action}, np.ones(30), end & False, end, "demo")
+
+    write_rows(Demo(), tmp_path / "rows")
+
+    class Robot(Watch):
+        def policy(self, obs, state, is_first, mode="train"):
+            action, state = super().policy(obs, state, is_first, mode)
+            return {"action": action["action"][:, :1]}, state
+
+    data = ReplayDataModule(
+        "Pendulum-v1", sources=[f"rows:{tmp_path / 'rows'}"], env_weight=[[0, 0], [5, 3]], batch_size=4,
+        batch_length=5, capacity=500, train_ratio=20, replay_dir=str(tmp_path / "replay"), num_envs=2,
+    )  # fmt: skip
+    module = Robot(12)
+    trainer_of(tmp_path).fit(module, datamodule=data)
+    for update, batch in enumerate(module.seen):
+        part, demo = batch[-2], (batch[0] == 7).all(-1).all(-1)
+        assert torch.equal(part == 0, demo)
+        env = 3 * min(update, 5) / 5
+        assert abs((part == 1).sum() - 4 * env / (1 + env)) < 1
+    assert data.env_steps > 20
+    data.close()
+
+
+@pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
+    windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
+    data = data_of(tmp_path, batch_size=8, sources=["made:40,40,40"], **windows)
+    more = {} if windows else {"imag_length": 3, "lr": 1e-3, "warmup": 0}
+    module = kind(data.spaces, preset="debug", log_every=1000, **more)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=40,
+        enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+    )  # fmt: skip
+    losses = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            losses.append(module.pop_metrics()["train/loss/reward"])
+
+    trainer.callbacks.append(Keep())
+    trainer.fit(module, datamodule=data)
+    assert module.updates == 40
+    assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
+    data.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sources": None}, ConfigError, "nothing to train on"),
+        ({"mix": "half"}, ConfigError, "data.mix is 'half'"),
+        ({"val_fraction": 1.0}, ConfigError, "val_fraction is 1.0"),
+        ({"uniform_over": "steps"}, ConfigError, "uniform_over is 'steps'"),
+        ({"sources": ["made:9", "made:9?width=3"]}, DataError, "different spaces"),
+        ({"sources": ["made:9"], "batch_length": 30}, DataError, "there are 10 observations"),
+        ({"sources": ["made:9"], "env": "CartPole-v1", "capacity": 200}, DataError, "different spaces"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        fit(tmp_path, 1, **options)
+
+
+def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
+    data = data_of(tmp_path)
+    assert data.evaluation_env is None
+    with pytest.raises(ConfigError, match="Give data.eval_env"):
+        data.make_envs(1, [0])
+    assert data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env == "Pendulum-v1"
+    assert made_cache(tmp_path / "cache", [int(x) for x in LENGTHS.split(",")]).meta == {}
