@@ -46,6 +46,7 @@ class HDF5(FlatSource):
         rest: path, pattern or folder.
         last_obs, dones_are, episode_length, split: see :mod:`datamodules.sources.flat`.
         classes: number of classes of integer actions; None: as many as are found.
+        discrete: false reads integer actions as vectors, true one-hot ones as classes.
         drop: observations to leave out.
 
     Raises:
@@ -61,6 +62,7 @@ class HDF5(FlatSource):
         episode_length: int | None = None,
         split: str | None = None,
         classes: int | None = None,
+        discrete: bool | None = None,
         drop: str | Sequence[str] = (),
     ):
         files, _ = expand("hdf5", rest, SUFFIXES)
@@ -73,7 +75,7 @@ class HDF5(FlatSource):
             low_high = None if self._grouped else _bounds(file)
         if not self._grouped:
             self.setup(files, self._open, last_obs=last_obs or "terminal", dones_are=dones_are, ends=ends,
-                       classes=classes)  # fmt: skip
+                       classes=classes, discrete=discrete)  # fmt: skip
             self.take_bounds(*(low_high or (None, None)))
             return
         if len(files) > 1:
@@ -81,10 +83,10 @@ class HDF5(FlatSource):
                 f"hdf5: {rest} means {len(files)} files with groups episode_K; name one of them."
             )
         beside = (files[0].parent / "metadata.json").is_file()
-        if episode_length or split or (classes and beside):
+        if episode_length or split or (beside and (classes or discrete is not None)):
             raise ConfigError(
                 f"hdf5: {files[0]} has one group per episode{' and its spaces' if beside else ''}: "
-                f"{'classes, ' if beside else ''}split and episode_length mean nothing there."
+                f"{'classes, discrete, ' if beside else ''}split and episode_length mean nothing there."
             )
         if beside:
             options: dict[str, Any] = {"drop": self.drop} if self.drop else {}
@@ -97,7 +99,7 @@ class HDF5(FlatSource):
             self.__dict__ |= {**vars(self._inner), "_inner": self._inner, "_report": self._inner.report}
             return
         self.files, self.last_obs = files, last_obs or "error"
-        self._infer_groups(classes)
+        self._infer_groups(classes, discrete)
 
     def episodes(self) -> Iterator[Episode]:
         """All episodes in the order of the file, groups by their number."""
@@ -119,7 +121,7 @@ class HDF5(FlatSource):
         with open_hdf5(path) as file:
             yield Table.find(str(path), _columns(file, str(path)), self.drop)
 
-    def _infer_groups(self, classes: int | None) -> None:
+    def _infer_groups(self, classes: int | None, discrete: bool | None) -> None:
         specs: dict[str, dict[str, Spec]] = {"observations": {}, "actions": {}}
         with open_hdf5(self.files[0]) as file:
             episodes = _episodes(file)
@@ -129,9 +131,11 @@ class HDF5(FlatSource):
                         where = f"{self.files[0]}, {name}: {role} {key!r}"
                         # The type is the first episode's; only the number of classes needs all of them.
                         if key not in found or found[key].is_discrete:
-                            spec = infer(where, column, role == "actions", classes)
+                            spec = infer(where, column, role == "actions", classes, discrete)
                             if key not in found or (spec.classes or 0) > (found[key].classes or 0):
                                 found[key] = spec
+                if not any(spec.is_discrete for found in specs.values() for spec in found.values()):
+                    break
             first = file[episodes[0]]
             self.meta |= {"no_reward": "rewards" not in first}
         self.schema = Schema(Spaces(specs["observations"], specs["actions"]))
@@ -160,6 +164,11 @@ class HDF5(FlatSource):
                     for k, c in self._entries(file, name, "actions").items()
                 }
                 names = ("rewards", "terminations", "truncations")
+                if extra := {*seen, *done} - {*specs.obs, *specs.action}:
+                    raise DataError(
+                        f"{where} has {min(extra)!r}, which the first episode lacks.\n  Expected the same "
+                        "entries in all episodes; drop= leaves observations out."
+                    )
                 columns = {k: _Dataset(group[k], where) for k in names if k in group}
                 if "rewards" not in columns and not self.meta["no_reward"]:
                     raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")

@@ -203,3 +203,16 @@ def test_absent_files_and_folders(tmp_path):
         open_source(f"hdf5:{tmp_path}/none")
     with pytest.raises(DataError, match=r"has no observations .*found: x"):
         open_source(f"hdf5:{write(tmp_path / 'x.hdf5', x=np.zeros(3))}")
+
+
+def test_an_entry_that_only_some_groups_have(tmp_path):
+    path = write(tmp_path / "some.hdf5")
+    with h5py.File(path, "w") as file:
+        for i in range(3):
+            file[f"episode_{i}/observations/a"] = np.zeros((3, 2), np.float32)
+            file[f"episode_{i}/actions"] = np.zeros((2, 1), np.float32)
+            file[f"episode_{i}/rewards"] = np.zeros(2)
+        file["episode_1/observations/b"] = np.zeros((3, 2), np.float32)
+    with pytest.raises(DataError, match="episode 1 has 'b', which the first episode lacks"):
+        read(f"hdf5:{path}")
+    assert len(read(f"hdf5:{path}?drop=b")) == 3
