@@ -69,7 +69,8 @@ class DreamerChunks(Source):
         if not heads:
             raise DataError(f"none of the {len(self.files)} chunks can be read, e.g. {files[:1]}.")
         self._chunks = {NAME.fullmatch(path.name)["uuid"]: path for path in heads}  # type: ignore[index]
-        first = next(iter(heads.values()))
+        where, first = next(iter(heads.items()))
+        _require(first, where, self._actions)
         names = [k for k in first if not (k in _OTHER or k in self._actions or k.startswith(_LATENT))]
         if unknown := [k for k in drop if k not in names]:
             raise ConfigError(f"drop names {unknown[0]!r}, which is no observation: {', '.join(names)}.")
@@ -134,7 +135,7 @@ class DreamerChunks(Source):
                         yield self._episode(parts, where)
                     parts = []
                     continue
-                self._require(chunk, path)
+                _require(chunk, path, (*self._obs.values(), *self._actions))
                 first, last = (chunk[k].reshape(-1).astype(bool) for k in ("is_first", "is_last"))
                 ends = last | np.append(first[1:], False)  # a reset ends what lacks its end mark
                 start = 0
@@ -154,11 +155,6 @@ class DreamerChunks(Source):
                 self.report.count("open_end", f"{where}: its stream ends before it does: taken as truncated")
                 yield self._episode(parts, where)
 
-    def _require(self, chunk: Arrays, path: Path) -> None:
-        for k in (*self._obs.values(), *self._actions, "reward", *_FLAGS):
-            if k not in chunk:
-                raise DataError(f"{path} has no {k!r}; found: {', '.join(chunk)}.")
-
     def _episode(self, parts: list[Arrays], where: str) -> Episode:
         rows = {k: np.concatenate([part[k] for part in parts])
                 for k in (*self._obs.values(), *self._actions, "reward", *_FLAGS)}  # fmt: skip
@@ -177,6 +173,12 @@ class DreamerChunks(Source):
         truncated = rows["is_last"][1:].astype(bool) & ~terminated.astype(bool)
         truncated[-1:] |= ~terminated[-1:].astype(bool)
         return Episode(observation, action, rows["reward"][1:], terminated, truncated, where)
+
+
+def _require(chunk: Arrays, path: Path, names: Sequence[str]) -> None:
+    for name in (*names, "reward", *_FLAGS):
+        if name not in chunk:
+            raise DataError(f"{path} has no {name!r}; found: {', '.join(chunk)}.")
 
 
 def _read(path: Path, keys: Sequence[str] | None) -> dict[str, Any]:

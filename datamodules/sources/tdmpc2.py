@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -22,7 +23,7 @@ from lit_wm.errors import ConfigError, DataError
 from lit_wm.tasks import TASK_SETS
 from lit_wm.types import Spaces, Spec
 
-_BLOCK = 1 << 26  # bytes of a file that are mapped before they are given back
+_BLOCK = 1 << 25  # bytes of a file that are mapped before they are given back
 
 
 class _Table(dict):
@@ -32,19 +33,18 @@ class _Table(dict):
         self.update(state.get("_tensordict", state))
 
 
-_NAMES = [
-    *(f"tensordict.{m}.TensorDict" for m in ("_td", "tensordict")),
-    *(f"tensordict.{m}._StringOnlyDict" for m in ("_td", "tensordict", "utils")),
-]
-
-
 def _make(cls: type[_Table], state: dict[str, Any]) -> _Table:
     table = cls()
     table.__setstate__(state)
     return table
 
 
-_SAFE: list[Any] = [*((_Table, name) for name in _NAMES), (_make, "tensordict._reductions._make_td")]
+_MODULES = ("_td", "tensordict", "utils")
+_SAFE: list[Any] = [
+    (_make, "tensordict._reductions._make_td"),
+    *((_Table, f"tensordict.{module}.TensorDict") for module in _MODULES),
+    *((OrderedDict, f"tensordict.{module}._StringOnlyDict") for module in _MODULES),
+]
 
 
 @register("tdmpc2")
