@@ -469,11 +469,11 @@ class _Writer:
         self.no_reward |= any(e.reward is None for e in episodes)
         rewards = [np.zeros(e.steps, np.float32) if e.reward is None else e.reward for e in episodes]
         columns: dict[Key, np.ndarray] = {
-            row_key("observation", k, "obs"): joined([e.observation[k] for e in episodes])
+            row_key("observation", k, self.spaces.obs): joined([e.observation[k] for e in episodes])
             for k in self.spaces.obs
         }
         for k, spec in self.spaces.action.items():
-            columns[row_key("action", k, "action")] = steps([e.action[k] for e in episodes], spec)
+            columns[row_key("action", k, self.spaces.action)] = steps([e.action[k] for e in episodes], spec)
         columns["next", "reward"] = steps(rewards, Spec("float32", ()))
         columns |= {("next", "terminated"): terminated, ("next", "truncated"): truncated}
         columns |= {("next", "done"): terminated | truncated, ("is_init",): init, ("valid",): valid}

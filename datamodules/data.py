@@ -676,10 +676,10 @@ class ReplayDataModule(LightningDataModule):
     def _dataset_frames(self) -> dict[str, Tensor]:
         from datamodules.rows import row_key
 
-        means = {}
-        for key, spec in Spaces.from_plain(self.spaces).obs.items():
+        means, spaces = {}, Spaces.from_plain(self.spaces)
+        for key, spec in spaces.obs.items():
             if spec.is_image:
-                column = self.caches[0].rows[row_key("observation", key, "obs")]
+                column = self.caches[0].rows[row_key("observation", key, spaces.obs)]
                 frames = column[torch.linspace(0, len(column) - 1, min(1000, len(column))).long()]
                 mean = frames.double().mean(0)
                 means[key] = torch.cat([mean] * self.stack, 0 if spec.channels_first else 2)

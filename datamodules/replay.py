@@ -224,9 +224,9 @@ class RowReplay:
             latent: latents by key as stored, None writes "no latent".                  (n, ...)
         """
         rows: dict[Any, Any] = {"stream": streams, ("is_init",): is_init, ("valid",): valid}
-        rows |= {row_key("observation", k, "obs"): obs[k] for k in self.spaces.obs}
+        rows |= {row_key("observation", k, self.spaces.obs): obs[k] for k in self.spaces.obs}
         if action is not None:
-            rows |= {row_key("action", k, "action"): action[k] for k in self.spaces.action}
+            rows |= {row_key("action", k, self.spaces.action): action[k] for k in self.spaces.action}
         if latent is not None:
             rows |= {("latent", k): latent[k] for k in self.latents}
         self.buffer.extend(rows)

@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,18 @@ _WIDE = ("observation", "latent")  # columns with a file of their own
 _UNREAD = frozenset({("next", "done"), ("episode",), ("source",)})
 
 
-def row_key(group: str, name: str, alone: str) -> Key:
-    """Column of an entry: ``observation`` for ``obs`` (the ``alone``), else ``("observation", name)``."""
-    return (group,) if name == alone else (group, name)
+def row_key(group: str, name: str, entries: Collection[str]) -> Key:
+    """Column of one of ``entries``: ``observation`` if ``obs`` is alone, else ``("observation", name)``."""
+    alone = {"observation": "obs", "action": "action"}[group]
+    return (group,) if list(entries) == [alone] else (group, name)
 
 
 def row_specs(spaces: Spaces, latents: Mapping[str, Spec] | None = None) -> dict[Key, Spec]:
     """All columns of a row and what they hold."""
     flag = Spec("bool", (1,))
     return {
-        **{row_key("observation", k, "obs"): s for k, s in spaces.obs.items()},
-        **{row_key("action", k, "action"): s for k, s in spaces.action.items()},
+        **{row_key("observation", k, spaces.obs): s for k, s in spaces.obs.items()},
+        **{row_key("action", k, spaces.action): s for k, s in spaces.action.items()},
         ("next", "reward"): Spec("float32", (1,)),
         ("next", "terminated"): flag,
         ("next", "truncated"): flag,

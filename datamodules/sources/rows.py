@@ -31,8 +31,8 @@ class Rows(Source):
     def episodes(self) -> Iterator[Episode]:
         """Episodes as views of the memory maps."""
         rows, table, spaces = self.cache.rows, self.cache.episodes, self.schema.spaces
-        observation = {k: rows[row_key("observation", k, "obs")].numpy() for k in spaces.obs}
-        action = {k: rows[row_key("action", k, "action")].numpy() for k in spaces.action}
+        observation = {k: rows[row_key("observation", k, spaces.obs)].numpy() for k in spaces.obs}
+        action = {k: rows[row_key("action", k, spaces.action)].numpy() for k in spaces.action}
         reward, terminated, truncated = (
             rows["next", name].numpy()[:, 0] for name in ("reward", "terminated", "truncated")
         )

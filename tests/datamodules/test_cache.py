@@ -315,6 +315,26 @@ def test_names_that_tensordict_keeps(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_one_of_several_entries_may_be_called_as_a_single_one(tmp_path: Path):
+    class Pair(Made):
+        def __init__(self) -> None:
+            self.files, self.meta = [], {}
+            vector, button = Spec("float32", (2,)), Spec("int32", (), 4)
+            self.schema = Schema(Spaces({"obs": vector, "x": vector}, {"action": button, "y": button}))
+
+        def episodes(self) -> Iterator[Episode]:
+            one = episode(0, 3)
+            one.observation = {"obs": one.observation["a/b.c"], "x": -one.observation["a/b.c"]}
+            one.action = {"action": one.action["key"], "y": 3 - one.action["key"]}
+            yield one
+
+    write_rows(Pair(), tmp_path / "out")
+    back, made = (next(iter(s.episodes())) for s in (open_source(f"rows:{tmp_path / 'out'}"), Pair()))
+    for kind in ("observation", "action"):
+        for key, value in getattr(made, kind).items():
+            np.testing.assert_array_equal(getattr(back, kind)[key], value)
+
+
 def test_writing_where_the_caller_says(made: str, tmp_path: Path):
     cache = write_rows(open_source(made), tmp_path / "out")
     assert open_cache(tmp_path / "out", verify="full").rows["valid"].sum() == 29
