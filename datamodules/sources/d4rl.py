@@ -94,7 +94,7 @@ class D4RL(HDF5):
                 split = rule
         if note:
             self.report.count("family", f"{rest}: {note}")
-        super().__init__(str(path), last_obs, dones_are, episode_length, split, classes, drop)
+        super().__init__(str(path), last_obs, dones_are, episode_length, split, classes, None, drop)
         scores = {f"ref_{k}_score": float(row[f"ref_{k}"]) for k in ("min", "max") if row[f"ref_{k}"]}
         self.meta |= {"format": "d4rl", "dataset_id": rest, **scores}
         if family.startswith(_BOUNDED) and not self.schema.low:

@@ -22,9 +22,9 @@ from lit_wm.errors import ConfigError, DataError, nearest
 from lit_wm.types import Spaces, Spec
 
 BLOCK = 32 << 20  # bytes that are read at once
-LONGEST = 256 << 20  # bytes of observations that one episode may hold in memory; a longer one is cut
+LONGEST = 128 << 20  # bytes of observations that one episode may hold in memory; a longer one is cut
 _FLAGS = 1 << 20  # rows of a flag column that are read at once
-_MAX_CLASSES = 256  # integer observations of more values are vectors, as in lit_wm.envs
+_MAX_CLASSES = 256  # integers of more values are no classes, as in lit_wm.envs
 
 NAMES = {
     "observation": ("observations", "obs", "observation", "states", "state"),
@@ -385,16 +385,17 @@ def infer(
     scalar = shape in ((), (1,))
     if is_action and kind == "f" and discrete and len(shape) == 1 and not scalar:
         return Spec("int32", (), shape[0])
-    wanted = discrete or (discrete is None and (kind != "f" or classes is not None))
+    given = discrete if is_action else None
+    wanted = given or (given is None and (kind != "f" or (is_action and classes is not None)))
     if wanted and (is_action or (kind in "iu" and scalar)):
         low, high = 0, (classes or 0) - 1
         if not (is_action and classes):
             ranges = [(v.min(), v.max()) for v in blocks(column)]
             low, high = int(min(a for a, _ in ranges)), int(max(b for _, b in ranges))
-        if is_action and low < 0:
+        if is_action and (low < 0 or (high >= _MAX_CLASSES and not classes and not discrete)):
             raise DataError(
-                f"{where} holds classes from {low} to {high}; expected them from 0.\n"
-                "  discrete=false (npz) reads integers as vectors."
+                f"{where} holds integers from {low} to {high}; expected classes from 0 to {_MAX_CLASSES - 1} "
+                "at most.\n  discrete=false reads them as vectors, classes=N allows more."
             )
         if is_action or (low >= 0 and high < _MAX_CLASSES):
             return Spec("int32", () if scalar else shape, high + 1)

@@ -160,7 +160,7 @@ class HDF5(FlatSource):
                     for k, c in self._entries(file, name, "observations").items()
                 }
                 done = {
-                    k: fitted(specs.action.get(k), np.asarray(c[:]))
+                    k: self._action(f"{where}: action {k!r}", specs.action.get(k), np.asarray(c[:]), 0)
                     for k, c in self._entries(file, name, "actions").items()
                 }
                 names = ("rewards", "terminations", "truncations")

@@ -238,7 +238,8 @@ def test_nested_observations_and_drop():
         ({"terminals": np.full(10, np.nan)}, "row 0 is nan"),
         ({"terminals": np.zeros((10, 2))}, "expected one 0 or 1 per step"),
         ({"actions": np.array(["a"] * 10)}, "type <U1; expected numbers"),
-        ({"actions": np.full(10, -1)}, "classes from -1 to -1; expected them from 0"),
+        ({"actions": np.full(10, -1)}, "integers from -1 to -1; expected classes from 0"),
+        ({"actions": np.full(10, 300)}, "integers from 300 to 300; .*\n.*discrete=false"),
         (
             {"terminals": np.zeros(10, bool)},
             "no episode end found in 10 steps; give episode_length= or split=",

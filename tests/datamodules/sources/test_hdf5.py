@@ -152,6 +152,9 @@ def test_groups_without_metadata(tmp_path):
             episodes[10].observation["vec"], file["episode_10/observations/vec"][:].astype(np.float32)
         )
     np.testing.assert_array_equal(episodes[10].observation["pair/0"], np.arange(12))
+    vectors = open_source(f"hdf5:{path}?discrete=false")
+    assert vectors.schema.spaces.action == {"action": Spec("float32", (1,))}
+    np.testing.assert_array_equal(list(checked(vectors))[4].action["action"], [[0], [1], [2], [0], [1]])
     with pytest.raises(ConfigError, match="one group per episode"):
         open_source(f"hdf5:{path}?episode_length=3")
 
