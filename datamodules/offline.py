@@ -96,7 +96,7 @@ class CacheRows(RowStorage):
             self._blocks[name], self.files[name] = block.as_subclass(Tensor), file
             self._handles[name] = open(file, "rb")  # noqa: SIM115
         self._record = _Record(self.specs)
-        self.columns = self._record.unpack(self._blocks["row"])
+        self.columns = self._record.unpack(self._blocks["row"].numpy())
         for key, entry in self.specs.items():
             if key[0] == "latent":
                 self.columns[key] = self._blocks[".".join(key)].view(_dtype(entry)).view(-1, *entry.shape)
