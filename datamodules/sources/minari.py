@@ -343,9 +343,9 @@ class _ArrowGroup(_Group):
             raise DataError(f"{self.where}: {part} {leaf.name!r} has {column.null_count} empty rows.")
         if not hasattr(column, "flatten"):  # Discrete
             return column.to_numpy(zero_copy_only=False)
-        flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape
+        flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape or ()
         fits = len(flat) == len(column) * int(np.prod(shape))
-        return flat.reshape(len(column), *(shape if fits else (-1,)))
+        return flat.reshape((len(column), *shape) if fits else (len(column), -1))
 
 
 def _is_image(leaf: Leaf) -> bool:
