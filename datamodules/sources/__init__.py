@@ -72,7 +72,8 @@ def open_source(uri: str, **options: Any) -> Source:
 
     Args:
         uri: ``scheme:REST``, with options as ``?name=value``.
-        options: of the reader, see its class; they win over those of the URI.
+        options: of the reader, see its class, and of all with images ``size`` and ``gray``, see
+            :class:`~datamodules.sources.images.Resized`; they win over those of the URI.
 
     Raises:
         ConfigError: for a scheme or option that does not exist.
@@ -86,10 +87,16 @@ def open_source(uri: str, **options: Any) -> Source:
     if scheme not in _READERS:
         import_module(f"datamodules.sources.{_HOME[scheme]}")
     reader, given = _READERS[scheme], {**given, **options}
-    parameters = list(inspect.signature(reader).parameters)[1:]
+    parameters = [*list(inspect.signature(reader).parameters)[1:], "size", "gray"]
     if unknown := [key for key in given if key not in parameters]:
         raise ConfigError(
             f"{scheme}: has no option {unknown[0]!r}{nearest(unknown[0], parameters)}\n"
-            f"  Its options: {', '.join(parameters) or 'none'}"
+            f"  Its options: {', '.join(parameters)}"
         )
-    return reader(rest, **given)
+    size, gray = given.pop("size", None), given.pop("gray", False)
+    source = reader(rest, **given)
+    if size is None and not gray:
+        return source
+    from datamodules.sources.images import Resized
+
+    return Resized(source, size, gray)
