@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -224,23 +224,6 @@ class Played(Source):
                           f"{self.meta['env_id']}, episode {t.number}", t.seed)  # fmt: skip
 
 
-@dataclass
-class Tally:
-    """What was written: undiscounted return, length and kind of end of every episode, in their order."""
-
-    returns: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    terminated: list[bool] = field(default_factory=list)
-
-    def count(self, takes: Iterable[Take]) -> Iterator[Take]:
-        """The same episodes, counted as they pass."""
-        for take in takes:
-            yield take
-            self.returns.append(float(take.reward.sum()))
-            self.lengths.append(len(take.reward))
-            self.terminated.append(bool(take.terminated[-1]))
-
-
 def minari_folder(dataset_id: str, root: Path | None, overwrite: bool) -> Path:
     """Where a new dataset will lie: ``ROOT/ID``, the root as Minari finds it unless given.
 
@@ -320,7 +303,7 @@ def write_minari(
         env_spec: what ``recover_environment`` shall make; None if Gymnasium cannot make it.
 
     Raises:
-        DataError: while another process writes the same dataset.
+        DataError: while another process writes the same dataset, and if the disk is full.
     """
     import minari
     from minari.data_collector.episode_buffer import EpisodeBuffer
@@ -342,7 +325,10 @@ def write_minari(
             columns |= {"terminations": take.terminated, "truncations": take.truncated}
             trees = _stored(take.observation, wrapped), _stored(take.action, wrapped)
             columns |= {"observations": trees[0], "actions": trees[1]}
-            storage.update_episodes([EpisodeBuffer(**columns)])
+            try:
+                storage.update_episodes([EpisodeBuffer(**columns)])
+            except OSError as error:  # of HDF5: a full disk, for example
+                raise DataError(f"{folder} cannot be written: {error}\n  Nothing of it is left.") from error
             names = ("sum", "mean", "std", "max", "min")
             scores.append({f"rewards_{name}": float(getattr(take.reward, name)()) for name in names})
         storage.update_episode_metadata(scores)

@@ -19,7 +19,6 @@ from datamodules.record import (
     Played,
     Policy,
     Take,
-    Tally,
     minari_folder,
     play,
     portable,
@@ -30,7 +29,7 @@ from lit_wm import __version__
 from lit_wm.callbacks.evaluate import Interrupts
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_env, spaces_from_gym
-from lit_wm.errors import ConfigError
+from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.evaluation_cli import Parser, as_one, check_task, entries_for, load_module
 from lit_wm.noise import NoiseStreams
 from lit_wm.training_cli import find_checkpoint
@@ -56,7 +55,7 @@ def collect_parser() -> Parser:
         ("num-envs", int, 1, "K", "environments side by side (1)"),
         ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
         ("epsilon", float, 0.0, "P", "probability of a random action instead of the policy's (0)"),
-        ("max-steps", int, None, "T", "truncate episodes after so many decisions"),
+        ("max-steps", int, 30_000, "T", "truncate longer episodes (30000)"),
         ("root", Path, None, "DIR", "folder of Minari's datasets (as Minari finds it)"),
         ("algorithm", str, None, "NAME", "algorithm_name of the dataset (the class of the model, or random)"),
         ("author", str, None, "NAME", "author of the dataset"),
@@ -125,7 +124,7 @@ def collect(argv: list[str]) -> int:
     given = collect_parser().parse_args(argv)
     lowest = {"episodes": 1, "num_envs": 1, "seed": 0, "epsilon": 0, "max_steps": 1}
     for name, low in lowest.items():
-        if (value := getattr(given, name)) is not None and not low <= value < math.inf:
+        if not low <= (value := getattr(given, name)) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
     if given.epsilon > 1:
         raise ConfigError(f"--epsilon is {given.epsilon}; expected a probability, 0 to 1")
@@ -144,9 +143,12 @@ def collect(argv: list[str]) -> int:
         raise ConfigError(f"--out {given.out}: {folder} cannot be written: give a folder that is yours")
     module, about, who = None, {"env": None, "env_options": None}, "random"
     if given.policy != "random":
-        path = find_checkpoint("evaluate", given.policy, {})
-        assert path is not None
-        module, about = load_module(path, given.device, task=given.task)
+        try:
+            path = find_checkpoint("evaluate", given.policy, {})
+            assert path is not None
+            module, about = load_module(path, given.device, task=given.task)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("--ckpt_path", "--policy")) from error
         check_task(module)
         who = f"{type(module).__name__.removesuffix('Module')} ({given.mode}, {module.updates:,} updates"
         who += f", epsilon {given.epsilon:g})" if given.epsilon else ")"
@@ -159,14 +161,15 @@ def collect(argv: list[str]) -> int:
         options = about["env_options"] or {} if env_id == about["env"] else {}
 
     envs = [make_env(env_id, **options) for _ in range(min(given.num_envs, given.episodes))]
-    tally, bar = Tally(), RLProgressBar()
+    ends: list[tuple[float, int, bool]] = []  # return, length and whether it terminated, by episode
+    bar = RLProgressBar()
     try:
         policy = None if module is None else policy_of(given, envs[0], env_id, module, about["env"])
         shown, spec = portable(envs[0], options) if scheme == "minari" else (envs[0], None)
         with Interrupts() as signals:
 
             def takes() -> Iterator[Take]:
-                yield from play(
+                for take in play(
                     envs,
                     policy,
                     given.episodes,
@@ -177,8 +180,10 @@ def collect(argv: list[str]) -> int:
                     epsilon=given.epsilon,
                     stop=lambda: signals.number is not None,
                     progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
-                )
-                signals.check(len(tally.returns), given.episodes)
+                ):
+                    yield take
+                    ends.append((float(take.reward.sum()), len(take.reward), bool(take.terminated[-1])))
+                signals.check(len(ends), given.episodes)
 
             command = shlex.join(["lit-wm", "collect", *argv])
             about_it = f"{given.episodes} episodes of {env_id}, {who}. lit-wm {__version__}: {command}"
@@ -186,28 +191,29 @@ def collect(argv: list[str]) -> int:
             name, author = given.algorithm or who, {given.author} - {None}
             if scheme == "minari":
                 meta |= {"algorithm_name": name, "author": author}
-                write_minari(tally.count(takes()), folder, target, shown, meta, spec)
+                write_minari(takes(), folder, target, shown, meta, spec)
             else:
                 meta |= {"algorithm": name} | ({"author": sorted(author)} if author else {})
-                write_played(Played(envs[0], tally.count(takes()), meta, given.episodes), folder)
+                write_played(Played(envs[0], takes(), meta, given.episodes), folder)
     finally:
         bar.clear()
         for env in envs:
             env.close()
 
-    returns, lengths = np.array(tally.returns), np.array(tally.lengths)
+    returns, lengths, terminated = map(np.array, zip(*ends, strict=True))
     again = f"lit-wm data inspect {scheme}:{folder if given.root or scheme == 'rows' else target}"
     if given.json:
         report = {"out": given.out, "folder": str(folder), "env": env_id, "env_options": options}
         report |= {"episodes": len(returns), "steps": int(lengths.sum()), "seed": given.seed, "policy": who}
-        report |= {"returns": tally.returns, "lengths": tally.lengths, "terminated": tally.terminated}
+        columns = {"returns": returns, "lengths": lengths, "terminated": terminated}
+        report |= {k: v.tolist() for k, v in columns.items()}
         print(json.dumps(report | {"inspect": again}))
         return 0
     spread = f", std {returns.std(ddof=1):.2f}" if len(returns) > 1 else ""
     print(f"written:    {folder} ({len(returns):,} episodes, {lengths.sum():,} steps)")
     print(f"return:     {returns.mean():.2f}{spread}, {returns.min():.2f} to {returns.max():.2f}")
     print(f"length:     {lengths.mean():.1f} ({lengths.min()} to {lengths.max()})")
-    print(f"terminated: {np.mean(tally.terminated):.0%}")
+    print(f"terminated: {terminated.mean():.0%}")
     if scheme == "minari" and spec is None:
         print(f"note: Minari's recover_environment() cannot make {env_id}; lit_wm can", file=sys.stderr)
     print(f"look at it: {again}")
