@@ -54,9 +54,10 @@ def drawn(replay, batch=100):
 @given(
     seed=st.integers(0, 10**6), steps=st.integers(1, 120), streams=st.integers(1, 3),
     window=st.integers(2, 6), mean=st.sampled_from([2.0, 6.0, 25.0]),
+    by=st.sampled_from(["episodes", "windows"]),
 )  # fmt: skip
-def test_every_window_lies_in_one_finished_episode(make_replay, play, seed, steps, streams, window, mean):
-    replay = make_replay(capacity=streams * 20, streams=streams, window=window, within_episodes=True)
+def test_every_window_lies_in_one_finished_episode(make_replay, play, seed, steps, streams, window, mean, by):
+    replay = make_replay(capacity=streams * 20, streams=streams, window=window, within_episodes=True, by=by)
     game = play(replay, seed, mean)
     for step in range(steps):
         game.step(np.flatnonzero(game.rng.random(streams) < 0.7))
@@ -74,6 +75,20 @@ def test_every_window_lies_in_one_finished_episode(make_replay, play, seed, step
             for stream, positions in drawn(replay, 8):
                 assert (stream, positions[0]) in allowed
                 assert positions == list(range(positions[0], positions[0] + window))
+
+
+def test_draws_are_uniform_over_all_windows_of_the_pieces_if_wanted(make_replay, play):
+    replay = make_replay(capacity=240, streams=3, window=4, within_episodes=True, by="windows")
+    game = play(replay, 1, 9.0).run(300)  # every ring has been filled more than three times
+    allowed = [
+        (s, p)
+        for s, log in enumerate(game.steps)
+        for start, stop in pieces(log, 80, 4)
+        for p in range(start, stop - 3)
+    ]
+    counts = Counter((s, positions[0]) for _ in range(300) for s, positions in drawn(replay))
+    assert counts.keys() == set(allowed)
+    assert chisquare([counts[x] for x in allowed]).pvalue > 1e-4
 
 
 def test_draws_are_uniform_over_episodes_then_over_their_starts(make_replay, play):
