@@ -190,7 +190,7 @@ def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, module, *args):
-            losses.append(module.pop_metrics()["train/loss/reward"])
+            losses.append(module.pop_metrics()[f"train/loss/{'reward' if windows else 'rew'}"])
 
     trainer.callbacks.append(Keep())
     trainer.fit(module, datamodule=data)
@@ -223,3 +223,52 @@ def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
         data.make_envs(1, [0])
     assert data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env == "Pendulum-v1"
     assert made_cache(tmp_path / "cache", [int(x) for x in LENGTHS.split(",")]).meta == {}
+
+
+class Record(pl.Callback):
+    """Writes what each process has drawn, while it still lives."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, module):
+        data = trainer.datamodule
+        seen = [batch.obs["obs"].clone() for batch in module.batches]
+        held = data.report_batch(4, 3).obs["obs"]
+        torch.save({"seen": seen, "held": held}, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+class Kept(DreamerV3Module):
+    """A model that keeps its batches."""
+
+    def training_step(self, ticket, batch_idx):
+        self.batches = getattr(self, "batches", [])
+
+        def kept(module):
+            self.batches.append(ticket(module))
+            return self.batches[-1]
+
+        return super().training_step(kept, batch_idx)
+
+
+def test_two_processes_draw_different_batches_of_the_same_data(tmp_path):
+    from lit_wm.strategy import ReplicatedStrategy
+
+    data = data_of(tmp_path, batch_size=4, sources=["made:40,40,40,40"], val_fraction=0.3)
+    module = Kept(data.spaces, preset="debug", log_every=1000, imag_length=3)
+    strategy = ReplicatedStrategy(start_method="fork", process_group_backend="gloo")
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy,
+        logger=False, callbacks=[Record(tmp_path)], enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=3, enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    one, two = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2))
+    assert len(one["seen"]) == len(two["seen"]) == 3
+    for a, b in zip(one["seen"], two["seen"], strict=True):
+        assert a.shape == b.shape == (2, 5, 2)
+        assert not torch.equal(a, b)
+    trained = {int(e) for part in (one, two) for batch in part["seen"] for e in batch[..., 0].unique()}
+    held = {int(e) for part in (one, two) for e in part["held"][..., 0].unique()}
+    assert not trained & held
