@@ -419,13 +419,16 @@ def test_a_task_and_a_planner_are_chosen_at_the_evaluation(toy, capsys):
     convert = ["convert", "tdmpc2", str(golden("old", "multitask")), "--tasks", "tasks.yaml"]
     assert main([*convert, "-o", "ours.ckpt"]) == 0
     assert main([*convert, "-o", "c.ckpt", "--task", "c"]) == 0
-    one = ["--env-options", "{shape: [6], actions: 3}"]
+    one = ["--env-options", "{shape: [6], actions: 3, limit: 2}"]
     scores = {p: play("--ckpt", "ours.ckpt", "--task", "c", "--planner", p, *one) for p in ("cem", "policy")}
     assert (scores["cem"]["task"], scores["cem"]["planner"]) == ("c", "cem")
     assert scores["cem"]["returns"] != scores["policy"]["returns"]
     for planner, score in scores.items():
         assert play("--ckpt", "c.ckpt", "--planner", planner, *one)["returns"] == score["returns"]
-    assert play("--ckpt", "c.ckpt", "--task", "a", "--env-options", "{shape: [5], actions: 2}")["task"] == "a"
+    assert (
+        play("--ckpt", "c.ckpt", "--task", "a", "--env-options", "{shape: [5], actions: 2, limit: 2}")["task"]
+        == "a"
+    )
     capsys.readouterr()
     for more, message in (
         ([], "say with --task which of the checkpoint's tasks is played: a, b, c"),
