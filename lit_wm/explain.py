@@ -277,8 +277,13 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
     if options.max_steps > 0 and (updates is None or updates > options.max_steps):
         updates = options.max_steps
         steps = first + max(0, int((updates - data.first_updates) / per_step))
-    rows = data.row_bytes(module.latent_specs())
-    disk = min(data.capacity * P, steps or data.capacity * P) * sum(rows.values()) / 1e9
+    rows, alone = data.row_bytes(module.latent_specs()), data.env is None
+    capacity = sum(map(len, data.caches)) if alone else data.capacity * P
+    if alone:  # observations stay in the caches
+        rows = {k: n for k, n in rows.items() if not k.startswith("observation")}
+        steps = first = per_step = None
+        updates = options.max_steps if options.max_steps > 0 else None
+    disk = min(capacity, steps or capacity) * sum(rows.values()) / 1e9
     folder = Path(data.replay_dir or cli.run_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -286,9 +291,13 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
     tensors = {k: n / 1e9 for k, n in update_memory(module, batch, length).items()}
     return {
         "environment": {
-            "id": data.env,
-            "environments": data.num_envs * P,
-            "frames per step": data.repeat,
+            "id": "none" if alone else data.env,
+            **({} if alone else {"environments": data.num_envs * P, "frames per step": data.repeat}),
+            **(
+                {"datasets": {s.uri: c.steps for s, c in zip(data.sources, data.caches, strict=True)}}
+                if data.sources
+                else {}
+            ),
             **{f"observation {k}": _entry(s) for k, s in spaces.obs.items()},
             **{f"action {k}": _entry(s) for k, s in spaces.action.items()},
         },
@@ -301,15 +310,11 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
         },
         "training": {
             "batch": f"{batch * P} x {length} steps, {data.replay_context} of context",
-            "updates per env step": str(per_step),
-            "replayed steps per env step": float(per_step * batch * P * length),
-            **({"updates at the beginning": data.first_updates} if data.first_updates > 1 else {}),
-            "first update after env steps": first,
-            "env steps": steps,
+            **({} if per_step is None else _pace(data, per_step, batch * P * length, first, steps)),
             "updates": updates,
         },
         "replay": {
-            "rows": data.capacity * P,
+            "rows": capacity,
             "bytes per row": {"all": sum(rows.values()), **rows},
             "disk GB": {"used": disk, "as much for resuming": disk, "free": free},
             "in": str(folder),
@@ -323,6 +328,19 @@ def facts(cli: _Inspection) -> dict[str, dict[str, Any]]:
             **({"environments": "a process each, not counted"} if data.vectorization == "async" else {}),
             "tensors": tensors,
         },
+    }
+
+
+def _pace(
+    data: Any, per_step: Fraction, replayed: int, first: int | None, steps: int | None
+) -> dict[str, Any]:
+    """How updates follow the steps of environments."""
+    return {
+        "updates per env step": str(per_step),
+        "replayed steps per env step": float(per_step * replayed),
+        **({"updates at the beginning": data.first_updates} if data.first_updates > 1 else {}),
+        "first update after env steps": first,
+        "env steps": steps,
     }
 
 
