@@ -367,6 +367,8 @@ class ReplayDataModule(LightningDataModule):
 
         self.replay = Mixture(train, None if self.mix == "proportional" else shares, self.seed, self.rank)
         self.held_out = Mixture(held, None, self.seed, self.rank) if held else None
+        if ring is None and "stream" in self._restored:
+            self.load_state_dict(self._restored)
         if ring is None and self.prefetch:
             self._ahead = Prefetch(self.replay, self.local_batch, self.prefetch)
 
@@ -707,13 +709,23 @@ class ReplayDataModule(LightningDataModule):
     # own.
 
     def state_dict(self) -> dict[str, Any]:
-        """Env steps of all processes and the mean frame."""
-        return {"env_steps": self.env_steps, "mean_frames": self.mean_frames()}
+        """Env steps of all processes and the mean frame; of datasets the place in the stream of batches,
+        the same in every process.
+        """
+        state: dict[str, Any] = {"env_steps": self.env_steps, "mean_frames": self.mean_frames()}
+        if self.env is None and self.replay is not None:
+            self._rewind()
+            state |= {"stream": self._replay.state_dict(), "served": self._served}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self._restored = state_dict
         self._steps_before = state_dict["env_steps"] - self._totals[0]
+        if "stream" in state_dict and self.replay is not None:
+            self._rewind()
+            self._replay.load_state_dict(state_dict["stream"])
+            self._served = state_dict["served"]
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Collector, environments and train ratio of this process, as tensors and plain values."""

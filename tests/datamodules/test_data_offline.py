@@ -101,6 +101,29 @@ def test_resuming_a_stream_of_batches_is_bitwise(tmp_path, windows, prefetch):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_the_state_alone_goes_on_with_the_same_batches(tmp_path, early):
+    """Without the snapshot, as with any other checkpoint callback; TD-MPC2 has no latents to lose."""
+    options = {"windows": "episode", "cache": tmp_path / "cache"}
+    whole, _ = fit(tmp_path / "whole", 9, **options)
+    _, data = fit(tmp_path / "part", 5, **options)
+    state = data.state_dict()
+
+    class Load(pl.Callback):
+        def on_fit_start(self, trainer, module):
+            if not early:
+                trainer.datamodule.load_state_dict(state)
+
+    rest, again = Watch(4, "episode"), data_of(tmp_path / "rest", tmp_path / "cache", windows="episode")
+    if early:
+        again.load_state_dict(state)
+    trainer = trainer_of(tmp_path)
+    trainer.callbacks.append(Load())
+    trainer.fit(rest, datamodule=again)
+    for a, b in zip(whole.seen[5:], rest.seen, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_saving_does_not_change_the_batches_that_follow(tmp_path):
     plain, _ = fit(tmp_path / "a", 8, cache=tmp_path / "c")
 
