@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,15 +108,18 @@ class Report:
             ``last_dropped`` (transitions without a next observation), ``out_of_range`` (action values
             beyond the space's bounds), ``cast`` (arrays stored in another type).
         notes: sentences for people, the first few of each kind.
+        first: the first note by name.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    first: dict[str, str] = field(default_factory=dict)
 
     def count(self, name: str, note: str = "", by: int = 1) -> None:
         """Count ``name`` and keep the note of its first three times."""
         if note and self.counts[name] < 3 * by:
             self.notes.append(note)
+            self.first.setdefault(name, note)
         self.counts[name] += by
 
     def to_plain(self) -> dict[str, Any]:
@@ -170,13 +173,16 @@ class Source(ABC):
         """All episodes in the order of the source, each time anew."""
 
 
-def checked(source: Source, on_bad: str = "error") -> Iterator[Episode]:
+def checked(
+    source: Source, on_bad: str = "error", tell: Callable[[DataError], None] | None = None
+) -> Iterator[Episode]:
     """The episodes of a source, checked and in the types of its schema.
 
     Args:
         source: what to read.
         on_bad: ``error`` stops at the first bad episode, ``skip_episode`` leaves bad ones out and counts
             them.
+        tell: called with the error of each one that is left out.
 
     Yields:
         Episodes of one step or more with exactly one end flag, at the last step.
@@ -197,6 +203,8 @@ def checked(source: Source, on_bad: str = "error") -> Iterator[Episode]:
             if on_bad != "skip_episode":
                 raise
             source.report.count("skipped", str(error).splitlines()[0])
+            if tell is not None:
+                tell(error)
             continue
         yield from parts
 
