@@ -9,15 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.buffer import ReplayBuffer
+    from datamodules.cache import ingest, open_cache
     from datamodules.collect import Collector
     from datamodules.data import ReplayDataModule
+    from datamodules.episodes import Episode, Schema, Source
+    from datamodules.mixture import Mixture
     from datamodules.replay import RowReplay
+    from datamodules.sources import open_source, register
     from datamodules.views import dreamer_view, tdmpc2_view
 
-_HOME = {"Collector": "collect", "ReplayDataModule": "data", "RowReplay": "replay"}
-_HOME |= {"dreamer_view": "views", "tdmpc2_view": "views"}
+_HOME = {
+    "Collector": "collect", "Episode": "episodes", "Mixture": "mixture", "ReplayBuffer": "buffer",
+    "ReplayDataModule": "data", "RowReplay": "replay", "Schema": "episodes", "Source": "episodes",
+    "dreamer_view": "views", "ingest": "cache", "open_cache": "cache", "open_source": "sources",
+    "register": "sources", "tdmpc2_view": "views",
+}  # fmt: skip
 
-__all__ = ["Collector", "ReplayDataModule", "RowReplay", "dreamer_view", "tdmpc2_view"]
+__all__ = ["Collector", "Episode", "Mixture", "ReplayBuffer", "ReplayDataModule", "RowReplay", "Schema",
+           "Source", "dreamer_view", "ingest", "open_cache", "open_source", "register",
+           "tdmpc2_view"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ class CacheRows(RowStorage):
         lead, pin: as in :class:`~datamodules.rows.RowStorage`.
         stack: images that are put together, the newest last; before an episode began its first is repeated.
         source, task: numbers written to every row; a task of None leaves those of the cache.
+        rescale: whether actions become -1 to 1; else they keep the units of the cache.
 
     Raises:
         DataError: for actions beyond [-1, 1] whose bounds nobody knows.
@@ -74,6 +75,7 @@ class CacheRows(RowStorage):
         stack: int = 1,
         source: int = 0,
         task: int | None = None,
+        rescale: bool = True,
     ):
         lengths = cache.episodes["length"][episodes]
         self.ring = int(lengths.sum())
@@ -107,13 +109,13 @@ class CacheRows(RowStorage):
             if key[0] == "observation":
                 self.columns[key] = cache.rows[key].as_subclass(Tensor)
         self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))
-        self._fill(spaces, spec, source, task)
+        self._fill(spaces, spec, source, task, rescale)
         self.data = TensorDict({k: v for k, v in self.columns.items() if k[0] != "observation"}, [self.ring])
 
-    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: int | None) -> None:
+    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: int | None, rescale: bool) -> None:
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
-        scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if s.classes is None}
+        scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if rescale and s.classes is None}
         valid = self.arrays["valid",]
         valid[:] = True
         valid[self._stops - 1] = False

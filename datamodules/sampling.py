@@ -213,6 +213,11 @@ class EpisodeSampler(WindowSampler):
         """Windows that can be drawn."""
         return int(self._sizes().sum())
 
+    def pieces(self, stream: int = 0) -> np.ndarray:
+        """First position and end of the pieces of a stream, oldest first. (n, 2)"""
+        slots = (self._oldest[stream] + np.arange(self._count[stream])) % self._pieces.shape[1]
+        return np.maximum(self._pieces[stream, slots, :2], self.storage.tail[stream])
+
     def _sizes(self) -> np.ndarray:
         """Windows that can be drawn, per stream."""
         return self._windows - self._lost()

@@ -9,15 +9,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import yaml
 
 from datamodules.episodes import Episode, Report, Schema, Source, checked
-from lit_wm.errors import ConfigError, nearest
+from lit_wm.errors import ConfigError, DataError, nearest
 
-__all__ = ["Episode", "Report", "Schema", "Source", "checked", "open_source", "parse_uri", "register"]
+__all__ = ["Episode", "Report", "Schema", "Source", "checked", "find_uri", "open_source", "parse_uri",
+           "register"]  # fmt: skip
 
 _HOME = {
     "minari": "minari",
@@ -28,6 +30,10 @@ _HOME = {
     "torchrl": "torchrl",
     "rows": "rows",
 }
+# What a path is: by suffix, and by what lies in a folder.
+_SUFFIXES = {".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".pt": "tdmpc2"}
+_FOLDERS = {"rows.json": "rows", "metadata.json": "minari", "data/metadata.json": "minari"}
+_FOLDERS |= {"meta.json": "torchrl", "*.npz": "npz", "*.hdf5": "hdf5", "*.pt": "tdmpc2"}
 _READERS: dict[str, Callable[..., Source]] = {}
 _S = TypeVar("_S", bound=type[Source])
 
@@ -47,6 +53,29 @@ def register(scheme: str) -> Callable[[_S], _S]:
         return cls
 
     return add
+
+
+def find_uri(source: str | Path) -> str:
+    """The URI of a file or folder named by its path; a URI is returned as it is.
+
+    Raises:
+        DataError: if nothing is there, or of no known kind.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        if ":" in str(source):
+            return str(source)
+        raise DataError(f"{source} does not exist; expected a file, a folder or a URI such as minari:ID.")
+    if path.is_file():
+        scheme = _SUFFIXES.get(path.suffix)
+    else:
+        scheme = next((kind for what, kind in _FOLDERS.items() if any(path.glob(what))), None)
+    if scheme is None:
+        raise DataError(
+            f"{source} is no data of a known kind; expected {', '.join(_SUFFIXES)}, or the folder of a "
+            "cache, a Minari dataset or such files.\n  Say its kind, as in hdf5:PATH."
+        )
+    return f"{scheme}:{path}"
 
 
 def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:

@@ -10,20 +10,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import secrets
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Episode, Source
+from datamodules.episodes import Episode, Schema, Source
+from datamodules.rows import row_key
 from datamodules.sources import register
 from datamodules.sources.flat import Ends, FlatSource, Table, expand, head, is_one_hot, names
 from lit_wm.errors import ConfigError, DataError
+from lit_wm.types import Spec
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _PIECE = 1 << 20  # bytes taken from a compressed stream at once
@@ -78,6 +84,7 @@ class NPZ(FlatSource):
         self._inner: Source | None = None
         with open_npz(files[0]) as members:
             self._form, self._said = form or _form(members), form is not None
+            said = str(members["schema"].value()[0]) if "schema" in members else None
         self.files = files
         self.meta: dict[str, Any] = {"format": f"npz-{self._form}"}
         if self._form == "dreamer":
@@ -98,6 +105,21 @@ class NPZ(FlatSource):
         ends = Ends.parse(split, episode_length)
         self.setup(files, self._open, last_obs=last_obs, dones_are=dones_are, ends=ends, classes=classes,
                    discrete=discrete, may_be_open=True)  # fmt: skip
+        if said is not None and classes is None and discrete is None:
+            self.schema = self._stated(said)
+
+    def _stated(self, text: str) -> Schema:
+        """The schema that :func:`write_npz` wrote, without what is dropped."""
+        try:
+            schema = Schema.from_plain(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.files[0]}: schema cannot be read ({error}).\n"
+                            "  Delete it from the file, or write the file again.") from error  # fmt: skip
+        obs = {k: s for k, s in schema.spaces.obs.items() if k not in self.drop}
+        found = self.schema.spaces
+        if (obs.keys(), schema.spaces.action.keys()) != (found.obs.keys(), found.action.keys()):
+            raise DataError(f"{self.files[0]}: schema names other entries than the file: {', '.join(obs)}.")
+        return replace(schema, spaces=replace(schema.spaces, obs={k: obs[k] for k in found.obs}))
 
     def episodes(self) -> Iterator[Episode]:
         """All episodes, file by file."""
@@ -118,6 +140,52 @@ class NPZ(FlatSource):
                 # The last row of an episode holds o_T and an action that nobody took; its mark is a cut.
                 table.truncated, table.terminated, table.shared_last = table.terminated, None, True
             yield table
+
+
+def write_npz(source: Source, path: Path) -> None:
+    """Write episodes in the demo form with all observations, complete or not at all.
+
+    Beside the arrays stands ``schema``, JSON, which says what they do not show: classes and bounds.
+
+    Args:
+        source: its episodes are read once per array, and must all have rewards or none.
+        path: the file; one that is there is replaced.
+    """
+    spaces, flag = source.schema.spaces, Spec("bool", ())
+
+    def columns(e: Episode) -> dict[str, tuple[Spec, Any]]:
+        found: dict[str, tuple[Spec, Any]] = {}
+        for k, spec in spaces.obs.items():
+            name = "/".join(("observations", *row_key("observation", k, spaces.obs)[1:]))
+            found[name] = spec, e.observation[k][:-1]
+            found[f"next_{name}"] = spec, e.observation[k][1:]
+        for k, spec in spaces.action.items():
+            found["/".join(("actions", *row_key("action", k, spaces.action)[1:]))] = spec, e.action[k]
+        if e.reward is not None:
+            found["rewards"] = Spec("float32", ()), e.reward
+        return found | {"terminations": (flag, e.terminated), "truncations": (flag, e.truncated)}
+
+    steps = sum(e.steps for e in source.episodes())
+    specs = {name: spec for name, (spec, _) in columns(next(source.episodes())).items()}
+    part = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(part, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, spec in specs.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        shape, dtype = (steps, *spec.shape), np.dtype(spec.dtype)
+                        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for e in source.episodes():
+                            member.write(np.ascontiguousarray(columns(e)[name][1], dtype).tobytes())
+                with archive.open("schema.npy", "w") as member:
+                    text = np.array(json.dumps(source.schema.to_plain()))
+                    np.lib.format.write_array(member, text, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Member:
