@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import yaml
 
-from datamodules.sources import Source, checked, open_source, parse_uri
+from datamodules.sources import Source, checked, find_uri, open_source, parse_uri
 from lit_wm.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -89,17 +91,8 @@ def uri_of(source: str) -> str:
     Raises:
         ConfigError: if not; a path that is there gets the URI to write for it.
     """
-    path = Path(source)
-    if source.partition(":")[0] != source and not path.exists():
-        parse_uri(source)
-        return source
-    scheme = {".hdf5": "hdf5", ".h5": "hdf5", ".npz": "npz", ".pt": "tdmpc2"}.get(path.suffix)
-    if path.is_dir():
-        minari = (path / "data" / "metadata.json").exists() or (path / "metadata.json").exists()
-        chunks = "npz" if any(path.glob("*.npz")) else None
-        scheme = "rows" if (path / "rows.json").exists() else "minari" if minari else chunks
-    if scheme and path.exists():
-        raise ConfigError(f"{source} is a path; expected a URI.\n  Write {scheme}:{source}")
+    if Path(source).exists():
+        raise ConfigError(f"{source} is a path; expected a URI.\n  Write {find_uri(source)}")
     parse_uri(source)
     return source
 
@@ -188,6 +181,103 @@ def verify(given: argparse.Namespace) -> int:
         [("cache", plain["cache"]), ("files", f"{len(cache.files)}, {_size(cache.bytes)}, {state}")],
     )
     return 0
+
+
+@verb(
+    "doctor",
+    "say what is wrong with the data, and how to mend it; several sources are compared",
+    option("others", metavar="SOURCE", nargs="*", help="more sources, to be mixed with the first"),
+    option("--model", choices=["dreamerv3", "tdmpc2"], help="the model to train; else both are thought of"),
+    option("--batch-length", type=int, metavar="L", help="rows of a window; else that of the model"),
+)
+def doctor(given: argparse.Namespace) -> int:
+    """Findings, errors first; status 1 if there is an error. Bad episodes are findings too."""
+    from datamodules.doctor import MODELS, SEVERITIES, Doctor, Finding, examine, unreadable
+
+    models, options = [given.model] if given.model else list(MODELS), source_options(given)
+    doctors: list[Doctor] = []
+    found: list[Finding] = []
+    for uri in (given.source, *map(uri_of, given.others)):
+        try:
+            doctors.append(Doctor(uri, open_source(uri, **options), models, given.batch_length))
+        except DataError as error:
+            found.append(unreadable(uri, error))
+    found += examine(doctors, progress(given))
+    counts = {severity: sum(f.severity == severity for f in found) for severity in SEVERITIES}
+    if given.json:
+        steps = {d.uri: {"episodes": len(d.survey.steps), "steps": sum(d.survey.steps)} for d in doctors}
+        show(given, {"findings": [asdict(f) for f in found], "counts": counts, "sources": steps}, [])
+    for f in [] if given.json else found:
+        where = f.where.removeprefix(given.source).removeprefix(": ") if not given.others else f.where
+        print(f"{f.severity}: {f.check.replace('_', ' ')}{where and f', {where}'}")
+        print(f"  found  {f.found}\n  means  {f.meaning}\n  mend   {f.fix}")
+    if not given.json:
+        said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
+        print(f"{said} in {sum(len(d.survey.steps) for d in doctors):,} episodes")
+    return int(counts["error"] > 0)
+
+
+@verb("stats", "say mean, deviation, range and quantiles of every entry, or how often each class is")
+def stats(given: argparse.Namespace) -> int:
+    """Numbers of all rows."""
+    from datamodules.survey import Survey
+
+    source = reading(given)
+    survey, tell = Survey(source.schema), progress(given)
+    for episode in checked(source, given.on_bad):
+        survey.add(episode)
+        tell(len(survey.steps), survey.numbers["reward"].count, 0)
+    if not survey.steps:
+        raise DataError(f"{given.source}: there is no episode with a step in it.")
+    plain = {"uri": given.source, **survey.to_plain()}
+    lines = [("source", given.source), ("episodes", f"{plain['episodes']:,}, {plain['steps']:,} steps")]
+    head = [name for name in ("mean", "std", "min", "q01", "q50", "q99", "max")]
+    lines.append(("", "".join(f"{name:>11}" for name in head)))
+    for name, entry in plain["entries"].items():
+        lines += _table(name, entry, head)
+    show(given, plain, lines)
+    return 0
+
+
+@verb(
+    "preview",
+    "write a picture of some episodes: a contact sheet or GIF of images, or curves",
+    option("-o", "--out", type=Path, metavar="FILE", help="a .png or .gif; else preview-NAME.png here"),
+    option("--episodes", type=int, default=8, metavar="N", help="how many"),
+    option("--entry", metavar="NAME", help="the observation to show"),
+)
+def preview(given: argparse.Namespace) -> int:
+    """Print the path of the picture."""
+    from datamodules.preview import preview as draw
+
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", parse_uri(given.source)[1]).strip("-.")[-64:]
+    path = draw(reading(given), given.out or Path(f"preview-{name}.png"), given.episodes, given.entry)
+    show(given, {"path": str(path)}, [("wrote", str(path))])
+    return 0
+
+
+def reading(given: argparse.Namespace) -> Source:
+    """The cache of a source if there is one, which reads fastest, else the source."""
+    from datamodules.cache import find_cache
+
+    options = source_options(given)
+    cache = find_cache(given.source, given.cache, given.on_bad, **options)
+    return open_source(f"rows:{cache.folder}") if cache else open_source(given.source, **options)
+
+
+def _table(name: str, entry: dict[str, Any], head: list[str]) -> list[tuple[str, str]]:
+    """Lines of one entry, up to 32 elements of it."""
+    if "classes" in entry:
+        rows = entry["classes"] if isinstance(entry["classes"][0], list) else [entry["classes"]]
+        return [
+            (name if i == 0 else "", "  " + ", ".join(f"{c}: {n:,}" for c, n in enumerate(row) if n))
+            for i, row in enumerate(rows[:32])
+        ]
+    rows = list(zip(*(np.ravel(entry[key]).tolist() for key in head), strict=True))
+    lines = [("".join(f"{x:>11.4g}" for x in row)) for row in rows[:32]]
+    names = [f"{name}[{i}]" if len(rows) > 1 else name for i in range(len(lines))]
+    more = [("", f"... {len(rows) - 32} more, see --json")] if len(rows) > 32 else []
+    return [*zip(names, lines, strict=True), *more]
 
 
 def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]:
