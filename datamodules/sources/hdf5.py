@@ -181,16 +181,17 @@ class HDF5(FlatSource):
                 yield Episode(seen, done, reward, ends[0], ends[1], where, seed)
 
 
-def open_hdf5(path: Path) -> Any:
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
     """Open a file for reading.
 
     Raises:
-        DataError: if it is absent, empty, truncated, or no HDF5 file.
+        DataError: if it is absent, empty, truncated, no HDF5 file, or found to be damaged while it is open.
     """
     import h5py
 
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except FileNotFoundError:
         raise DataError(f"{path} is missing.\n  Restore it or fetch it again.") from None
     except OSError as error:
@@ -202,6 +203,14 @@ def open_hdf5(path: Path) -> Any:
         else:
             what = f"is damaged ({str(error).splitlines()[0][:90]})"
         raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
+    with file:
+        try:
+            yield file
+        except (OSError, KeyError, RuntimeError) as error:
+            what = str(error).splitlines()[0].strip("'\"")[:90]
+            if not re.search("nable to |an't ", what):  # not of h5py
+                raise
+            raise DataError(f"{path} is damaged ({what}).\n  Delete it and fetch it again.") from error
 
 
 class _Dataset:
