@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,68 @@ def test_the_command(capsys: Any, told: str):
     assert "told: has no option 'reword'; did you mean 'reward'?" in run(
         capsys, "inspect", told, "--option", "reword=1", code=1
     )[1]  # fmt: skip
+
+
+def test_doctor_says_what_is_wrong_and_how_to_mend_it(told: str, tmp_path: Path, capsys: Any):
+    (tmp_path / "told.txt").write_text("3\n1\n70\n70\n")
+    out, _ = run(capsys, "doctor", told, code=1)
+    assert "error: non finite\n  found  " in out
+    assert "episode 1: observation 'obs', row 0 is inf; 4 values of this episode are not finite." in out
+    assert "--on-bad skip_episode leaves these episodes out" in out
+    assert "warning: duplicates" not in out
+    assert re.search(r"^1 error, \d warnings?, \d+ notes? in 3 episodes$", out, re.M)
+    plain = json.loads(run(capsys, "doctor", told, "--json", "--model", "tdmpc2", code=1)[0])
+    assert plain["counts"]["error"] == 1
+    assert plain["sources"] == {told: {"episodes": 3, "steps": 143}}
+    assert set(plain["findings"][0]) == {"severity", "check", "where", "found", "meaning", "fix"}
+    severities = [f["severity"] for f in plain["findings"]]
+    assert severities == sorted(severities, key=["error", "warning", "note"].index)
+    assert list((tmp_path / "caches").glob("*")) == []
+    (tmp_path / "told.txt").write_text("3\n70\n71\n")
+    assert "0 errors, " in run(capsys, "doctor", told)[0]
+    assert "window of DreamerV3 has 500" in run(
+        capsys, "doctor", told, "--model", "dreamerv3", "--batch-length", "500", code=1
+    )[0]  # fmt: skip
+
+
+def test_doctor_of_several_sources_and_of_one_that_cannot_be_opened(told: str, tmp_path: Path, capsys: Any):
+    np.savez(
+        tmp_path / "a.npz", observations=np.zeros((9, 4)), actions=np.zeros((9, 1)), dones=np.arange(9) == 8
+    )
+    (tmp_path / "b.npz").write_bytes(b"<html>")
+    a, b = f"npz:{tmp_path / 'a.npz'}", f"npz:{tmp_path / 'b.npz'}"
+    with pytest.warns(UserWarning, match="dones are ends"):
+        plain = json.loads(run(capsys, "doctor", told, a, b, "--json", code=1)[0])
+    found = {f["check"]: f for f in plain["findings"] if f["severity"] == "error"}
+    assert set(found) == {"spaces", "unreadable", "no_window"}
+    assert "is not an npz file (starts with '<html>')" in found["unreadable"]["found"]
+    assert a in found["spaces"]["found"]
+    assert "has no option 'reword'" in run(capsys, "doctor", told, "--option", "reword=1", code=1)[1]
+
+
+def test_stats(told: str, capsys: Any):
+    streamed = run(capsys, "stats", told, "--json")[0]
+    run(capsys, "ingest", told)
+    assert run(capsys, "stats", told, "--json")[0] == streamed
+    plain = json.loads(streamed)
+    assert (plain["episodes"], plain["steps"]) == (3, 12)
+    obs = np.repeat([0, 1, 2], [4, 6, 5])
+    entry = plain["entries"]["observation obs"]
+    assert entry["mean"] == pytest.approx([obs.mean()] * 2)
+    assert entry["q50"] == [1, 1]
+    assert plain["entries"]["action b"] == {"rows": 12, "classes": [12, 0, 0]}
+    assert plain["entries"]["reward"]["max"] == 4
+    assert plain["entries"]["return"]["mean"] == pytest.approx(19 / 3)
+    out, _ = run(capsys, "stats", told)
+    assert re.search(r"^observation obs\[1\] +1.067 +0.7717 +0 +0 +1 +2 +2$", out, re.M)
+    assert re.search(r"^action b +0: 12$", out, re.M)
+    assert "reward" not in json.loads(run(capsys, "stats", f"{told}?reward=false", "--json")[0])["entries"]
+
+
+def test_preview(told: str, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    path = json.loads(run(capsys, "preview", told, "--json")[0])["path"]
+    assert re.fullmatch(r"preview-.*told\.txt\.png", path)
+    assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+    assert run(capsys, "preview", told, "-o", "x/y.png", "--episodes", "2")[0] == "wrote  x/y.png\n"
+    assert "images in a .gif" in run(capsys, "preview", told, "-o", "y.gif", code=1)[1]
