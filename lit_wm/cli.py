@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 from lit_wm import __version__
@@ -96,6 +98,19 @@ def presets_table() -> str:
     return "\n".join(lines)
 
 
+def _show_warning(others: Any) -> Any:
+    """Our own warnings as one line without a place in the source; those of libraries as ever."""
+    ours = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("lit_wm", "datamodules"))
+
+    def show(message: Any, category: Any, filename: str, *args: Any, **kwargs: Any) -> None:
+        if filename.startswith(ours) and category is UserWarning:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, *args, **kwargs)
+
+    return show
+
+
 def run(argv: list[str]) -> int:
     """Run one command and let errors through."""
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -154,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     Ctrl-C and 143 after SIGTERM, a training with its checkpoint saved."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LITWM_DEBUG", "") not in ("", "0")
+    if not debug:
+        warnings.showwarning = _show_warning(warnings.showwarning)
     try:
         return run(argv)
     except Interrupted as error:
