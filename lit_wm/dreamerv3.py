@@ -8,8 +8,8 @@ deviation.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,14 +26,14 @@ from lit_wm.distributions import (
 )
 from lit_wm.errors import ConfigError
 from lit_wm.functional import symexp
-from lit_wm.module import WorldModelModule
+from lit_wm.module import WorldModelModule, arguments_of
 from lit_wm.nets.coders import Decoder, Encoder, greedy
 from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
 from lit_wm.nets.rssm import RSSM
 from lit_wm.noise import Noise
 from lit_wm.optim import LaProp
-from lit_wm.presets import dreamerv3_sizes
+from lit_wm.presets import DREAMERV3, dreamerv3_sizes
 from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
@@ -159,20 +159,9 @@ class DreamerV3Module(WorldModelModule):
     ):
         super().__init__(log_every=log_every, seed=seed)
         self.save_hyperparameters()
-        overrides = {
-            "deter": deter,
-            "hidden": hidden,
-            "stoch": stoch,
-            "classes": classes,
-            "depth": depth,
-            "units": units,
-            "blocks": blocks,
-        }
-        sizes = dreamerv3_sizes(preset, **overrides)
-        # The model's own arguments, by name.
-        names = inspect.signature(DreamerV3).parameters.keys() - {"spaces"}
-        options: dict[str, Any] = {k: v for k, v in self.hparams.items() if k in names} | sizes
-        self.model = DreamerV3(Spaces.from_plain(spaces), **options)
+        options = arguments_of(DreamerV3Module, self.hparams, exact=False)
+        sizes = dreamerv3_sizes(preset, **{k: options[k] for k in DREAMERV3["size200m"]})
+        self.model = DreamerV3(Spaces.from_plain(spaces), **options | sizes)
         self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
         rates = {"lr": lr, "actor_lr": lr if actor_lr is None else actor_lr}
         rates["critic_lr"] = lr if critic_lr is None else critic_lr
@@ -280,105 +269,83 @@ class LossOutput:
 
 
 class DreamerV3(WorldModel):
-    """The networks, the losses and the verbs, free of Lightning. See :class:`DreamerV3Module` for the
-    arguments.
+    """The networks, the losses and the verbs, free of Lightning. Arguments and defaults are those of
+    :class:`DreamerV3Module`; sizes must be given.
     """
 
-    def __init__(
-        self,
-        spaces: Spaces,
-        deter: int,
-        hidden: int,
-        stoch: int,
-        classes: int,
-        depth: int,
-        units: int,
-        blocks: int = 8,
-        layers: dict[str, int] | None = None,
-        strided: bool = False,
-        outer: bool = False,
-        squash: bool = True,
-        imag_length: int = 15,
-        imag_warmup: int = 0,
-        imag_last: int = 0,
-        horizon: float = 333,
-        contdisc: bool = True,
-        lam: float = 0.95,
-        actent: float = 3e-4,
-        actent_final: float | None = None,
-        actent_anneal: int = 0,
-        slowreg: float = 1.0,
-        slowtar: bool = False,
-        slow_rate: float = 0.02,
-        return_norm: str = "perc",
-        free_nats: float = 1.0,
-        mix: float = 0.01,
-        kl_warmup: int = 0,
-        loss_scales: dict[str, float] | None = None,
-        reward_scale: float = 1.0,
-    ):
+    def __init__(self, spaces: Spaces, **options: Any):
         super().__init__(spaces)
-        self.imag_length, self.imag_warmup, self.imag_last = imag_length, imag_warmup, imag_last
-        self.horizon, self.contdisc = horizon, contdisc
-        self.lam, self.slowreg, self.slowtar = lam, slowreg, slowtar
-        self.actent, self.actent_anneal, self.kl_warmup = actent, actent_anneal, kl_warmup
-        self.actent_final = actent if actent_final is None else actent_final
-        self.reward_scale = reward_scale
-        self.slow_rate, self.free_nats, self.mix = slow_rate, free_nats, mix
+        o = SimpleNamespace(**arguments_of(DreamerV3Module, options))
+        self.imag_length, self.imag_warmup, self.imag_last = o.imag_length, o.imag_warmup, o.imag_last
+        self.horizon, self.contdisc = o.horizon, o.contdisc
+        self.lam, self.slowreg, self.slowtar = o.lam, o.slowreg, o.slowtar
+        self.actent, self.actent_anneal, self.kl_warmup = o.actent, o.actent_anneal, o.kl_warmup
+        self.actent_final = o.actent if o.actent_final is None else o.actent_final
+        self.reward_scale = o.reward_scale
+        self.slow_rate, self.free_nats, self.mix = o.slow_rate, o.free_nats, o.mix
         clash = sorted(spaces.obs.keys() & LOSS_SCALES.keys())
         if clash:
             raise ConfigError(f"observation keys {clash} are names of losses; rename them in the environment")
-        if imag_length < 1:
-            raise ConfigError(f"model.imag_length is {imag_length}; expected 1 imagined step or more")
-        if imag_last < 0 or imag_last == 1:
+        if o.imag_length < 1:
+            raise ConfigError(f"model.imag_length is {o.imag_length}; expected 1 imagined step or more")
+        if o.imag_last < 0 or o.imag_last == 1:
             raise ConfigError(
-                f"model.imag_last is {imag_last}; expected 0 for all steps, or 2 and more: the replay value "
-                "loss needs a next step"
+                f"model.imag_last is {o.imag_last}; expected 0 for all steps, or 2 and more: the replay "
+                "value loss needs a next step"
             )
-        if not horizon > 1:
-            raise ConfigError(f"model.horizon is {horizon}; expected more than 1 step, gamma = 1 - 1/horizon")
-        if min(imag_warmup, actent_anneal, kl_warmup) < 0:
+        if not o.horizon > 1:
+            raise ConfigError(
+                f"model.horizon is {o.horizon}; expected more than 1 step, gamma = 1 - 1/horizon"
+            )
+        if min(o.imag_warmup, o.actent_anneal, o.kl_warmup) < 0:
             raise ConfigError("model.imag_warmup, actent_anneal and kl_warmup count updates; expected >= 0")
-        if (actent_final is None) != (actent_anneal == 0):
+        if (o.actent_final is None) != (o.actent_anneal == 0):
             raise ConfigError(
                 "model.actent_final and model.actent_anneal need each other: where to, how fast"
             )
-        unknown = (loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
+        unknown = (o.loss_scales or {}).keys() - LOSS_SCALES.keys() - spaces.obs.keys()
         if unknown:
             known = sorted(LOSS_SCALES.keys() | spaces.obs.keys())
             raise ConfigError(f"unknown model.loss_scales {sorted(unknown)}; known: {', '.join(known)}")
-        scales = LOSS_SCALES | (loss_scales or {})
+        scales: dict[str, float] = LOSS_SCALES | (o.loss_scales or {})
         self.loss_scales = {k: scales.get(k, scales["rec"]) for k in spaces.obs} | scales
         self.loss_scales.pop("rec")
-        if not all(0 <= x < float("inf") for x in self.loss_scales.values()) or not 0 < reward_scale < float(
-            "inf"
-        ):
+        if not all(
+            0 <= x < float("inf") for x in self.loss_scales.values()
+        ) or not 0 < o.reward_scale < float("inf"):
             raise ConfigError(
-                f"model.loss_scales is {loss_scales} and model.reward_scale {reward_scale}; expected 0 or "
-                "more for each loss, and more than 0"
+                f"model.loss_scales is {o.loss_scales} and model.reward_scale {o.reward_scale}; expected 0 "
+                "or more for each loss, and more than 0"
             )
-        depths = LAYERS | (layers or {})
+        depths = LAYERS | (o.layers or {})
         if depths.keys() != LAYERS.keys() or any(not isinstance(n, int) or n < 1 for n in depths.values()):
             raise ConfigError(
-                f"model.layers is {layers}; expected at least 1 for some of {', '.join(LAYERS)}"
+                f"model.layers is {o.layers}; expected at least 1 for some of {', '.join(LAYERS)}"
             )
         self.follow_schedules(0)
 
-        feat = deter + stoch * classes
-        self.enc = Encoder(spaces.obs, depth, units, strided, outer, squash, depths["enc"])
+        feat = o.deter + o.stoch * o.classes
+        self.enc = Encoder(spaces.obs, o.depth, o.units, o.strided, o.outer, o.squash, depths["enc"])
         action = sum(s.size for s in spaces.action.values())
-        self.dyn = RSSM(self.enc.token_size, action, deter, hidden, stoch, classes, blocks, mix)
+        self.dyn = RSSM(self.enc.token_size, action, o.deter, o.hidden, o.stoch, o.classes, o.blocks, o.mix)
         self.dec = Decoder(
-            spaces.obs, deter, stoch * classes, depth, units, strided, outer, layers=depths["dec"]
+            spaces.obs,
+            o.deter,
+            o.stoch * o.classes,
+            o.depth,
+            o.units,
+            o.strided,
+            o.outer,
+            layers=depths["dec"],
         )
-        self.rew = Head(feat, units, depths["rew"], 255, "logits", outscale=0.0)
-        self.con = Head(feat, units, depths["con"], 1, "logit", outscale=1.0)
-        self.pol = PolicyHead(feat, units, depths["pol"], spaces.action)
-        self.val = Head(feat, units, depths["val"], 255, "logits", outscale=0.0)
-        self.slowval = Head(feat, units, depths["val"], 255, "logits", outscale=0.0)
+        self.rew = Head(feat, o.units, depths["rew"], 255, "logits", outscale=0.0)
+        self.con = Head(feat, o.units, depths["con"], 1, "logit", outscale=1.0)
+        self.pol = PolicyHead(feat, o.units, depths["pol"], spaces.action)
+        self.val = Head(feat, o.units, depths["val"], 255, "logits", outscale=0.0)
+        self.slowval = Head(feat, o.units, depths["val"], 255, "logits", outscale=0.0)
         self.slowval.load_state_dict(self.val.state_dict())
         self.slowval.requires_grad_(False)
-        self.retnorm = ReturnNorm(return_norm)
+        self.retnorm = ReturnNorm(o.return_norm)
         self.register_buffer("bins", symexp_bins(255), persistent=False)
 
     bins: Tensor

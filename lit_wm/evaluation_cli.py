@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lit_wm.callbacks.evaluate import Interrupts, run_episodes, write_atomic
+from lit_wm.callbacks.evaluate import PER_EPISODE, Interrupts, run_episodes, write_atomic
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_vector_env, spaces_from_gym, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
@@ -31,7 +31,6 @@ from lit_wm.training_cli import find_checkpoint, stored_run
 from lit_wm.types import Spaces, Spec
 
 VIDEO_FRAMES, VIDEO_SIDE = 2_000, 320  # a video ends after so many frames; larger renderings are shrunk
-PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")
 EXPORTED = ["state_dict", "hyper_parameters", "hparams_name", "pytorch-lightning_version"]
 EXPORTED += ["epoch", "global_step"]
 

@@ -4,8 +4,9 @@ losses.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -105,22 +106,27 @@ class WorldModelModule(pl.LightningModule):
         return result
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Hand scalars to every logger at the current environment step, as an exact integer."""
-        env_steps = self.env_steps
-        metrics = metrics | {"step/env": env_steps, "step/grad": self.updates}
+        """Hand scalars to every logger at the current :attr:`axis`, as an exact integer."""
+        metrics = metrics | {"step/env": self.env_steps, "step/grad": self.updates}
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "pop_metrics"):
             metrics |= data.pop_metrics()
         self.latest |= metrics
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
-                logger.log_metrics(metrics, step=env_steps)
+                logger.log_metrics(metrics, step=self.axis)
 
     @property
     def env_steps(self) -> int:
         """Environment steps of all processes; 0 without a data module that counts them."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         return int(getattr(data, "env_steps", 0))
+
+    @property
+    def axis(self) -> int:
+        """What curves are drawn over: environment steps; updates where no environment is collected from."""
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return int(self.updates) if getattr(data, "env", "") is None else self.env_steps
 
     # --- Lightning hooks ---------------------------------------------------------------------------
 
@@ -167,7 +173,9 @@ class WorldModelModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a lone file needs to be used: class, environment and precision, in plain values."""
-        data, kind = getattr(self.trainer, "datamodule", None), type(self)
+        trainer, kind = self._trainer, type(self)  # none, if a file of others has been converted
+        data = getattr(trainer, "datamodule", None)
+        env = getattr(data, "evaluation_env", getattr(data, "env", None))
         options: dict[str, Any] | None = getattr(data, "env_options", None) or {}
         try:
             options = json.loads(json.dumps(options))
@@ -176,9 +184,9 @@ class WorldModelModule(pl.LightningModule):
         checkpoint["lit_wm"] = {
             "version": __version__,
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
-            "env": getattr(data, "env", None) if options is not None else None,
+            "env": env if options is not None else None,
             "env_options": options,
-            "precision": str(self.trainer.precision),
+            "precision": "32-true" if trainer is None else str(trainer.precision),
             "updates": self.updates,
             "env_steps": self.env_steps,
         }
@@ -249,6 +257,18 @@ class WorldModelModule(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             action, state = self.model.act(obs, state, is_first, mode, noise)
         return {k: v.cpu() for k, v in action.items()}, state
+
+
+def arguments_of(module: type, given: Mapping[str, Any], exact: bool = True) -> dict[str, Any]:
+    """Every argument of a module but ``spaces``: what is ``given``, else its default.
+
+    Raises:
+        TypeError: for a name that it does not have, if ``exact``.
+    """
+    known = inspect.signature(module).parameters
+    if exact and (unknown := given.keys() - known.keys()):
+        raise TypeError(f"{module.__name__} has no argument {', '.join(sorted(unknown))}")
+    return {k: given.get(k, p.default) for k, p in known.items() if k != "spaces"}
 
 
 @contextmanager

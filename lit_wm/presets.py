@@ -7,15 +7,17 @@ argument of the module overrides its row. The nominal names match the parameter 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 
-def _row(deter: int, hidden: int, stoch: int, classes: int, depth: int, units: int) -> Mapping[str, int]:
-    return MappingProxyType(
-        dict(deter=deter, hidden=hidden, stoch=stoch, classes=classes, depth=depth, units=units, blocks=8)
-    )
+def _counts(names: Sequence[str], *counts: int) -> Mapping[str, int]:
+    return MappingProxyType(dict(zip(names, counts, strict=True)))
+
+
+def _row(*sizes: int) -> Mapping[str, int]:
+    return _counts(("deter", "hidden", "stoch", "classes", "depth", "units", "blocks"), *sizes, 8)
 
 
 # Columns: deter D, hidden h, stoch S, classes C, depth d (channels of the first convolution / 2), units u.
@@ -33,36 +35,18 @@ DREAMERV3: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 
 # Trainable parameters of the official code (slow critic excluded): an image of 64x64x3 with 18 discrete
-# actions ...
-DREAMERV3_PARAMETERS_IMAGE: Mapping[str, int] = MappingProxyType(
-    {
-        "size1m": 688_004,
-        "size12m": 10_498_772,
-        "size25m": 23_496_244,
-        "size50m": 41_659_284,
-        "size100m": 93_482_068,
-        "size200m": 165_967_124,
-        "size400m": 372_924_052,
-    }
+# actions, and one vector of 39 numbers with 6 continuous actions.
+_SIZES = tuple(DREAMERV3)[1:]
+DREAMERV3_PARAMETERS_IMAGE = _counts(
+    _SIZES, 688_004, 10_498_772, 23_496_244, 41_659_284, 93_482_068, 165_967_124, 372_924_052
 )
-
-# ... and one vector of 39 numbers with 6 continuous actions.
-DREAMERV3_PARAMETERS_VECTOR: Mapping[str, int] = MappingProxyType(
-    {
-        "size1m": 642_802,
-        "size12m": 9_745_714,
-        "size25m": 21_794_482,
-        "size50m": 38_627_378,
-        "size100m": 86_645_554,
-        "size200m": 153_800_242,
-        "size400m": 345_519_154,
-    }
+DREAMERV3_PARAMETERS_VECTOR = _counts(
+    _SIZES, 642_802, 9_745_714, 21_794_482, 38_627_378, 86_645_554, 153_800_242, 345_519_154
 )
 
 
 def _tdmpc2_row(*sizes: int) -> Mapping[str, int]:
-    names = ("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q")
-    return MappingProxyType(dict(zip(names, sizes, strict=True)))
+    return _counts(("enc_dim", "mlp_dim", "latent_dim", "num_enc_layers", "num_q"), *sizes)
 
 
 TDMPC2: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -80,12 +64,9 @@ TDMPC2: Mapping[str, Mapping[str, int]] = MappingProxyType(
 # the task sets, and two special cases of 5m.
 TDMPC2_PARAMETERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
-        kind: MappingProxyType(dict(zip(("1m", "5m", "19m", "48m", "317m"), counts, strict=True)))
-        for kind, counts in {
-            "vector": (1_218_491, 4_964_458, 18_077_802, 47_235_178, 312_656_857),
-            "mt30": (1_426_427, 5_241_066, 16_031_210, 48_242_410, 317_316_889),
-            "mt80": (1_435_067, 5_389_930, 18_970_218, 48_791_146, 317_383_129),
-        }.items()
+        "vector": _counts(tuple(TDMPC2)[1:], 1_218_491, 4_964_458, 18_077_802, 47_235_178, 312_656_857),
+        "mt30": _counts(tuple(TDMPC2)[1:], 1_426_427, 5_241_066, 16_031_210, 48_242_410, 317_316_889),
+        "mt80": _counts(tuple(TDMPC2)[1:], 1_435_067, 5_389_930, 18_970_218, 48_791_146, 317_383_129),
     }
 )
 TDMPC2_PARAMETERS_EPISODIC = 5_492_331  # 39 numbers, 6 actions, with the termination head

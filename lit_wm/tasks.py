@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lit_wm.errors import ConfigError, nearest
 
 if TYPE_CHECKING:  # types need torch
+    from torch import Tensor
+
     from lit_wm.types import Spaces
 
 
@@ -67,6 +69,14 @@ _METAWORLD = """
 TASK_SETS: Mapping[str, tuple[Task, ...]] = MappingProxyType(
     {"mt30": _MT30, "mt80": _MT30 + tuple(Task(f"mw-{name}", 39, 4, 100) for name in _METAWORLD.split())}
 )
+
+
+def action_masks(tasks: Sequence[Task]) -> Tensor:
+    """1 where an action entry belongs to the task, else 0. (tasks, A) float32"""
+    import torch
+
+    sizes = torch.tensor([t.action for t in tasks])
+    return (torch.arange(max(t.action for t in tasks)) < sizes[:, None]).float()
 
 
 def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ...]:

@@ -13,10 +13,10 @@ first axis, so that every step is contiguous.
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,15 +26,16 @@ from torch import Tensor, nn
 from lit_wm.distributions import categorical_entropy, symlog_two_hot_loss, symlog_two_hot_mean
 from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest
 from lit_wm.functional import one_hot
-from lit_wm.module import WorldModelModule
+from lit_wm.module import WorldModelModule, arguments_of
 from lit_wm.nets.coders import discrete_one_hot
 from lit_wm.nets.heads import flat_action
 from lit_wm.nets.normed import Layers, PixelEncoder
 from lit_wm.noise import Noise
 from lit_wm.planners import make_planner
+from lit_wm.presets import TDMPC2 as TDMPC2_PRESETS
 from lit_wm.presets import tdmpc2_sizes
 from lit_wm.returns import gather_values
-from lit_wm.tasks import list_tasks, task_list
+from lit_wm.tasks import action_masks, list_tasks, task_list
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -139,14 +140,9 @@ class TDMPC2Module(WorldModelModule):
     ):
         super().__init__(log_every=log_every, seed=seed)
         self.save_hyperparameters()
-        sizes = tdmpc2_sizes(
-            preset, tasks, enc_dim=enc_dim, mlp_dim=mlp_dim,
-            latent_dim=latent_dim, num_enc_layers=num_enc_layers, num_q=num_q, task_dim=task_dim,
-        )  # fmt: skip
-        # The model's own arguments, by name.
-        names = inspect.signature(TDMPC2).parameters.keys() - {"spaces"}
-        options: dict[str, Any] = {k: v for k, v in self.hparams.items() if k in names} | sizes
-        self.model = TDMPC2(Spaces.from_plain(spaces), **options)
+        options = arguments_of(TDMPC2Module, self.hparams, exact=False)
+        sizes = tdmpc2_sizes(preset, tasks, **{k: options[k] for k in (*TDMPC2_PRESETS["5m"], "task_dim")})
+        self.model = TDMPC2(Spaces.from_plain(spaces), **options | sizes)
         for name, value in {"lr": lr, "enc_lr_scale": enc_lr_scale, "grad_clip": grad_clip}.items():
             if not 0 < value < float("inf"):
                 raise ConfigError(f"model.{name} is {value}; expected more than 0")
@@ -262,7 +258,8 @@ class Policy(NamedTuple):
 
 
 class TDMPC2(WorldModel):
-    """The networks, the losses and the verbs, free of Lightning. See :class:`TDMPC2Module` for the arguments.
+    """The networks, the losses and the verbs, free of Lightning. Arguments and defaults are those of
+    :class:`TDMPC2Module`; sizes must be given.
 
     Actions are vectors in -1 ... 1, or one discrete entry, which is an extension of ours: a categorical
     policy whose loss is the exact expectation over the classes, and one-hot vectors everywhere else.
@@ -270,81 +267,50 @@ class TDMPC2(WorldModel):
 
     decodes = False
 
-    def __init__(
-        self,
-        spaces: Spaces,
-        enc_dim: int,
-        mlp_dim: int,
-        latent_dim: int,
-        num_enc_layers: int,
-        num_q: int,
-        task_dim: int = 96,
-        num_channels: int = 32,
-        simnorm_dim: int = 8,
-        dropout: float = 0.01,
-        num_bins: int = 101,
-        vmin: float = -10.0,
-        vmax: float = 10.0,
-        log_std_min: float = -10.0,
-        log_std_max: float = 2.0,
-        horizon: int = 3,
-        rho: float = 0.5,
-        consistency_coef: float = 20.0,
-        reward_coef: float = 0.1,
-        value_coef: float = 0.1,
-        termination_coef: float = 1.0,
-        entropy_coef: float = 1e-4,
-        tau: float = 0.01,
-        discount: float | list[float] | None = None,
-        discount_denom: float = 5.0,
-        discount_min: float = 0.95,
-        discount_max: float = 0.995,
-        episodic: bool = False,
-        tasks: str | list[dict[str, Any]] | None = None,
-        task: str | None = None,
-        task_embedding_policy_grad: str = "official",
-        planner: str = "mppi",
-        planner_options: dict[str, Any] | None = None,
-    ):
+    def __init__(self, spaces: Spaces, **options: Any):
         super().__init__(spaces)
-        self.latent_dim, self.simnorm_dim, self.dropout = latent_dim, simnorm_dim, dropout
-        self.vmin, self.vmax, self.log_std_min, self.log_std_max = vmin, vmax, log_std_min, log_std_max
-        self.horizon, self.entropy_coef, self.tau = horizon, entropy_coef, tau
-        self.coefs = {"consistency": consistency_coef, "reward": reward_coef, "value": value_coef}
-        self.coefs |= {"termination": termination_coef} if episodic else {}
-        self.episodic = episodic
+        o = SimpleNamespace(**arguments_of(TDMPC2Module, options))
+        self.latent_dim, self.simnorm_dim, self.dropout = o.latent_dim, o.simnorm_dim, o.dropout
+        self.vmin, self.vmax, self.log_std_min, self.log_std_max = (
+            o.vmin,
+            o.vmax,
+            o.log_std_min,
+            o.log_std_max,
+        )
+        self.horizon, self.entropy_coef, self.tau = o.horizon, o.entropy_coef, o.tau
+        self.coefs = {"consistency": o.consistency_coef, "reward": o.reward_coef, "value": o.value_coef}
+        self.coefs |= {"termination": o.termination_coef} if o.episodic else {}
+        self.episodic = o.episodic
         self.trained = {"world_model": True, "critic": True}
         inf = float("inf")
-        for name, value, least, most in (
-            ("horizon", horizon, 1, inf), ("num_q", num_q, 2, inf), ("num_bins", num_bins, 2, inf),
-            ("num_channels", num_channels, 1, inf), ("simnorm_dim", simnorm_dim, 2, inf),
-            ("dropout", dropout, 0.0, 0.99), ("tau", tau, 0.0, 1.0), ("rho", rho, 0.0, 1.0),
-            ("consistency_coef", consistency_coef, 0.0, inf), ("reward_coef", reward_coef, 0.0, inf),
-            ("value_coef", value_coef, 0.0, inf), ("termination_coef", termination_coef, 0.0, inf),
-            ("entropy_coef", entropy_coef, 0.0, inf), ("discount_denom", discount_denom, 1e-6, inf),
-            ("discount_min", discount_min, 0.0, discount_max), ("discount_max", discount_max, 0.0, 1.0),
-        ):  # fmt: skip
+        bounds = dict.fromkeys([f"{k}_coef" for k in (*self.coefs, "termination", "entropy")], (0.0, inf)) | {
+            "horizon": (1, inf), "num_q": (2, inf), "num_bins": (2, inf), "num_channels": (1, inf),
+            "simnorm_dim": (2, inf), "dropout": (0.0, 0.99), "tau": (0.0, 1.0), "rho": (0.0, 1.0),
+            "discount_denom": (1e-6, inf), "discount_min": (0.0, o.discount_max), "discount_max": (0.0, 1.0),
+        }  # fmt: skip
+        for name, (least, most) in bounds.items():
+            value = getattr(o, name)
             whole = isinstance(least, int) and not isinstance(value, int)
             if whole or isinstance(value, bool) or not least <= value <= most or value == inf:
                 kind = "a whole number" if isinstance(least, int) else "a number"
                 raise ConfigError(f"model.{name} is {value}; expected {kind} of {least} to {most}")
-        if not vmin < vmax or not log_std_min < log_std_max:
+        if not o.vmin < o.vmax or not o.log_std_min < o.log_std_max:
             raise ConfigError("model.vmin and log_std_min must be below vmax and log_std_max")
-        if task_embedding_policy_grad not in ("official", "none"):
+        if o.task_embedding_policy_grad not in ("official", "none"):
             raise ConfigError(
-                f"model.task_embedding_policy_grad is {task_embedding_policy_grad!r}; expected 'official' or "
-                "'none'"
+                f"model.task_embedding_policy_grad is {o.task_embedding_policy_grad!r}; expected 'official' "
+                "or 'none'"
             )
-        self.task_embedding_policy_grad = task_embedding_policy_grad
+        self.task_embedding_policy_grad = o.task_embedding_policy_grad
         self.image_keys = [k for k, s in spaces.obs.items() if s.is_image]
         self.discrete = self._check_spaces()
 
         # Tasks: sizes are those of the largest, the others are filled up with zeros.
-        self.tasks, self.task_index = list_tasks(tasks, task, spaces)
+        self.tasks, self.task_index = list_tasks(o.tasks, o.task, spaces)
         own = sum(s.size for s in spaces.obs.values()), sum(s.size for s in spaces.action.values())
         self.obs_dim, self.action_dim = own
         if self.tasks:
-            if self.image_keys or episodic or self.discrete:
+            if self.image_keys or o.episodic or self.discrete:
                 raise ConfigError(
                     "several tasks (model.tasks) go with vector observations, continuous actions and "
                     "episodic: false; the reference has no other"
@@ -355,51 +321,49 @@ class TDMPC2(WorldModel):
                 sizes = " or ".join(f"{obs} and {action}" for obs, action in fits)
                 raise ConfigError(
                     f"the data has {own[0]} observed numbers and {own[1]} action numbers; expected {sizes}, "
-                    f"as {f'the task {task} or ' if task else ''}the largest of model.tasks\n"
+                    f"as {f'the task {o.task} or ' if o.task else ''}the largest of model.tasks\n"
                     "Say with model.task which task it is or a new name, or fill the data up to the largest"
                 )
             self.obs_dim, self.action_dim = largest
-            self.task_embedding = nn.Embedding(len(self.tasks), task_dim)
+            self.task_embedding = nn.Embedding(len(self.tasks), o.task_dim)
             nn.init.uniform_(self.task_embedding.weight, -0.02, 0.02)
-            used = torch.tensor([t.action for t in self.tasks])
-            mask = (torch.arange(self.action_dim) < used.unsqueeze(1)).float()
-            self.register_buffer("action_mask", mask)
+            self.register_buffer("action_mask", action_masks(self.tasks))
         lengths = [t.episode_length for t in self.tasks] or [spaces.episode_length or 1000]
-        gammas = [min(max(1 - discount_denom / n, discount_min), discount_max) for n in lengths]
-        if discount is not None:
-            gammas = discount if isinstance(discount, list) else [discount] * len(lengths)
+        gammas = [min(max(1 - o.discount_denom / n, o.discount_min), o.discount_max) for n in lengths]
+        if o.discount is not None:
+            gammas = o.discount if isinstance(o.discount, list) else [o.discount] * len(lengths)
         if len(gammas) != len(lengths) or not all(0 <= g <= 1 and g is not True for g in gammas):
             raise ConfigError(
-                f"model.discount is {discount}, discount_min {discount_min} and discount_max {discount_max}; "
-                f"expected numbers of 0 to 1, one or {len(lengths)} for the tasks"
+                f"model.discount is {o.discount}, discount_min {o.discount_min} and discount_max "
+                f"{o.discount_max}; expected numbers of 0 to 1, one or {len(lengths)} for the tasks"
             )
         self.gammas = gammas
         discounts = torch.tensor(gammas, dtype=torch.float32)
         self.register_buffer("discount", discounts if self.tasks else discounts[0], persistent=False)
 
-        T = task_dim if self.tasks else 0
-        L, A, M = latent_dim, self.action_dim, mlp_dim
-        if L % simnorm_dim:
-            raise ConfigError(f"model.latent_dim is {L}; expected a multiple of simnorm_dim, {simnorm_dim}")
+        T = o.task_dim if self.tasks else 0
+        L, A, M = o.latent_dim, self.action_dim, o.mlp_dim
+        if L % o.simnorm_dim:
+            raise ConfigError(f"model.latent_dim is {L}; expected a multiple of simnorm_dim, {o.simnorm_dim}")
         if self.image_keys:
-            self.encoder: nn.Module = self._pixel_encoder(num_channels)
+            self.encoder: nn.Module = self._pixel_encoder(o.num_channels)
         else:
-            hidden = [enc_dim] * max(num_enc_layers - 1, 1)
-            self.encoder = Layers(self.obs_dim + T, *hidden, L, act="simnorm", width=simnorm_dim)
-        self.dynamics = Layers(L + T + A, M, M, L, act="simnorm", width=simnorm_dim)
-        self.reward = Layers(L + T + A, M, M, num_bins, zero=True)
-        if episodic:
+            hidden = [o.enc_dim] * max(o.num_enc_layers - 1, 1)
+            self.encoder = Layers(self.obs_dim + T, *hidden, L, act="simnorm", width=o.simnorm_dim)
+        self.dynamics = Layers(L + T + A, M, M, L, act="simnorm", width=o.simnorm_dim)
+        self.reward = Layers(L + T + A, M, M, o.num_bins, zero=True)
+        if o.episodic:
             self.termination = Layers(L, M, M, 1)
         self.policy = Layers(L + T, M, M, A if self.discrete else 2 * A)
-        self.critic = Layers(L + T + A, M, M, num_bins, members=num_q, zero=True)
-        self.target_critic = Layers(L + T + A, M, M, num_bins, members=num_q, zero=True)
+        self.critic = Layers(L + T + A, M, M, o.num_bins, members=o.num_q, zero=True)
+        self.target_critic = Layers(L + T + A, M, M, o.num_bins, members=o.num_q, zero=True)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
         self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("bins", torch.linspace(vmin, vmax, num_bins), persistent=False)
+        self.register_buffer("bins", torch.linspace(o.vmin, o.vmax, o.num_bins), persistent=False)
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
-        self.register_buffer("rhos", rho ** torch.arange(horizon + 1.0), persistent=False)
-        self.planner = self.planner_of(planner, planner_options)
+        self.register_buffer("rhos", o.rho ** torch.arange(o.horizon + 1.0), persistent=False)
+        self.planner = self.planner_of(o.planner, o.planner_options)
 
     bins: Tensor
     scale: Tensor

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 
-from lit_wm import __version__
 from lit_wm.callbacks.evaluate import write_atomic
 from lit_wm.convert.official_tdmpc2 import module_from_official, read, to_official
 from lit_wm.errors import CheckpointError, ConfigError
@@ -76,24 +75,16 @@ def read_tasks(given: str | None) -> Any:
 
 def lone_checkpoint(module: Any) -> dict[str, Any]:
     """What ``lit-wm export`` would write of a module that was never trained here."""
-    kind = type(module)
-    return {
+    checkpoint = {
         "state_dict": module.state_dict(),
         "hparams_name": "kwargs",
         "hyper_parameters": dict(module.hparams),
         "pytorch-lightning_version": pl.__version__,
         "epoch": 0,
         "global_step": 0,
-        "lit_wm": {
-            "version": __version__,
-            "class_path": f"{kind.__module__}.{kind.__qualname__}",
-            "env": None,
-            "env_options": None,
-            "precision": "32-true",
-            "updates": 0,
-            "env_steps": 0,
-        },
     }
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
 
 
 def describe(module: Any) -> str:

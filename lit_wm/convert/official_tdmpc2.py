@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
 from lit_wm.presets import TDMPC2, tdmpc2_sizes
-from lit_wm.tasks import Task, task_list
+from lit_wm.tasks import Task, action_masks, task_list
 from lit_wm.types import Spaces, Spec
 
 if TYPE_CHECKING:
@@ -122,25 +122,15 @@ def _sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
     for name, axes in names.items():
         if state[name].ndim != len(axes):
             raise CheckpointError(f"{name} has shape {tuple(state[name].shape)}; expected {len(axes)} axes")
-    found = {
-        "latent_dim": ("_dynamics.2.bias", 0),
-        "mlp_dim": ("_dynamics.0.bias", 0),
-        "num_q": (f"{ONLINE}.0.bias", 0),
-        "num_bins": ("_reward.2.bias", 0),
-        "action": ("_pi.2.bias", 0),
-        "task_dim": ("_task_emb.weight", 1),
-        "num_tasks": ("_task_emb.weight", 0),
-        "enc_dim": ("_encoder.state.0.bias", 0),
-        "num_channels": ("_encoder.rgb.2.bias", 0),
-        "obs": (
-            "_encoder.rgb.2.weight" if "_encoder.rgb.2.weight" in names else "_encoder.state.0.weight",
-            1,
-        ),
-    }
-    sizes = {k: state[name].shape[axis] for k, (name, axis) in found.items() if name in names}
-    sizes["action"] //= 2
+    sizes = {"action": len(state["_pi.2.bias"]) // 2}
+    if "_task_emb.weight" in names:
+        sizes["num_tasks"], sizes["task_dim"] = state["_task_emb.weight"].shape
+    for name in sorted(names, key=lambda name: name.startswith("_encoder")):
+        for size, text in zip(state[name].shape, names[name], strict=True):
+            if isinstance(text, str) and "+" not in text:
+                sizes.setdefault(text, size)
     if "enc_dim" in sizes:
-        sizes["obs"] -= sizes.get("task_dim", 0)
+        sizes.setdefault("obs", state["_encoder.state.0.weight"].shape[1] - sizes.get("task_dim", 0))
         sizes["num_enc_layers"] = sum(bool(re.fullmatch(r"_encoder\.state\.\d+\.weight", k)) for k in names)
     if low := {k: v for k, v in sizes.items() if v < 1}:
         raise CheckpointError(f"this TD-MPC2 checkpoint has sizes below 1: {low}")
@@ -163,12 +153,6 @@ def _sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 # --- Official to ours -------------------------------------------------------------------------------
-
-
-def action_masks(tasks: Sequence[Task]) -> Tensor:
-    """1 where an action entry belongs to the task, else 0. (tasks, A) float32"""
-    sizes = torch.tensor([t.action for t in tasks])
-    return (torch.arange(int(sizes.max())) < sizes[:, None]).float()
 
 
 def _new_layout(state: Mapping[str, Any], tasks: Sequence[Task] | None) -> dict[str, Tensor]:
