@@ -182,7 +182,8 @@ class ReplayDataModule(LightningDataModule):
         self.replay: RowReplay | Mixture | None = None
         self.held_out: Mixture | None = None  # episodes that are not trained on
         self._ahead: Prefetch | None = None
-        self._multitask = False  # whether the model wants to know the task
+        self._multitask = False  # whether the model wants to know the task of each row
+        self._task: int | None = None  # that of the environment
         self._served = 0  # batches handed out without an environment
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
@@ -350,14 +351,19 @@ class ReplayDataModule(LightningDataModule):
         self.local_batch = self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
         self._check_model(module, spaces, num_envs)
-        self._multitask = bool(getattr(getattr(module, "model", None), "tasks", None))
+        model = getattr(module, "model", None)
+        # The rows of an environment know no task: the model itself says which one it is.
+        self._multitask = bool(self.sources and getattr(model, "tasks", None))
+        self._task = getattr(model, "task_index", None)
         root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
         root = root / f"rank{self.rank}"
         ring = None if self.env is None else self._open_ring(module, spaces, num_envs, root)
         if not self.sources:
             self.replay = ring
+            self._fit_normalizer(module, {})
             return
         train, held = self._open_sources(module, spaces, root)
+        self._fit_normalizer(module, train)
         if ring is not None:
             train["env"] = ring
         weights = [*self.sources, self.env_weight] if ring is not None else self.sources
@@ -424,7 +430,9 @@ class ReplayDataModule(LightningDataModule):
         train: dict[str, RowReplay] = {}
         held: dict[str, RowReplay] = {}
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
-            task = task_number(spec, getattr(module.model, "tasks", []))
+            task = task_number(spec, getattr(getattr(module, "model", None), "tasks", []))
+            if task is None and "tasks" not in cache.meta:
+                task = self._task
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
             for kind, group, chosen in zip(("train", "val"), (train, held), split, strict=True):
                 if kind == "val" and not len(chosen):
@@ -459,6 +467,20 @@ class ReplayDataModule(LightningDataModule):
                         raise
                     storage.close()  # too short to look at
         return train, held
+
+    def _fit_normalizer(self, module: Any, train: Mapping[str, RowReplay]) -> None:
+        """Give a model that normalises its observations their statistics, unless it has some."""
+        from datamodules.offline import observation_statistics
+
+        normalizer = getattr(getattr(module, "model", None), "normalizer", None)
+        if normalizer is None or normalizer.fitted:
+            return
+        if not train or self.pad:
+            raise ConfigError(
+                "model.normalize needs data.sources without pad, whose training rows it is fitted to.\n"
+                "  Leave it out, or load a checkpoint that was fitted."
+            )
+        normalizer.fit(observation_statistics([replay.storage for replay in train.values()]))
 
     @property
     def _pin(self) -> bool:
@@ -589,6 +611,8 @@ class ReplayDataModule(LightningDataModule):
         replay, rows = self._replay, nested(columns)
         if self.within_episodes:
             batch = tdmpc2_view(rows, self._multitask)
+            if batch.task is not None and self.collector is not None and self._task is not None:
+                batch.task[batch.info["part"] == len(self.sources)] = self._task
             return batch if torch.device(device).type == "cpu" else batch.to(device)
         latents = replay.latents if "latent" in rows else None
         batch = dreamer_view(rows, self.replay_context, self.time_limit_is_terminal, latents)

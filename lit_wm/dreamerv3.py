@@ -86,6 +86,8 @@ class DreamerV3Module(WorldModelModule):
         kl_warmup: updates over which the weights of dyn and rep rise from 0; 0 = there from the start.
         loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation
             key. With ``rec: 0`` nothing is reconstructed and the decoder stays untrained.
+        normalize: put vector observations into units of their mean and standard deviation in the training
+            rows of ``data.sources``, which are stored with the weights.
         reward_scale: factor on the rewards of the data; the model's rewards and values are in its units.
         lr: learning rate.
         actor_lr: learning rate of the policy; None = ``lr``.
@@ -139,6 +141,7 @@ class DreamerV3Module(WorldModelModule):
         mix: float = 0.01,
         kl_warmup: int = 0,
         loss_scales: dict[str, float] | None = None,
+        normalize: bool = False,
         reward_scale: float = 1.0,
         lr: float = 4e-5,
         actor_lr: float | None = None,
@@ -274,7 +277,7 @@ class DreamerV3(WorldModel):
     """
 
     def __init__(self, spaces: Spaces, **options: Any):
-        super().__init__(spaces)
+        super().__init__(spaces, options.get("normalize", False))
         o = SimpleNamespace(**arguments_of(DreamerV3Module, options))
         self.imag_length, self.imag_warmup, self.imag_last = o.imag_length, o.imag_warmup, o.imag_last
         self.horizon, self.contdisc = o.horizon, o.contdisc
@@ -387,7 +390,8 @@ class DreamerV3(WorldModel):
 
         # 1. World model: what happened? --------------------------------------------------------------
         with torch.set_grad_enabled(trained["world_model"] and torch.is_grad_enabled()):
-            tokens = self.enc(batch.obs, dtype)  # (B, T, E)
+            obs = self.normalized(batch.obs)
+            tokens = self.enc(obs, dtype)  # (B, T, E)
             post, post_logit = self.dyn.observe(
                 tokens, self.previous_action(batch), batch.is_first, carry, noise
             )
@@ -396,7 +400,7 @@ class DreamerV3(WorldModel):
             kl, metrics = self.kl_losses(post_logit, prior_logit)
             losses |= kl
             if any(self.loss_scales[k] for k in self.spaces.obs):
-                losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), batch.obs)  # type: ignore[union-attr]
+                losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), obs)  # type: ignore[union-attr]
             rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
             losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward * self.reward_scale)
             losses["con"] = bernoulli_loss(con_logit.squeeze(-1), self.continue_target(batch))
@@ -718,7 +722,7 @@ class DreamerV3(WorldModel):
                 out[k] = out[k].float().movedim(-1, -3) if spec.channels_first else out[k].float()
             elif not spec.is_discrete:
                 out[k] = symexp(out[k])
-        return out
+        return out if self.normalizer is None else self.normalizer.inverse(out)
 
     def value(self, state: State) -> Tensor:
         """Critic's value. (...)"""

@@ -72,6 +72,8 @@ class TDMPC2Module(WorldModelModule):
         discount_denom, discount_min, discount_max: see ``discount``. An environment without a time limit
             counts as one of 1,000 decisions.
         episodic: learn and plan with terminations; needed where episodes end by themselves.
+        normalize: put vector observations into units of their mean and standard deviation in the training
+            rows of ``data.sources``, which are stored with the weights.
         tasks: ``mt30``, ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
         task: the one of ``tasks`` that the environment is; a name that is not there is a further task.
         task_like: the task whose embedding a further one begins with; None = small random numbers.
@@ -125,6 +127,7 @@ class TDMPC2Module(WorldModelModule):
         discount_min: float = 0.95,
         discount_max: float = 0.995,
         episodic: bool = False,
+        normalize: bool = False,
         tasks: str | list[dict[str, Any]] | None = None,
         task: str | None = None,
         task_like: str | None = None,
@@ -268,7 +271,7 @@ class TDMPC2(WorldModel):
     decodes = False
 
     def __init__(self, spaces: Spaces, **options: Any):
-        super().__init__(spaces)
+        super().__init__(spaces, options.get("normalize", False))
         o = SimpleNamespace(**arguments_of(TDMPC2Module, options))
         self.latent_dim, self.simnorm_dim, self.dropout = o.latent_dim, o.simnorm_dim, o.dropout
         self.vmin, self.vmax, self.log_std_min, self.log_std_max = (
@@ -435,7 +438,8 @@ class TDMPC2(WorldModel):
             batch: (B, H+1) steps of which none but the last ends an episode.
             noise: streams ``shift/next``, ``shift/first``, ``td/policy``, ``td/q``, ``dropout/model``.
         """
-        obs, action = self.observations(batch.obs), self.actions(batch.prev_action)
+        obs = self.observations(self.normalized(batch.obs))
+        action = self.actions(batch.prev_action)
         obs, action = obs.transpose(0, 1), action[:, 1:].transpose(0, 1)  # (H+1, B, ...), (H, B, A)
         reward, terminated = batch.reward[:, 1:].T, batch.is_terminal[:, 1:].T.float()  # (H, B)
         H, B = reward.shape

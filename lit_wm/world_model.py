@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
@@ -19,14 +20,16 @@ class WorldModel(nn.Module, ABC):
         spaces: observation and action entries.
         compute_dtype: dtype of activations; parameters, norms and losses stay float32.
         noise: default source of random numbers of the verbs.
+        normalizer: puts vectors into units of their spread in the data, with ``normalize``; else None.
         decodes: whether ``decode`` gives observations; without it there are no dream errors and videos.
     """
 
     decodes: bool = True
 
-    def __init__(self, spaces: Spaces):
+    def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
         self.spaces = spaces
+        self.normalizer = Normalizer(spaces.obs) if normalize else None
         self.compute_dtype = torch.float32
         self.noise: Noise = NoiseStreams()
 
@@ -100,7 +103,7 @@ class WorldModel(nn.Module, ABC):
         return {k: v.to(self.device) for k, v in actions.items()}
 
     def obs_dict(self, obs: Tensors | Tensor) -> Tensors:
-        """A bare tensor stands for the only observation key; shapes and keys are checked."""
+        """Observations for the networks, checked; a bare tensor stands for the only key."""
         if isinstance(obs, Tensor):
             if len(self.spaces.obs) != 1:
                 raise ValueError(
@@ -119,7 +122,11 @@ class WorldModel(nn.Module, ABC):
                 raise ValueError(
                     f"observation {k!r} is {obs[k].dtype}; expected an image of uint8, 0 ... 255"
                 )
-        return {k: obs[k].to(self.device) for k in self.spaces.obs}
+        return self.normalized({k: obs[k].to(self.device) for k in self.spaces.obs})
+
+    def normalized(self, obs: Tensors) -> Tensors:
+        """Observations as the networks see them. (..., *shape) each"""
+        return obs if self.normalizer is None else self.normalizer(obs)
 
     def __repr__(self) -> str:
         parts = {n: sum(p.numel() for p in m.parameters()) for n, m in self.named_children()}

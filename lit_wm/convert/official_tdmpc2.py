@@ -330,6 +330,8 @@ def to_official(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> di
     spaces = Spaces.from_plain(arguments["spaces"])
     if any(s.is_discrete for s in (*spaces.obs.values(), *spaces.action.values())):
         raise CheckpointError("the official TD-MPC2 knows no discrete observations or actions")
+    if arguments.get("normalize"):
+        raise CheckpointError("the official TD-MPC2 cannot normalise observations (model.normalize)")
     low, high = arguments["log_std_min"], arguments["log_std_max"]
     constants = {"log_std_min": low, "log_std_dif": high - low}
     tensors = {k: torch.tensor(int(v) if v == int(v) else v) for k, v in constants.items()}

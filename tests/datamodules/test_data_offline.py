@@ -295,3 +295,40 @@ def test_two_processes_draw_different_batches_of_the_same_data(tmp_path):
     trained = {int(e) for part in (one, two) for batch in part["seen"] for e in batch[..., 0].unique()}
     held = {int(e) for part in (one, two) for e in part["held"][..., 0].unique()}
     assert not trained & held
+
+
+@pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+def test_normalisation_is_fitted_to_training_rows_and_lives_with_the_weights(tmp_path, kind):
+    windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
+    more = {} if windows else {"imag_length": 3}
+    data = data_of(tmp_path, batch_size=4, sources=["made:40,50,60"], val_fraction=0.3, **windows)
+
+    def fitted(normalize):
+        module = kind(data.spaces, preset="debug", log_every=1000, normalize=normalize, seed=3, **more)
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            max_steps=2, enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data)
+        return module, trainer
+
+    module, trainer = fitted(True)
+    rows = [(e, t) for e in data.replay.parts[0].storage.chosen for t in range([40, 50, 60][e] + 1)]
+    mean, std = np.mean(rows, 0), np.std(rows, 0)
+    obs = torch.tensor([[1.0, 20.0], [0.0, 3.0]])
+    seen = module.model.obs_dict(obs)["obs"]
+    np.testing.assert_allclose(seen, (obs - mean) / std, rtol=1e-5)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    assert torch.equal(loaded.model.obs_dict(obs)["obs"], seen)
+    if kind is DreamerV3Module:  # what is decoded is in the units of the data
+        state = loaded.model.encode(obs)
+        inside = loaded.model.normalizer(loaded.model.decode(state))["obs"]
+        assert inside.abs().max() < 2
+    data.close()
+    folder = str(tmp_path / "r")
+    online = ReplayDataModule("Pendulum-v1", capacity=500, batch_size=2, batch_length=8, replay_dir=folder)
+    module = kind(online.spaces, preset="debug", normalize=True, **more)
+    if kind is DreamerV3Module:
+        with pytest.raises(ConfigError, match="model.normalize needs data.sources"):
+            trainer_of(tmp_path).fit(module, datamodule=online)
