@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes
+from datamodules.sources import parse_uri
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
@@ -72,7 +73,7 @@ class ReplayDataModule(LightningDataModule):
         env: environment id: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on
             ``sources`` alone.
         sources: datasets to train on: URIs such as ``minari:ID``, or mappings of ``uri`` and more, see
-            :class:`~datamodules.offline.SourceSpec`.
+            :class:`~datamodules.selection.SourceSpec`; ``env:ID?num_envs=4`` among them is the environment.
         env_weight: share of the batch that comes from the environment, beside the ``weight`` of each source;
             a list ``[[update, weight], ...]`` changes it linearly between updates.
         mix: ``ratio`` gives every source its weight's share of each batch, on average exactly;
@@ -192,6 +193,14 @@ class ReplayDataModule(LightningDataModule):
         self._totals = [0, 0]  # env steps collected and updates owed, of all processes, as of the last ticket
         self._restored: dict[str, Any] = {}
         self._pending: Callable[[], None] | None = None
+
+    def _take_env(self, source: SourceSpec) -> None:
+        """``env:ID?option=value`` among the sources is another way to say ``env``."""
+        _, name, options = parse_uri(source.uri)
+        if self.env is not None:
+            raise ConfigError(f"{source.uri} is a second environment beside {self.env}; expected one.")
+        self.num_envs = options.pop("num_envs", self.num_envs)
+        self.env, self.env_options, self.env_weight = name, {**self.env_options, **options}, source
 
     def _check(self) -> None:
         at_least = {

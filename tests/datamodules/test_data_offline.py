@@ -239,6 +239,16 @@ def test_what_cannot_work_is_one_clear_error(tmp_path, options, error, message):
         fit(tmp_path, 1, **options)
 
 
+def test_an_environment_may_stand_among_the_sources(tmp_path):
+    mixed = [f"made:{LENGTHS}", {"uri": "env:Pendulum-v1?num_envs=3&time_limit=50", "weight": 2}]
+    data = data_of(tmp_path, sources=mixed, capacity=500)
+    assert (data.env, data.num_envs, data.env_options) == ("Pendulum-v1", 3, {"time_limit": 50})
+    assert [spec.uri for spec in data.sources] == [f"made:{LENGTHS}"]
+    assert data.env_weight.weight == 2
+    with pytest.raises(ConfigError, match="a second environment beside CartPole-v1"):
+        data_of(tmp_path, env="CartPole-v1", sources=mixed)
+
+
 def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
     data = data_of(tmp_path)
     assert data.evaluation_env is None
