@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from datamodules.mixture import Mixture
     from datamodules.replay import RowReplay
     from datamodules.sources import open_source, register
+    from datamodules.torchrl_collector import TorchRLAdapter
     from datamodules.views import dreamer_view, tdmpc2_view
 
 _HOME = {
     "Collector": "collect", "Episode": "episodes", "Mixture": "mixture", "ReplayBuffer": "buffer",
     "ReplayDataModule": "data", "RowReplay": "replay", "Schema": "episodes", "Source": "episodes",
     "dreamer_view": "views", "ingest": "cache", "open_cache": "cache", "open_source": "sources",
-    "register": "sources", "tdmpc2_view": "views",
+    "register": "sources", "tdmpc2_view": "views", "TorchRLAdapter": "torchrl_collector",
 }  # fmt: skip
 
 __all__ = ["Collector", "Episode", "Mixture", "ReplayBuffer", "ReplayDataModule", "RowReplay", "Schema",
-           "Source", "dreamer_view", "ingest", "open_cache", "open_source", "register",
+           "Source", "TorchRLAdapter", "dreamer_view", "ingest", "open_cache", "open_source", "register",
            "tdmpc2_view"]  # fmt: skip
 
 

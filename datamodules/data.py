@@ -170,12 +170,13 @@ class ReplayDataModule(LightningDataModule):
         self.max_env_steps, self.online_queue = max_env_steps, online_queue
         self.replay_dir, self.seed = replay_dir, seed
         self._time_limit_is_terminal = time_limit_is_terminal
-        self.sources, self.mix, self.val_fraction = (
-            [SourceSpec.of(x) for x in sources or []],
-            mix,
-            val_fraction,
-        )
-        self.env_weight = SourceSpec("data.env_weight", env_weight)
+        self.mix, self.val_fraction = mix, val_fraction
+        self.sources, self.env_weight = list[SourceSpec](), SourceSpec("data.env_weight", env_weight)
+        for source in map(SourceSpec.of, sources or []):
+            if source.uri.startswith("env:"):
+                self._take_env(source)
+            else:
+                self.sources.append(source)
         self.cache_dir, self.pad, self.stack = cache_dir, pad, stack
         self.uniform_over, self.prefetch, self.eval_env = uniform_over, prefetch, eval_env
         self._check()
