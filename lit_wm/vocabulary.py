@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -69,6 +70,21 @@ def _strength(signals: Any) -> Any:
     )
 
 
+def _sources(files: Any) -> list[str]:
+    """URIs of files, by their endings."""
+    kinds = {".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".pt": "tdmpc2"}
+    found = []
+    for file in files if isinstance(files, list) else [files]:
+        kind = kinds.get(Path(str(file)).suffix)
+        if kind is None and ":" not in str(file):
+            raise ConfigError(
+                f"{file} could be data of any kind; write its URI: --data.sources '[npz:{file}]', minari:ID, "
+                "hdf5:PATH ..."
+            )
+        found.append(str(file) if ":" in str(file) else f"{kind}:{file}")
+    return found
+
+
 KL = {"kl_scale", "kl_coef", "kl_balance"}  # they make model.loss_scales.dyn and rep together
 RATIO = (
     "how often is one number: data.train_ratio, replayed steps per environment step\nUpdates per step are "
@@ -86,9 +102,8 @@ TABLE = (
     Row("model_size", ("model.preset",), _preset),
     Row("train_ratio", ("data.train_ratio",), note="replayed steps per environment step, not updates"),
     Row("headless", note="nothing ever opens a window"),
-    Row("demos demo_path demonstrations",
-        refused="reading demonstrations is not supported yet: the replay holds what the run collects\n"
-        "Remove it"),
+    Row("demos demo_path demonstrations dataset dataset_path", ("data.sources",), _sources,
+        note="their share of a batch is each source's weight, the environment's data.env_weight"),
     Row("pretrain pretrain_wm pretrain_steps",
         refused="there is no phase of its own for it\nTrain N updates with --model.train_actor false "
         "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last, both true and "
