@@ -225,7 +225,15 @@ def ingest(
     identity = _Identity(uri, source, on_bad, options)
     if not replace and (found := identity.find(root)):
         return found
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise DataError(
+            f"caches cannot be written to {root} ({error.strerror}).\n  Choose another folder with --cache "
+            "or LITWM_CACHE."
+        ) from error
     with _locked(root / f"{identity.name}.lock"):
         _sweep(root, identity.name)
         if not replace and (found := identity.find(root)):

@@ -201,7 +201,9 @@ def checked(
             parts = [] if whole is None else list(_split(whole, source.report))
         except DataError as error:
             if on_bad != "skip_episode":
-                raise
+                if "on_bad=" in str(error):
+                    raise
+                raise DataError(f"{error}\n  on_bad=skip_episode leaves such episodes out.") from error
             source.report.count("skipped", str(error).splitlines()[0])
             if tell is not None:
                 tell(error)
@@ -300,7 +302,9 @@ def _typed(where: str, value: np.ndarray, spec: Spec, report: Report) -> np.ndar
     """The array in the type of its spec, if shape and values allow."""
     if value.dtype.kind not in "biuf":
         raise DataError(f"{where} has the type {value.dtype}; expected numbers ({spec.dtype}).")
-    if value.shape[1:] != spec.shape:
+    if [n for n in value.shape[1:] if n != 1] == [n for n in spec.shape if n != 1]:
+        value = value.reshape(len(value), *spec.shape)
+    else:
         raise DataError(f"{where} has the shape (.., {_shape(value.shape[1:])}), its space says "
                         f"({_shape(spec.shape)}).")  # fmt: skip
     if value.dtype.kind == "f":
@@ -330,6 +334,10 @@ def _typed(where: str, value: np.ndarray, spec: Spec, report: Report) -> np.ndar
 
 def _flag(where: str, value: Any, steps: int) -> np.ndarray:
     flag = np.asarray(value)
+    if flag.size != steps:
+        raise DataError(
+            f"{where} has the shape ({_shape(flag.shape)}); expected one flag per step, {steps:,}."
+        )
     if flag.dtype.kind not in "biuf":
         raise DataError(f"{where} has the type {flag.dtype}; expected bool, or numbers 0 and 1.")
     flag = flag.reshape(steps)

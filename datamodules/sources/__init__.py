@@ -123,7 +123,13 @@ def open_source(uri: str, **options: Any) -> Source:
             f"  Its options: {', '.join(parameters)}"
         )
     size, gray = given.pop("size", None), given.pop("gray", False)
-    source = reader(rest, **given)
+    try:
+        source = reader(rest, **given)
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename or rest} may not be read ({error.strerror}).\n  Expected data that you may "
+            "read: change its permissions, or ask its owner."
+        ) from error
     if size is None and not gray:
         return source
     from datamodules.sources.images import Resized

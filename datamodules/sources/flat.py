@@ -109,7 +109,8 @@ class Table:
                 return {}
             raise DataError(
                 f"{where} has no {NAMES[role][0]} ({'|'.join(NAMES[role][1:])}); "
-                f"found: {', '.join(columns) or 'nothing'}."
+                f"found: {', '.join(columns) or 'nothing'}.\n"
+                "  Rename its arrays, or write a reader: see datamodules.episodes.Source."
             )
 
         def single(role: str) -> Column | None:
@@ -435,7 +436,8 @@ def expand(scheme: str, rest: str, suffixes: tuple[str, ...]) -> tuple[list[Path
         )
         there = f"\n  In {path.parent} there are: {', '.join(beside[:8])}" if beside else ""
         kind = "holds no " + " or ".join(suffixes) + " file" if path.is_dir() else "does not exist"
-        raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}")
+        raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}\n"
+                        "  Expected a file, a folder or a pattern such as 'demos/*.npz'.")  # fmt: skip
     return files, True
 
 

@@ -223,6 +223,8 @@ class _Dataset:
         return self.shape[0]
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
+        if not self.shape:
+            raise DataError(f"{self._where}: {self._data.name} is a single value; expected one per step.")
         try:
             return self._data[rows]
         except OSError as error:

@@ -26,6 +26,7 @@ from lit_wm.errors import ConfigError, DataError, nearest
 
 _SPACES = ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text")
 _FRAMES = 16  # images that one thread decodes at a time
+_FETCH = "  Fetch the dataset again."
 _AGAIN = "  Fetch the dataset again, or leave the episode out with on_bad=skip_episode."
 
 
@@ -65,7 +66,12 @@ class Minari(Source):
         meta = self._metadata()
         self._format = meta.get("data_format", "hdf5")
         self._jpeg = bool(meta.get("jpeg_encoding", True))
-        spec = json.loads(meta.get("env_spec") or "{}")
+        try:
+            spec = json.loads(meta.get("env_spec") or "{}")
+        except ValueError as error:
+            raise DataError(
+                f"{self.name}: env_spec in metadata.json is not JSON ({error}).\n{_FETCH}"
+            ) from error
         obs, action = (_space(meta, part, self.name) for part in ("observation_space", "action_space"))
         drop = dropped(drop, obs, self.name)
         self.files, self._episodes = self._list()
@@ -128,7 +134,8 @@ class Minari(Source):
     def _check_counts(self, meta: dict[str, Any]) -> None:
         found, said = len(self._episodes), meta.get("total_episodes")
         self.total_episodes = found
-        self.total_steps = meta.get("total_steps") if found == said else None
+        steps = meta.get("total_steps")
+        self.total_steps = steps if found == said and isinstance(steps, int) else None
         if not found:
             raise DataError(f"{self.name}: no episodes in {self.data}.\n  Fetch the dataset again.")
         if said is not None and found != said:
@@ -156,11 +163,17 @@ class Minari(Source):
 
     def episodes(self) -> Iterator[Episode]:
         """All episodes in the order of their numbers."""
+        steps: int | None = 0
         for group in self._groups():
             try:
-                yield self._episode(group)
+                episode = self._episode(group)
+                steps = None if steps is None else steps + episode.steps
             except DataError as error:
-                yield Episode.unreadable(group.where, error)
+                episode, steps = Episode.unreadable(group.where, error), None
+            yield episode
+        if steps is not None and steps != (said := self.total_steps) is not None:
+            note = f"{self.name}: metadata says {said:,} steps, the file has {steps:,}: using the file"
+            self.report.count("counts", note)
 
     def _episode(self, group: _Group) -> Episode:
         return Episode(
@@ -184,7 +197,8 @@ class _Group:
     def seed(self) -> int | None:
         """Of the reset, if it was noted."""
         seed = self.notes.get("seed")
-        return None if seed is None else int(seed)
+        whole = isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**63
+        return int(seed) if whole else None
 
     @property
     def notes(self) -> Any:
@@ -233,9 +247,12 @@ class _Hdf5Group(_Group):
     @cached_property
     def _group(self) -> Any:
         try:
-            return self._file[self._key]
+            group = self._file[self._key]
         except (KeyError, OSError) as error:
             raise self._damaged(error) from error
+        if hasattr(group, "shape"):
+            raise DataError(f"{self.where} is an array; expected a group of actions, rewards ...\n{_AGAIN}")
+        return group
 
     @property
     def notes(self) -> Any:
@@ -255,6 +272,8 @@ class _Hdf5Group(_Group):
             raise DataError(
                 f"{self.where}: {key!r} is a group of {', '.join(item)}; its space says an array."
             )
+        if not item.shape:
+            raise DataError(f"{self.where}: {key!r} is a single value; expected one per step.\n{_AGAIN}")
         try:
             return take(item)
         except OSError as error:
@@ -303,7 +322,7 @@ class _ArrowGroup(_Group):
             return ds.dataset(parts, format=self._kind).to_table().combine_chunks()
         except (pa.ArrowException, OSError) as error:
             what = str(error).splitlines()[0]
-            raise DataError(f"{self.where}: {parts[0]} is damaged ({what}).\n{_AGAIN}") from error
+            raise DataError(f"{self.where}: {parts[0]} is damaged ({what[:90]}).\n{_AGAIN}") from error
 
     @cached_property
     def notes(self) -> Any:
@@ -392,6 +411,11 @@ def _find(rest: str, root: str | None, download: bool) -> tuple[Path, str]:
             (folder / "metadata.json").is_file() or (folder / "main_data.hdf5").is_file()
         ):
             return folder, folder.parent.name if folder.name == "data" else folder.name
+    if here.exists():
+        raise DataError(
+            f"{here} is no Minari dataset: it holds neither data/ nor metadata.json.\n"
+            "  Expected the folder of a dataset, or an id such as D4RL/door/human-v2."
+        )
     command = f"minari download {rest}"
     if root is not None:
         command = f"MINARI_DATASETS_PATH={place} {command}"

@@ -305,8 +305,9 @@ def open_npz(path: Path) -> Iterator[dict[str, Member]]:
             start = head(path)
             with open(path, "rb") as file:
                 zipped = file.read(4) == b"PK\x03\x04"
-            what = (f"is truncated: {path.stat().st_size:,} bytes, no zip directory at the end" if zipped
-                    else f"is not an npz file ({start})")  # fmt: skip
+            what = start if "empty" in start else f"is not an npz file ({start})"
+            if zipped:
+                what = f"is truncated: {path.stat().st_size:,} bytes, no zip directory at the end"
             raise DataError(f"{path} {what}; delete it and download or record it again.") from error
         names = [name for name in archive.namelist() if name.endswith(".npy")]
         members = {name.removesuffix(".npy"): Member(archive, name, stack) for name in names}

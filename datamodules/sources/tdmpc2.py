@@ -144,11 +144,10 @@ class TDMPC2(Source):
             with open(path, "rb") as file:
                 head = file.read(8)
             size = path.stat().st_size
-            what = f"is truncated or damaged ({size:,} bytes" if head[:2] == b"PK" else (
-                f"is no file of torch.save (starts with {head!r}")  # fmt: skip
-            raise DataError(
-                f"{path} {what}: {str(error).splitlines()[0]}).\n  Delete it and fetch it again."
-            ) from error
+            what = f"is no file of torch.save (starts with {head!r})"
+            if head[:2] == b"PK":
+                what = f"is truncated or damaged ({size:,} bytes: {str(error).splitlines()[0][:90]})"
+            raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
         columns = {k: data[k] for k in data.keys()} if hasattr(data, "keys") else {}  # noqa: SIM118
         return {k: v for k, v in columns.items() if isinstance(v, torch.Tensor)}
 
@@ -163,7 +162,7 @@ class TDMPC2(Source):
                 # A new map for each block: what the last one touched no longer counts as our memory.
                 table = self._load(path)
                 for i in range(start, min(start + step, count)):
-                    rows = {k: np.array(table[k][i].numpy()) for k in self._keys}
+                    rows = {k: np.array(_plain(table[k][i]).numpy()) for k in self._keys}
                     yield self._episode(rows, f"{path.name}, episode {i}")
 
     def _episode(self, rows: dict[str, np.ndarray], where: str) -> Episode:
@@ -177,7 +176,6 @@ class TDMPC2(Source):
             length -= 1  # an episode that ended early fills its row of the table with NaN
         truncated = np.zeros(length - 1, np.bool_)
         terminated = rows.get("terminated", np.zeros(length))[1:length]
-        terminated = terminated.reshape(length - 1)
         truncated[-1:] = not terminated[-1:].any()
         return Episode(
             {"obs": obs[:length]},
@@ -188,6 +186,11 @@ class TDMPC2(Source):
             where,
             task=int(task[0]),
         )
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """In a type that NumPy has."""
+    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 def _number(path: Path) -> tuple[str, int, str]:

@@ -46,7 +46,7 @@ def episode(number: int, steps: int, reward: bool = True) -> Episode:
     )  # fmt: skip
 
 
-@register("made")
+@register("listed")
 class Made(Source):
     """PATH holds a JSON list of lengths: one episode each. ``pause`` seconds before each of them."""
 
@@ -76,7 +76,7 @@ def made(tmp_path: Path) -> str:
 
 def source(path: Path, lengths: list[int]) -> str:
     path.write_text(json.dumps(lengths))
-    return f"made:{path}"
+    return f"listed:{path}"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -171,7 +171,7 @@ def test_a_cache_is_found_by_content_and_options(made: str, tmp_path: Path, monk
     assert find_cache(made, root) is None
     assert not root.exists()
     first = ingest(made, root)
-    assert first.folder.name == f"made-lengths.json-{first.key[:16]}"
+    assert first.folder.name == f"listed-lengths.json-{first.key[:16]}"
     assert [p.name for p in root.iterdir()] == [first.folder.name]
     hashed: list[Path] = []
     blocks = caches._blocks
@@ -347,10 +347,10 @@ def test_writing_where_the_caller_says(made: str, tmp_path: Path):
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(made: str, tmp_path: Path):
     root = tmp_path / "root"
-    for name in ("made-lengths.json.tmp-1-aa", "other.tmp-2-bb", "alive.tmp-3-cc"):
+    for name in ("listed-lengths.json.tmp-1-aa", "other.tmp-2-bb", "alive.tmp-3-cc"):
         (root / name).mkdir(parents=True)
         (root / name / "0.part").touch()
-    (root / "made-lengths.json.lock").touch()
+    (root / "listed-lengths.json.lock").touch()
     with open(root / "alive.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache = ingest(made, root)
