@@ -80,6 +80,7 @@ class Doctor:
     ):
         self.uri, self.source, self.batch_length = uri, source, batch_length
         self.models = [MODELS[name] for name in models]
+        self._beyond = "error" if len(self.models) == 1 else "warning"  # what one model of several cannot use
         self.findings: list[Finding] = []
         self.survey = Survey(source.schema)
         self.limit = source.schema.spaces.episode_length
@@ -132,9 +133,7 @@ class Doctor:
         self.add(check, found=before + first, fix=" ".join([*fix, more]).strip() or "see what was found")
 
     def _left_out(self, error: DataError) -> None:
-        named = (
-            k for k, text in CHECKS.items() if "pattern" in text and re.search(text["pattern"], str(error))
-        )
+        named = (k for k, text in CHECKS.items() if re.search(text.get("pattern", "$^"), str(error)))
         check = next(named, "unreadable")
         count, first = self._bad.get(check, (0, error))
         self._bad[check] = count + 1, first
@@ -174,9 +173,8 @@ class Doctor:
             self.add("few_episodes", severity="warning" * (count == 1), count=count, steps=steps.sum())
         if same := count - len(set(self.survey.digests)):
             first: dict[bytes, int] = {}
-            b, a = next(
-                (i, at) for i, d in enumerate(self.survey.digests) if (at := first.setdefault(d, i)) != i
-            )
+            pairs = ((i, first.setdefault(digest, i)) for i, digest in enumerate(self.survey.digests))
+            b, a = next((i, at) for i, at in pairs if i != at)
             self.add("duplicates", same=same, count=count, a=a, b=b)
         if limit and longest > limit:
             self.add("wrong_length", count=(steps > limit).sum(), limit=limit, longest=longest)
@@ -200,9 +198,9 @@ class Doctor:
             short = np.full(len(rows), rows.sum() < length + 1) if model.crosses else rows < length
             if short.any():
                 longest = rows.sum() if model.crosses else rows.max()
-                check = "no_window" if short.all() else "short_episodes"
-                self.add(check, short=short.sum(), count=len(rows), length=length, model=model.name,
-                         longest=longest, steps=(rows[short] - 1).sum())  # fmt: skip
+                check, severity = ("no_window", self._beyond) if short.all() else ("short_episodes", "")
+                self.add(check, "", severity, short=short.sum(), count=len(rows), length=length,
+                         model=model.name, longest=longest, steps=(rows[short] - 1).sum())  # fmt: skip
 
     def _rewards(self) -> None:
         reward = self.survey.numbers["reward"]
@@ -217,17 +215,13 @@ class Doctor:
             width = (min(abs(least), abs(greatest)) * (least * greatest > 0) + 1) * np.expm1(model.spacing)
             part = (greatest - least) / width
             if most > model.top:
-                severity, scale = (
-                    "error" * (len(self.models) == 1),
-                    10 ** np.floor(np.log10(model.top / most)),
+                scale = 10 ** np.floor(np.log10(model.top / most))
+                self.add(
+                    "two_hot_range", "reward", self._beyond, most=most, top=model.top, scale=scale, **about
                 )
-                self.add("two_hot_range", "reward", severity, most=most, top=model.top, scale=scale, **about)
             elif part < 0.1 if most < 1 else part < 0.02:
-                how = (
-                    f"scale: {10 ** np.round(-np.log10(most)):g}"
-                    if most < 1
-                    else f"shift: {-(low + high) / 2:.4g}"
-                )
+                how = f"shift: {-(low + high) / 2:.4g}"
+                how = f"scale: {10 ** np.round(-np.log10(most)):g}" if most < 1 else how
                 self.add("two_hot_resolution", "reward", least=least, greatest=greatest, part=part, how=how,
                          **about)  # fmt: skip
         found = shifted(self._steps.rows)

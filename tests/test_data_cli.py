@@ -168,7 +168,7 @@ def test_doctor_of_several_sources_and_of_one_that_cannot_be_opened(told: str, t
     a, b = f"npz:{tmp_path / 'a.npz'}", f"npz:{tmp_path / 'b.npz'}"
     plain = json.loads(run(capsys, "doctor", told, a, b, "--json", code=1)[0])
     found = {f["check"]: f for f in plain["findings"] if f["severity"] == "error"}
-    assert set(found) == {"spaces", "unreadable", "no_window"}
+    assert set(found) == {"spaces", "unreadable"}
     assert "is not an npz file (starts with '<html>')" in found["unreadable"]["found"]
     assert a in found["spaces"]["found"]
     assert "has no option 'reword'" in run(capsys, "doctor", told, "--option", "reword=1", code=1)[1]

@@ -146,7 +146,7 @@ CASES: list[tuple[str, Source, str, str]] = [
     ("no_terminations", Made(lambda i, e: ended(e, False), env_id="HalfCheetah-v5"), "", ""),
     ("short_episodes", Made(only(2, lambda e: steps(2)(0, e))), "warning",
      "2 of 12 episodes have fewer than the 4 observations of a TD-MPC2 window, the longest has 52"),
-    ("no_window", Made(steps(2)), "error", "12 of 12 episodes; a window of TD-MPC2 has 4 observations"),
+    ("no_window", Made(steps(2)), "warning", "12 of 12 episodes; a window of TD-MPC2 has 4 observations"),
     ("no_rewards", Made(lambda i, e: replace(e, reward=None)), "warning", "the source has no rewards"),
     ("constant_reward", Made(lambda i, e: replace(e, reward=0 * e.reward)), "warning",
      "all 546 rewards are 0"),
