@@ -1,7 +1,8 @@
 """Where episodes come from: one reader per format, chosen by the scheme of a URI.
 
 ``minari:ID``, ``d4rl:NAME``, ``hdf5:PATH``, ``npz:PATH`` (a file, a folder or a pattern), ``tdmpc2:PATTERN``,
-``torchrl:PATH`` and ``rows:PATH``. Options of a reader follow as ``?name=value&name=value``, or by keyword.
+``torchrl:PATH`` and ``rows:PATH``; ``MODULE:SCHEME:REST`` first imports a module that registers more. Options
+of a reader follow as ``?name=value&name=value``, or by keyword.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -78,6 +80,13 @@ def find_uri(source: str | Path) -> str:
     return f"{scheme}:{path}"
 
 
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:
     """Scheme, the rest, and the options after ``?`` as numbers, booleans, lists or text.
 
@@ -85,6 +94,9 @@ def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:
         ConfigError: without a known scheme.
     """
     scheme, colon, rest = uri.partition(":")
+    if ":" in rest and scheme not in {*_HOME, *_READERS, "env"} and _is_module(scheme):
+        import_module(scheme)  # it registers what follows, as Gymnasium's module:ID does
+        return parse_uri(rest)
     known = sorted({*_HOME, *_READERS})
     if not colon or not rest or scheme not in (*known, "env"):
         raise ConfigError(

@@ -1,0 +1,72 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamodules.episodes import Schema, Source
+from datamodules.sources import open_source, parse_uri, register
+from lit_wm.errors import ConfigError
+from lit_wm.types import Spaces, Spec
+
+MODULE = """
+import numpy as np
+from datamodules import Episode, Schema, Source, register
+from lit_wm.types import Spaces, Spec
+
+@register("mine")
+class Mine(Source):
+    def __init__(self, rest):
+        self.files, self.meta, self.steps = [], {}, int(rest)
+        self.schema = Schema(Spaces({"obs": Spec("float32", (3,))}, {"action": Spec("float32", (1,))}))
+
+    def episodes(self):
+        end, no = np.zeros((2, self.steps), bool)
+        end[-1] = True
+        obs = np.zeros((self.steps + 1, 3), np.float32)
+        yield Episode({"obs": obs}, {"action": obs[:-1, :1]}, obs[:-1, 0], end, no, "mine")
+"""
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("npz:a b/ä.npz", ("npz", "a b/ä.npz", {})),
+        ("npz:a.npz?classes=3&form=demo", ("npz", "a.npz", {"classes": 3, "form": "demo"})),
+        ("npz:a?discrete=false&drop=[x,y]", ("npz", "a", {"discrete": False, "drop": ["x", "y"]})),
+        ("npz:what?.npz", ("npz", "what?.npz", {})),
+        ("hdf5:C:/a.hdf5", ("hdf5", "C:/a.hdf5", {})),
+        ("env:dmc:cartpole_swingup?num_envs=4", ("env", "dmc:cartpole_swingup", {"num_envs": 4})),
+    ],
+)  # fmt: skip
+def test_a_uri_has_a_scheme_a_place_and_options(uri, parts):
+    assert parse_uri(uri) == parts
+
+
+@pytest.mark.parametrize("uri", ["", "npz", "npz:", "nzp:a", "a/b.npz", "no_such_module:mine:3"])
+def test_what_is_no_uri_is_refused_with_those_that_are(uri):
+    with pytest.raises(ConfigError, match="is no source.*\n  Expected one of d4rl:..., hdf5:..."):
+        open_source(uri)
+
+
+def test_a_scheme_belongs_to_one_class():
+    class Other(Source):
+        def __init__(self, rest: str):
+            self.schema = Schema(Spaces({"obs": Spec("float32", (1,))}, {}))
+
+        def episodes(self):
+            return iter(())
+
+    open_source("npz:" + __file__.rsplit("/", 2)[0] + "/data/npz/recording.npz")  # is registered now
+    with pytest.raises(ConfigError, match="'npz' is taken by datamodules.sources.npz"):
+        register("npz")(Other)
+
+
+def test_the_command_line_imports_the_module_that_registers_a_source(tmp_path):
+    (tmp_path / "my_formats.py").write_text(MODULE)
+    command = [sys.executable, "-m", "lit_wm", "data", "inspect", "my_formats:mine:7"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7: 7 to 7 an episode" in done.stdout
