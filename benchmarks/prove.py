@@ -236,7 +236,7 @@ def text_of(task: str, proof: Proof, results: list[dict[str, Any]], record: dict
     page = [
         f"# {task}: {'kept' if kept else 'NOT kept'}",
         "",
-        f"`make prove-{task}` trains `configs/{proof.config}.yaml` on the seeds below and plays "
+        f"`make prove-{'tdmpc2' if task.startswith('tdmpc2') else task}` trains `configs/{proof.config}.yaml` on the seeds below and plays "
         f"{proof.episodes} episodes with the last checkpoint of each. Promised of every seed: "
         f"{proof.unit} at least {proof.least:g}.",
         "",
