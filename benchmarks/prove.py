@@ -233,10 +233,11 @@ def text_of(task: str, proof: Proof, results: list[dict[str, Any]], record: dict
     commits = sorted({r["git"]["commit"][:7] for r in results})
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k in SHOWN)
     kept = all(r["value"] >= proof.least for r in results)
+    target = "tdmpc2" if task.startswith("tdmpc2") else task
     page = [
         f"# {task}: {'kept' if kept else 'NOT kept'}",
         "",
-        f"`make prove-{'tdmpc2' if task.startswith('tdmpc2') else task}` trains `configs/{proof.config}.yaml` on the seeds below and plays "
+        f"`make prove-{target}` trains `configs/{proof.config}.yaml` on the seeds below and plays "
         f"{proof.episodes} episodes with the last checkpoint of each. Promised of every seed: "
         f"{proof.unit} at least {proof.least:g}.",
         "",
