@@ -810,12 +810,14 @@ class ReplayDataModule(LightningDataModule):
         self._rewind()
         self._replay.restore(directory)
 
+    def teardown(self, stage: str) -> None:
+        """Stop the thread; environments and replay stay for another fit."""
+        self._rewind()
+
     def close(self) -> None:
         """Close the environments and remove the replay files."""
         self._flush()
-        if self._ahead is not None:
-            self._rewind()
-            self._ahead.close()
+        self._rewind()
         for part in (self.collector, self.replay, self.held_out):
             if part is not None:
                 part.close()

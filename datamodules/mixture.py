@@ -196,7 +196,7 @@ class Prefetch:
 
     def __init__(self, replay: Mixture, batch_size: int, depth: int = 2):
         self.replay, self.batch_size, self.depth = replay, batch_size, depth
-        self._thread = ThreadPoolExecutor(1, "replay")
+        self._thread: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[tuple[dict[str, Any], dict[Key, Tensor]]]] = deque()
 
     def _draw(self) -> tuple[dict[str, Any], dict[Key, Tensor]]:
@@ -204,6 +204,8 @@ class Prefetch:
 
     def next(self) -> dict[Key, Tensor]:
         """The next batch; an error of the thread comes out here."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "replay")
         while len(self._ahead) <= self.depth:
             self._ahead.append(self._thread.submit(self._draw))
         _, columns = self._ahead.popleft().result()
@@ -212,14 +214,17 @@ class Prefetch:
         return columns
 
     def rewind(self) -> None:
-        """Give back what was drawn and not handed out, so that the replay's state is that of its user."""
+        """End the thread and give back what was drawn and not handed out.
+
+        The replay's state is then that of its user; the next batch begins anew.
+        """
         for future in reversed(self._ahead):
             future.cancel()
-        drawn = [future.result() for future in self._ahead if not future.cancelled()]
+        # An error, if there is one, comes out when its batch is wanted again.
+        drawn = [f.result() for f in self._ahead if not f.cancelled() and f.exception() is None]
         if drawn:
             self.replay.load_state_dict(drawn[0][0])
         self._ahead.clear()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None

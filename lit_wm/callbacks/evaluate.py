@@ -593,7 +593,7 @@ class Evaluate(pl.Callback):
         # Loggers get integers as steps (a metric called "step" would be rounded to float32); `log` feeds only
         # checkpointing and early stopping.
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=int(module.axis))
+            logger.log_metrics(metrics, step=int(getattr(module, "axis", data_of(trainer).env_steps)))
         if watch in metrics:
             module.log(watch, metrics[watch], logger=False, prog_bar=False, sync_dist=False)
 

@@ -157,7 +157,7 @@ def test_batches_drawn_ahead_are_the_same_batches(tmp_path, wait):
         if number == 11:
             thread.rewind()
             assert ahead.state_dict() == plain.state_dict()
-    thread.close()
+    thread.rewind()
     assert not [t for t in threading.enumerate() if t.name.startswith("replay") and t.is_alive()]
 
 
@@ -166,4 +166,4 @@ def test_an_error_of_the_thread_comes_out_where_the_batch_is_wanted(tmp_path):
     thread = Prefetch(mixture, 4)
     with pytest.raises(DataError, match="nothing to draw from"):
         thread.next()
-    thread.close()
+    thread.rewind()
