@@ -262,7 +262,8 @@ class ReplayBuffer:
         batch = {k: v[:, :-1, 0] for k, v in flat.items()}
         batch |= {k: part(rows[k], slice(-1)) for k in ("observation", "action", "task")}
         batch["next_observation"] = part(rows["observation"], slice(1, None))
-        return TensorDict(batch, [batch_size, sequence_length])
+        found = TensorDict(batch, [batch_size, sequence_length])
+        return found.clone()  # both observations would share their memory
 
     def sample_states(self, batch_size: int) -> Tensor | Tensors:
         """Draw single observations of finished episodes, all of them equally likely, the last ones too.

@@ -7,6 +7,7 @@ Resuming is exact because of this.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -172,6 +174,8 @@ class ReplayDataModule(LightningDataModule):
         self._time_limit_is_terminal = time_limit_is_terminal
         self.mix, self.val_fraction = mix, val_fraction
         self.sources, self.env_weight = list[SourceSpec](), SourceSpec("data.env_weight", env_weight)
+        if sources is not None and not isinstance(sources, list | tuple):
+            raise ConfigError(f"data.sources is {sources!r}, expected a list: [{sources!r}].")
         for source in map(SourceSpec.of, sources or []):
             if source.uri.startswith("env:"):
                 self._take_env(source)
@@ -186,7 +190,6 @@ class ReplayDataModule(LightningDataModule):
         self._ahead: Prefetch | None = None
         self._multitask = False  # whether the model wants to know the task of each row
         self._task: int | None = None  # that of the environment
-        self._served = 0  # batches handed out without an environment
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
         # Env steps of the run that this one goes on from, where its collectors are not restored.
@@ -198,6 +201,10 @@ class ReplayDataModule(LightningDataModule):
     def _take_env(self, source: SourceSpec) -> None:
         """``env:ID?option=value`` among the sources is another way to say ``env``."""
         _, name, options = parse_uri(source.uri)
+        options |= source.options or {}
+        plain = SourceSpec(source.uri, source.weight, options=source.options)
+        if source != plain:
+            raise ConfigError(f"{source.uri} is an environment: it has a uri, a weight and options, no more.")
         if self.env is not None:
             raise ConfigError(f"{source.uri} is a second environment beside {self.env}; expected one.")
         self.num_envs = options.pop("num_envs", self.num_envs)
@@ -297,8 +304,12 @@ class ReplayDataModule(LightningDataModule):
     @cached_property
     def evaluation_env(self) -> str | None:
         """The environment to evaluate in; None if there is none that fits the datasets."""
-        if self.env is not None or self.eval_env is not None:
-            return self.env or self.eval_env
+        if self.env is not None:
+            return self.env
+        if self.eval_env is not None:
+            shown = read_spaces(self.eval_env, **self.env_options)
+            common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
+            return self.eval_env
         name = self.caches[0].meta.get("env_id")
         try:
             same = name and read_spaces(name, **self.env_options) == Spaces.from_plain(self.spaces)
@@ -358,6 +369,8 @@ class ReplayDataModule(LightningDataModule):
         module: Any = trainer.lightning_module
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
         num_envs = 0 if self.env is None else self._share("num_envs")
+        if self.pad and self.env is not None:
+            raise ConfigError("data.pad fills vectors of datasets, not those of environments: leave it out.")
         self.local_batch = self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
         self._check_model(module, spaces, num_envs)
@@ -383,7 +396,7 @@ class ReplayDataModule(LightningDataModule):
 
         self.replay = Mixture(train, None if self.mix == "proportional" else shares, self.seed, self.rank)
         self.held_out = Mixture(held, None, self.seed, self.rank) if held else None
-        if ring is None and "stream" in self._restored:
+        if self._restored:
             self.load_state_dict(self._restored)
         if ring is None and self.prefetch:
             self._ahead = Prefetch(self.replay, self.local_batch, self.prefetch)
@@ -434,15 +447,24 @@ class ReplayDataModule(LightningDataModule):
         self, module: Any, spaces: Spaces, root: Path
     ) -> tuple[dict[str, RowReplay], dict[str, RowReplay]]:
         """Replays of the episodes to train on and of those held out, by source."""
-        from datamodules.offline import CacheRows
+        from datamodules.offline import CacheRows, dataset_bytes
         from datamodules.replay import RowReplay
 
+        assert self.trainer is not None
+        rows = sum(map(len, self.caches))
+        need = dataset_bytes(rows, spaces, module.latent_specs()) * self.trainer.num_devices
+        root.mkdir(parents=True, exist_ok=True)
+        if need > (free := shutil.disk_usage(root).free):
+            raise ConfigError(
+                f"this run's own columns of {rows:,} rows need {need / 1e9:,.1f} GB, but {root} has "
+                f"{free / 1e9:,.1f} GB free.\n  Move data.replay_dir to a larger disk, use less data or a "
+                "smaller model."
+            )
         train: dict[str, RowReplay] = {}
         held: dict[str, RowReplay] = {}
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
-            task = task_number(spec, getattr(getattr(module, "model", None), "tasks", []))
-            if task is None and "tasks" not in cache.meta:
-                task = self._task
+            tasks = getattr(getattr(module, "model", None), "tasks", [])
+            task = task_number(spec, cache, tasks, self._task)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
             for kind, group, chosen in zip(("train", "val"), (train, held), split, strict=True):
                 if kind == "val" and not len(chosen):
@@ -550,7 +572,6 @@ class ReplayDataModule(LightningDataModule):
             columns = self._ahead.next()
         else:
             columns = self._replay.sample_columns(self.local_batch)
-        self._served += 1
         return self._batch(columns, module.device)
 
     def _begin_training(self, enough: int) -> None:
@@ -622,10 +643,13 @@ class ReplayDataModule(LightningDataModule):
         if self.within_episodes:
             batch = tdmpc2_view(rows, self._multitask)
             if batch.task is not None and self.collector is not None and self._task is not None:
-                batch.task[batch.info["part"] == len(self.sources)] = self._task
+                batch.task[batch.info["source"] == len(self.sources)] = self._task
             return batch if torch.device(device).type == "cpu" else batch.to(device)
         latents = replay.latents if "latent" in rows else None
-        batch = dreamer_view(rows, self.replay_context, self.time_limit_is_terminal, latents)
+        ends: bool | Tensor = self.time_limit_is_terminal
+        if ends and self._time_limit_is_terminal is None and self.sources:  # the suite's word on its own rows
+            ends = columns["source",] == len(self.sources)
+        batch = dreamer_view(rows, self.replay_context, ends, latents)
         place = batch.info
 
         def write_back(states: State) -> None:
@@ -702,7 +726,7 @@ class ReplayDataModule(LightningDataModule):
 
     def mean_frames(self) -> dict[str, Tensor]:
         """Mean of all frames that this process collected for training, per image key, float64 in 0..255;
-        of datasets the mean of up to 1,000 frames spread over them.
+        of datasets the mean of up to 1,000 frames spread over each.
         """
         here = self.collector.mean_frames() if self.collector else {}
         if self.env is None and not here and self._restored.get("mean_frames") is None:
@@ -715,9 +739,13 @@ class ReplayDataModule(LightningDataModule):
         means, spaces = {}, Spaces.from_plain(self.spaces)
         for key, spec in spaces.obs.items():
             if spec.is_image:
-                column = self.caches[0].rows[row_key("observation", key, spaces.obs)]
-                frames = column[torch.linspace(0, len(column) - 1, min(1000, len(column))).long()]
-                mean = frames.double().mean(0)
+                totals, count = [], 0
+                for cache in self.caches:
+                    column = cache.rows[row_key("observation", key, cache.schema.spaces.obs)]
+                    some = np.linspace(0, len(column) - 1, min(1000, len(column))).astype(np.int64)
+                    totals.append(column[torch.from_numpy(some)].double().sum(0))
+                    count += len(some)
+                mean = torch.stack(totals).sum(0) / count
                 means[key] = torch.cat([mean] * self.stack, 0 if spec.channels_first else 2)
         return means
 
@@ -747,25 +775,28 @@ class ReplayDataModule(LightningDataModule):
         the same in every process.
         """
         state: dict[str, Any] = {"env_steps": self.env_steps, "mean_frames": self.mean_frames()}
+        if self.env is not None and self.sources and self.replay is not None:
+            state["draws"] = dict(self._replay.draws)  # type: ignore[union-attr]
         if self.env is None and self.replay is not None:
             self._rewind()
-            state |= {"stream": self._replay.state_dict(), "served": self._served}
+            state["stream"] = self._replay.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
         self._restored = state_dict
         self._steps_before = state_dict["env_steps"] - self._totals[0]
+        if "draws" in state_dict and self.replay is not None:
+            self._replay.draws = dict(state_dict["draws"])  # type: ignore[union-attr]
         if "stream" in state_dict and self.replay is not None:
             self._rewind()
             self._replay.load_state_dict(state_dict["stream"])
-            self._served = state_dict["served"]
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Collector, environments and train ratio of this process, as tensors and plain values."""
         self._flush()
         if self.env is None:
-            return {"world_size": self.world_size, "served": self._served}
+            return {"world_size": self.world_size}
         collector, _, ratio = self._open()
         return {
             "world_size": self.world_size,
@@ -787,7 +818,6 @@ class ReplayDataModule(LightningDataModule):
                 "  Resume with the same number of devices."
             )
         if self.env is None:
-            self._served = state["served"]
             return
         collector, _, ratio = self._open()
         assert self.trainer is not None
@@ -824,25 +854,45 @@ class ReplayDataModule(LightningDataModule):
         self.collector = self.replay = self.held_out = self.ratio = self._ahead = None
 
 
-def task_number(spec: SourceSpec, tasks: Sequence[Any]) -> int | None:
-    """The number of a source's task among the model's; None leaves what the source says itself.
+def task_number(
+    spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int | None
+) -> int | np.ndarray | None:
+    """What the tasks of a source are among the model's.
+
+    Args:
+        spec, cache: the source; ``spec.task`` is a name or number, ``cache.meta["tasks"]`` its own names.
+        tasks: the model's, none for a model of one.
+        own: number of the task that the environment is.
+
+    Returns:
+        One number for all rows, an array that gives each number of the source its own, or None.
 
     Raises:
-        ConfigError: for a name that is not among them, or a task for a model of one task.
+        ConfigError: for a name that is not among them, or if several tasks need one.
     """
+    names, said = [task.name for task in tasks], cache.meta.get("tasks")
+    known = f"The model's tasks: {', '.join(names[:8])}"
     if spec.task is None:
-        return None
-    names = [task.name for task in tasks]
+        if not names or own is not None:
+            return own
+        if not said:
+            raise ConfigError(
+                f"{spec.uri} does not say which of the model's tasks it is.\n  Say task: NAME in its entry "
+                f"of data.sources. {known}"
+            )
+        if missing := [name for name in said if name not in names]:
+            raise ConfigError(
+                f"{spec.uri} has the tasks {', '.join(missing[:5])}, which the model lacks.\n  {known}\n"
+                "  Name them alike (the reader's option tasks), or say task."
+            )
+        return np.array([names.index(name) for name in said])
     if spec.task in names:
-        return names.index(spec.task)
+        return names.index(str(spec.task))
     if isinstance(spec.task, int) and 0 <= spec.task < len(names):
         return spec.task
-    known = (
-        f"{nearest(str(spec.task), names)}\n  The model's tasks: {', '.join(names)}"
-        if names
-        else (": the model has one task.\n  Leave task out, or set model.tasks.")
-    )
-    raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{known}")
+    if not names:
+        known = "The model has one task: leave task out, or set model.tasks."
+    raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{nearest(str(spec.task), names)}\n  {known}")
 
 
 class _Tickets(IterableDataset):

@@ -16,7 +16,7 @@ from datamodules.files import read_json, write_folder, write_json
 from datamodules.replay import RowReplay
 from datamodules.rows import Key
 from datamodules.sampling import counter_rng
-from lit_wm.errors import DataError
+from lit_wm.errors import CheckpointError, DataError
 
 _STATE = "mixture.json"
 
@@ -85,13 +85,15 @@ class Mixture:
     def sample_columns(
         self, batch_size: int, length: int | None = None, mode: str = "train", latents: bool = True
     ) -> dict[Key, Tensor]:
-        """As :meth:`RowReplay.sample_columns`, with ``part``, the number of the part.             (B,)"""
+        """As :meth:`RowReplay.sample_columns`, with ``source``, the number of the part.            (B,)"""
         shares = self.shares(batch_size, mode)
+        count = self.draws[mode]
         self.draws[mode] += 1
         drawn: list[dict[Key, Tensor]] = []
         out: dict[Key, Tensor] = {}
         start = 0
         for number, (part, share) in enumerate(zip(self.parts, shares, strict=True)):
+            part.sampler.draws[mode] = count  # whether or not it had a share before
             if not share:
                 continue
             if share == batch_size:
@@ -100,11 +102,14 @@ class Mixture:
                 out = out or self._memory(part, batch_size, (length or part.window) - part.context)
                 mine = {key: value[start : start + share] for key, value in out.items()}
                 columns = part.sample_columns(share, length, mode, mine, latents)
-            columns["part",] = torch.full((share,), number)
+            columns["source",] = torch.full((share,), number)
             drawn.append(columns)
             start += share
         if len(drawn) == 1:
             return drawn[0]
+        if any(("fake_last",) in columns for columns in drawn):  # which environments never have
+            for columns in drawn:
+                columns.setdefault(("fake_last",), torch.zeros_like(columns["valid",]))
         joined = {key: torch.cat([columns[key] for columns in drawn]) for key in drawn[0] if key not in out}
         return joined | out
 
@@ -120,7 +125,7 @@ class Mixture:
     def add_latents(self, columns: dict[Key, Tensor]) -> None:
         """As :meth:`RowReplay.add_latents`."""
         found: dict[Key, list[Tensor]] = {}
-        for number, rows in self._split(columns["part",]):
+        for number, rows in self._split(columns["source",]):
             mine: dict[Key, Tensor] = {("index",): columns["index",][rows]}
             self.parts[number].add_latents(mine)
             for key, value in mine.items():
@@ -129,17 +134,17 @@ class Mixture:
         columns |= {key: torch.cat(values) for key, values in found.items()}
 
     def write_back(
-        self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor], part: Tensor
+        self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor], source: Tensor
     ) -> None:
         """As :meth:`RowReplay.write_back`, each row to its part."""
-        for number, rows in self._split(part):
+        for number, rows in self._split(source):
             mine = {key: value[rows] for key, value in latents.items()}
             self.parts[number].write_back(index[rows], generation[rows], mine)
 
     @staticmethod
-    def _split(part: Tensor) -> list[tuple[int, slice]]:
+    def _split(source: Tensor) -> list[tuple[int, slice]]:
         """Number and rows of every part of a batch."""
-        numbers, counts = torch.unique_consecutive(part, return_counts=True)
+        numbers, counts = torch.unique_consecutive(source, return_counts=True)
         ends = counts.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         return [(n, slice(a, b)) for n, a, b in zip(numbers.tolist(), starts, ends, strict=True)]
@@ -172,6 +177,11 @@ class Mixture:
             CheckpointError: if the snapshot is damaged or of other data.
         """
         state = read_json(Path(directory) / _STATE, ("draws", "names"))
+        if state["names"] != self.names:
+            raise CheckpointError(
+                f"{directory} is of {', '.join(state['names'])}, this run has {', '.join(self.names)}.\n"
+                "  Resume with the same data.sources and data.env."
+            )
         for number, part in enumerate(self.parts):
             part.restore(Path(directory) / f"part{number}")
         self.draws = dict(state["draws"])

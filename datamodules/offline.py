@@ -24,7 +24,6 @@ from datamodules.rows import (
     _raw,
     _Record,
     _remove,
-    require_disk,
     row_files,
     row_specs,
 )
@@ -55,7 +54,8 @@ class CacheRows(RowStorage):
         latents: latent entries, none at first; None for none.
         lead, pin: as in :class:`~datamodules.rows.RowStorage`.
         stack: images that are put together, the newest last; before an episode began its first is repeated.
-        source, task: numbers written to every row; a task of None leaves those of the cache.
+        source, task: numbers written to every row; a task of None leaves those of the cache, an array
+            gives the number that each of them becomes.
         rescale: whether actions become -1 to 1; else they keep the units of the cache.
 
     Raises:
@@ -74,7 +74,7 @@ class CacheRows(RowStorage):
         pin: bool = False,
         stack: int = 1,
         source: int = 0,
-        task: int | None = None,
+        task: int | np.ndarray | None = None,
         rescale: bool = True,
     ):
         lengths = cache.episodes["length"][episodes]
@@ -82,15 +82,22 @@ class CacheRows(RowStorage):
         Storage.__init__(self, self.ring, compilable=True)
         self.cache, self.chosen, self.stack = cache, np.asarray(episodes), stack
         self.specs, self.streams, self.lead, self.pin = row_specs(spaces, latents), 1, lead, pin
+        if cache.episodes["fake_last"][episodes].any():
+            self.specs["fake_last",] = Spec("bool", (1,))
+        if stack > 1 and not any(s.is_image for s in spaces.obs.values()):
+            raise ConfigError(
+                f"data.stack is {stack}, but {spec.uri} has no images: {', '.join(spaces.obs)}."
+            )
         self._stops = np.cumsum(lengths)  # of the episodes, in rows of this storage
         self.episodes = (self._stops - lengths, self._stops)
         self._shift = cache.episodes["start"][episodes] - self.episodes[0]  # to rows of the cache
+        self._moved = bool(self._shift.any())
         self.head, self.floor = np.array([self.ring]), np.zeros(1, np.int64)
         self._buffers = {}
         self._blocks, self._handles, self.files, self.columns = {}, {}, {}, {}
+        self._written = np.zeros(self.ring if latents else 0, np.bool_)  # rows that have latents
         own = {k: s for k, s in self.specs.items() if k[0] != "observation"}
         directory.mkdir(parents=True, exist_ok=True)
-        require_disk(directory, self.ring, sum(row_files(own).values()))
         for name, size in row_files(own).items():
             file = directory / f"{quote(name, safe='')}.rows"
             file.unlink(missing_ok=True)
@@ -112,7 +119,9 @@ class CacheRows(RowStorage):
         self._fill(spaces, spec, source, task, rescale)
         self.data = TensorDict({k: v for k, v in self.columns.items() if k[0] != "observation"}, [self.ring])
 
-    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: int | None, rescale: bool) -> None:
+    def _fill(
+        self, spaces: Spaces, spec: SourceSpec, source: int, task: int | np.ndarray | None, rescale: bool
+    ) -> None:
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
         scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if rescale and s.classes is None}
@@ -122,7 +131,10 @@ class CacheRows(RowStorage):
         for key, array in self.arrays.items():
             if key[0] == "latent" or key == ("valid",):
                 continue
-            if key == ("source",) or (key == ("task",) and task is not None):
+            if key == ("fake_last",):
+                array[self._stops[self.cache.episodes["fake_last"][self.chosen]] - 1] = True
+                continue
+            if key == ("source",) or (key == ("task",) and isinstance(task, int)):
                 array[:] = source if key == ("source",) else task
                 continue
             column, most = self.cache.rows[key].numpy(), 0.0
@@ -137,7 +149,9 @@ class CacheRows(RowStorage):
                     low, high = scale
                     acts = valid[start : start + len(value)]
                     value = ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))
-                elif key[0] == "action" and name in scales:
+                elif key == ("task",) and isinstance(task, np.ndarray):
+                    value = task[value]
+                elif key[0] == "action" and name in scales and not self._bounded(name):
                     most = max(most, float(np.abs(value).max(initial=0)))
                 if value.shape != part.shape:  # padded
                     part[...] = 0
@@ -152,6 +166,8 @@ class CacheRows(RowStorage):
 
     def _bounds(self, key: str, spec: SourceSpec) -> tuple[np.ndarray, np.ndarray] | None:
         """What becomes -1 and 1; None for an action that is not scaled."""
+        if (spec.action_low is None) != (spec.action_high is None):
+            raise ConfigError(f"{spec.uri}: give both of action_low and action_high, or none.")
         if spec.action_low is not None and spec.action_high is not None:
             low, high = (np.asarray(x, np.float64) for x in (spec.action_low, spec.action_high))
         elif key in self.cache.schema.low:
@@ -166,9 +182,14 @@ class CacheRows(RowStorage):
             raise ConfigError(f"{spec.uri}: action_low {low} must be below action_high {high}.")
         return None if (low == -1).all() and (high == 1).all() else (low, high)
 
+    def _bounded(self, key: str) -> bool:
+        """Whether the source says the bounds of an action; values beyond them are then kept as they are."""
+        schema = self.cache.schema
+        return key in schema.low and bool(np.isfinite([schema.low[key], schema.high[key]]).all())
+
     def _origin(self, rows: np.ndarray) -> np.ndarray:
         """Rows of the cache. Any shape."""
-        if not self._shift.any():
+        if not self._moved:
             return rows
         return rows + self._shift[np.searchsorted(self._stops, rows, side="right")]
 
@@ -197,31 +218,30 @@ class CacheRows(RowStorage):
         if self.stack > 1 and spec.is_image:
             # Frames of the same episode only: before it began, its first.
             age = self.columns["step",][index.reshape(-1)].view(index.shape).long()
-            back = torch.arange(self.stack - 1, -1, -1)
-            rows = rows.unsqueeze(-1) - torch.minimum(back, age.unsqueeze(-1))  # (B, T, stack)
-            frames = column.index_select(0, rows.reshape(-1)).view(*rows.shape, *column.shape[1:])
-            axis = 0 if spec.channels_first else 2
-            joined = frames.movedim(2, 2 + axis)  # the stack beside the channels
-            out.copy_(joined.reshape(out.shape))
+            axis = 2 + (0 if spec.channels_first else 2)
+            for part, back in zip(out.chunk(self.stack, axis), range(self.stack - 1, -1, -1), strict=True):
+                frames = column.index_select(0, (rows - age.clamp(max=back)).reshape(-1))
+                part.copy_(frames.view(part.shape))
         elif column.shape[1:] == spec.shape:
             torch.index_select(column, 0, rows.reshape(-1), out=out.view(-1, *spec.shape))
         else:
             out.zero_()[..., : column.shape[1]] = column[rows]
         return out
 
-    # A snapshot holds the latents; the rest is in the dataset.
+    # A snapshot holds the latents that have been written; the rest is in the dataset.
+
+    def mark(self, row: int, count: int) -> None:
+        """Take notice of latents written to rows."""
+        self._written[row : row + count] = True
 
     def dumps(self, path: Any) -> None:
         """Write the latents and what they belong to."""
-        files = []
+        rows = np.flatnonzero(self._written)
+        files = [_write_array(Path(path) / "index.rows", "index", rows.view(np.uint8))]
         for name, block in self._blocks.items():
             if name != "row":
-                data = block.numpy().reshape(-1)
-                with open(Path(path) / self.files[name].name, "wb") as target:
-                    target.write(data.data)
-                    target.flush()
-                    os.fsync(target.fileno())
-                files.append({"name": name, "bytes": data.nbytes, "crc32": crc32(data)})
+                data = block.numpy()[rows].reshape(-1)
+                files.append(_write_array(Path(path) / self.files[name].name, name, data))
         write_json(Path(path) / "manifest.json", {"dataset": self._identity(), "files": files})
 
     def loads(self, path: Any) -> None:
@@ -238,13 +258,36 @@ class CacheRows(RowStorage):
                 f"  but this run has {self._identity()}.\n"
                 "  Resume with the same data.sources and seed."
             )
-        for entry in manifest["files"]:
-            data = checked_file(path / self.files[entry["name"]].name, entry["bytes"], entry["crc32"])
-            self._blocks[entry["name"]].numpy().reshape(-1)[:] = data
+        names = {"index": "index.rows"} | {k: f.name for k, f in self.files.items() if k != "row"}
+        data = {
+            entry["name"]: checked_file(path / names[entry["name"]], entry["bytes"], entry["crc32"])
+            for entry in manifest["files"]
+        }
+        rows = data.pop("index").view(np.int64)
+        self._written[:] = False
+        self._written[rows] = True
+        for name, values in data.items():
+            block = self._blocks[name].numpy()
+            block[rows] = values.reshape(len(rows), block.shape[1])
 
     def _identity(self) -> dict[str, Any]:
         content = np.stack([self.chosen, self.cache.episodes["crc"][self.chosen]])
-        return {"rows": self.ring, "crc32": crc32(content.view(np.uint8).reshape(-1))}
+        latents = {key[1]: spec.to_plain() for key, spec in self.specs.items() if key[0] == "latent"}
+        return {"rows": self.ring, "crc32": crc32(content.view(np.uint8).reshape(-1)), "latents": latents}
+
+
+def _write_array(path: Path, name: str, data: np.ndarray) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        file.write(data.data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"name": name, "bytes": data.nbytes, "crc32": crc32(data)}
+
+
+def dataset_bytes(rows: int, spaces: Spaces, latents: Mapping[str, Spec] | None) -> int:
+    """Size of the files of a run for so many rows of datasets."""
+    own = {k: s for k, s in row_specs(spaces, latents).items() if k[0] != "observation"}
+    return rows * (sum(row_files(own).values()) + 8)
 
 
 def observation_statistics(parts: list[CacheRows]) -> dict[str, tuple[Tensor, Tensor]]:

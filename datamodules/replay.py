@@ -336,6 +336,7 @@ class RowReplay:
                 at = int(skip)
                 for row, count in storage._runs(int(stream), int(start) + at, int(start) + length):
                     array[row : row + count] = values[b, at : at + count]
+                    storage.mark(row, count)
                     at += count
 
     def close(self) -> None:

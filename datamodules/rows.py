@@ -257,7 +257,10 @@ class RowStorage(Storage):
         """
         if self.pin:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
-        pool = self._buffers.setdefault((key, shape), [])
+        pool = self._buffers.pop((key, shape), [])
+        self._buffers[key, shape] = pool  # now the newest
+        if len(self._buffers) > 2 * len(self.specs):
+            del self._buffers[next(iter(self._buffers))]
         for buffer in pool:
             storage = buffer.untyped_storage()
             if torch._C._storage_Use_Count(storage._cdata) == 2:  # the pool's tensor and the line above
@@ -275,6 +278,9 @@ class RowStorage(Storage):
         stream, slot = divmod(item, self.ring)
         newest = self.head[stream] - 1  # the latest position in this slot is the only one that can be alive
         return 0 <= item < self.max_size and newest - (newest - slot) % self.ring >= self.tail[stream]
+
+    def mark(self, row: int, count: int) -> None:
+        """Take notice of latents written to rows: nothing to do in a ring."""
 
     def _empty(self) -> None:
         self.head[:] = self.floor[:] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from functools import lru_cache
 from pathlib import Path
@@ -18,19 +19,28 @@ from lit_wm.errors import DataError
 from lit_wm.noise import stream_seed
 
 
-@lru_cache(256)
-def _stream(seed: int, rank: int, name: str) -> tuple[np.random.Philox, Any, np.random.Generator]:
-    bits = np.random.Philox(key=stream_seed(seed, rank, name), counter=0)
-    return bits, bits.state, np.random.Generator(bits)
+class _Streams(threading.local):
+    """The generators of one thread: they are set back for each draw, which no other thread may see."""
+
+    def __init__(self) -> None:
+        self.of = lru_cache(256)(self._make)
+
+    @staticmethod
+    def _make(seed: int, rank: int, name: str) -> tuple[np.random.Philox, Any, np.random.Generator]:
+        bits = np.random.Philox(key=stream_seed(seed, rank, name), counter=0)
+        return bits, bits.state, np.random.Generator(bits)
+
+
+_streams = _Streams()
 
 
 def counter_rng(seed: int, rank: int, name: str, count: int) -> np.random.Generator:
     """The generator of draw number ``count``: a function of these four and nothing else.
 
-    Draw from it before the same stream is asked for again: it is one object, set back each time, which takes
-    a tenth of the time of a new one.
+    Draw from it before this thread asks for the same stream again: it is one object, set back each time,
+    which takes a tenth of the time of a new one.
     """
-    bits, state, generator = _stream(seed, rank, name)
+    bits, state, generator = _streams.of(seed, rank, name)
     state["state"]["counter"][:] = 0, count, 0, 0
     bits.state = state
     return generator
@@ -230,6 +240,8 @@ class EpisodeSampler(WindowSampler):
     def rebuild(self) -> None:
         """Find the pieces; in a ring that costs a pass over all rows."""
         storage = self.storage
+        if storage.episodes is not None and self._count.any():
+            return  # those of a dataset do not change
         self._oldest[:] = self._count[:] = self._windows[:] = self._ever[:] = 0
         self._open[:] = -1
         if storage.episodes is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,22 @@ class RewardTransform:
         """Transform rewards of any shape."""
         reward = self.scale * reward + self.shift
         return reward if self.clip is None else np.clip(reward, *self.clip)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _count(x: Any) -> bool:
+    return _whole(x) and x >= 1
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and -float("inf") < x < float("inf")
+
+
+def _fraction(x: Any) -> bool:
+    return _number(x) and 0 < x <= 1
 
 
 @dataclass(frozen=True)
@@ -70,26 +86,42 @@ class SourceSpec:
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_returns", "fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{self.uri}: {name} is {value!r}, expected a fraction above 0, up to 1.")
+        self._expect("top_returns", _fraction, "a fraction above 0, up to 1")
+        self._expect("fraction", _fraction, "a fraction above 0, up to 1")
+        self._expect("min_length", _count, "a whole number of 1 or more")
+        self._expect("max_steps", _count, "a whole number of 1 or more")
+        self._expect("episodes", lambda x: isinstance(x, list) and all(map(_whole, x)), "a list of numbers")
+        self._expect("options", lambda x: isinstance(x, dict), "a mapping")
+        self._expect("on_bad", lambda x: x in ("error", "skip_episode"), "error or skip_episode")
         knots = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
         if (
             not knots
-            or any(len(k) != 2 or k[1] < 0 for k in knots)
+            or not all(isinstance(k, list | tuple) and len(k) == 2 and all(map(_number, k)) for k in knots)
+            or any(k[1] < 0 for k in knots)
             or [k[0] for k in knots] != sorted(k[0] for k in knots)
         ):
             raise ConfigError(
                 f"{self.uri}: weight is {self.weight!r}, expected a number of 0 or more, or a list "
                 "[[update, weight], ...] with growing updates."
             )
-        try:
-            RewardTransform(**(self.reward or {}))
-        except TypeError:
+        given = self.reward or {}
+        clip = given.get("clip") if isinstance(given, Mapping) else None
+        pair = isinstance(clip, list | tuple) and len(clip) == 2 and all(map(_number, clip))
+        if (
+            not isinstance(given, Mapping)
+            or set(given) - {"scale", "shift", "clip"}
+            or not all(_number(given[k]) for k in ("scale", "shift") if k in given)
+            or not (clip is None or (pair and clip[0] < clip[1]))
+        ):
             raise ConfigError(
-                f"{self.uri}: reward is {self.reward}, expected {{scale, shift, clip}}."
-            ) from None
+                f"{self.uri}: reward is {given!r}, expected {{scale: NUMBER, shift: NUMBER, "
+                "clip: [LOW, HIGH]}, each of them or none."
+            )
+
+    def _expect(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not fits(value):
+            raise ConfigError(f"{self.uri}: {name} is {value!r}, expected {expected}.")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
@@ -141,8 +173,8 @@ def select_episodes(
     keep = np.ones(len(steps), np.bool_)
     if spec.episodes is not None:
         ids = np.asarray(spec.episodes, np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < len(keep)):
-            raise DataError(f"{spec.uri} has episodes 0 to {len(keep) - 1}; episodes names {ids.max()}.")
+        if len(wrong := ids[(ids < 0) | (ids >= len(keep))]):
+            raise DataError(f"{spec.uri} has episodes 0 to {len(keep) - 1}; episodes names {wrong[0]}.")
         keep[:] = False
         keep[ids] = True
     if spec.min_length is not None:
@@ -156,11 +188,12 @@ def select_episodes(
         chosen = np.sort(chosen[order[: max(1, round(spec.fraction * len(chosen)))]])
     if spec.max_steps is not None:
         chosen = chosen[np.cumsum(steps[chosen]) <= spec.max_steps]
-    draw = uniform_hash(seed, f"split {spec.uri}", chosen)
+    draw = uniform_hash(seed, f"split {spec.uri}", np.arange(len(steps)))  # of all, whatever the filters
     held = draw < val_fraction
-    if val_fraction and len(chosen) > 1:  # at least one on each side
+    if val_fraction:  # at least one on each side, if there are two
         held[draw.argmin()], held[draw.argmax()] = True, False
-    if not len(chosen):
+    held = held[chosen]
+    if held.all():
         raise DataError(
             f"{spec.uri} has {len(steps):,} episodes of {steps.min()} to {steps.max()} steps; none is left "
             "to train on.\n  Loosen top_returns, min_length, episodes, fraction, max_steps or val_fraction."

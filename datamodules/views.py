@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_wm.types import Batch, Spec, State, Tensors
 
-_PLACE = ("index", "generation", "part")  # where rows are, for whoever writes back
+_PLACE = ("index", "generation", "source")  # where rows are, for whoever writes back
 NO_LATENT = 255  # class index where there is no latent; its one-hot vector is zero
 
 
@@ -55,14 +55,15 @@ def to_state(latents: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> State:
 
 
 def dreamer_view(
-    rows: Any, context: int, time_limit_is_terminal: bool, latents: Mapping[str, Spec] | None = None
+    rows: Any, context: int, time_limit_is_terminal: bool | Tensor, latents: Mapping[str, Spec] | None = None
 ) -> Batch:
     """Sampled rows as a Dreamer batch.
 
     Args:
         rows: what ``RowReplay.sample`` returned for windows of K + T rows.
         context: K. With K = 0 every sequence starts from a zero state: its first step is marked ``is_first``.
-        time_limit_is_terminal: whether the value after a time limit is zero, as in the official Atari runs.
+        time_limit_is_terminal: whether the value after a time limit is zero, as in the official Atari runs;
+            of each row, if it is a tensor (B,).
         latents: the stored latents; None leaves ``carry`` empty.
 
     Returns:
@@ -74,7 +75,9 @@ def dreamer_view(
     outcome = {k: v.squeeze(-1)[:, lead - 1 : -1] for k, v in rows["next"].items()}  # (B, T)
     is_first = first[:, lead:]
     ended = outcome["terminated"]
-    if time_limit_is_terminal:
+    if isinstance(time_limit_is_terminal, Tensor):
+        ended = ended | (outcome["truncated"] & time_limit_is_terminal[:, None])
+    elif time_limit_is_terminal:
         ended = ended | outcome["truncated"]
     is_terminal = ended & ~is_first
     reward = outcome["reward"].masked_fill(is_first, 0.0)
@@ -91,7 +94,8 @@ def dreamer_view(
         is_last=is_last,
         is_terminal=is_terminal,
         carry=to_state(rows["latent"], latents) if latents and context else None,
-        info={k: rows[k] if k == "part" else rows[k][:, lead:] for k in _PLACE if k in rows},
+        fake=rows["fake_last"].squeeze(-1)[:, lead:] if "fake_last" in rows else None,
+        info={k: rows[k] if k == "source" else rows[k][:, lead:] for k in _PLACE if k in rows},
     )
 
 
@@ -121,6 +125,7 @@ def tdmpc2_view(rows: Any, tasks: bool = False) -> Batch:
         is_last=~rows["valid"].squeeze(-1),
         is_terminal=_later(outcome["terminated"].squeeze(-1)),
         task=rows["task"][:, 0].long() if tasks else None,
+        fake=rows["fake_last"].squeeze(-1) if "fake_last" in rows else None,
         info={k: rows[k] for k in _PLACE if k in rows},
     )
 

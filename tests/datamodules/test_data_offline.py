@@ -88,7 +88,7 @@ def test_resuming_a_stream_of_batches_is_bitwise(tmp_path, windows, prefetch):
     two = [f"made:{LENGTHS}", {"uri": "made:20,30", "weight": [[0, 0.2], [8, 1.5]]}]
     options = {"windows": windows, "sources": two, "prefetch": prefetch, "cache": tmp_path / "cache"}
     whole, _ = fit(tmp_path / "whole", 10, **options)
-    part, data = fit(tmp_path / "part", 6, **options)
+    part, data = fit(tmp_path / "source", 6, **options)
     state = {"shared": data.state_dict(), "rank": data.rank_state_dict(), "folder": tmp_path / "saved"}
     torch.save(state["rank"], tmp_path / "rank.pt")
     torch.load(tmp_path / "rank.pt", weights_only=True)
@@ -106,7 +106,7 @@ def test_the_state_alone_goes_on_with_the_same_batches(tmp_path, early):
     """Without the snapshot, as with any other checkpoint callback; TD-MPC2 has no latents to lose."""
     options = {"windows": "episode", "cache": tmp_path / "cache"}
     whole, _ = fit(tmp_path / "whole", 9, **options)
-    _, data = fit(tmp_path / "part", 5, **options)
+    _, data = fit(tmp_path / "source", 5, **options)
     state = data.state_dict()
 
     class Load(pl.Callback):
@@ -154,10 +154,10 @@ def test_tasks_of_sources_reach_the_batch(tmp_path):
     two = [{"uri": "made:9,9", "task": "jump"}, {"uri": "made:8,8", "task": 1}]
     module, _ = fit(tmp_path, 3, windows="episode", sources=two, tasks=tasks)
     batch = module.batch
-    assert torch.equal(batch.task, torch.where(batch.info["part"] == 0, 2, 1))
+    assert torch.equal(batch.task, torch.where(batch.info["source"] == 0, 2, 1))
     with pytest.raises(ConfigError, match="task 'walc' is unknown; did you mean 'walk'"):
         fit(tmp_path / "2", 1, windows="episode", sources=[{"uri": "made:9", "task": "walc"}], tasks=tasks)
-    with pytest.raises(ConfigError, match="the model has one task"):
+    with pytest.raises(ConfigError, match="The model has one task"):
         fit(tmp_path / "3", 1, windows="episode", sources=[{"uri": "made:9", "task": "walk"}])
 
 
@@ -226,6 +226,15 @@ def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
     ("options", "error", "message"),
     [
         ({"sources": None}, ConfigError, "nothing to train on"),
+        ({"sources": "made:9"}, ConfigError, "data.sources is 'made:9', expected a list"),
+        ({"sources": ["env:Pendulum-v1?x=1", "made:9"], "pad": True}, ConfigError, "leave it out"),
+        ({"sources": [{"uri": "env:Pendulum-v1", "reward": {"scale": 2}}]}, ConfigError, "no more"),
+        ({"sources": ["made:9"], "stack": 2}, ConfigError, "has no images"),
+        (
+            {"sources": [{"uri": "made:9", "action_low": -1}]},
+            ConfigError,
+            "both of action_low and action_high",
+        ),
         ({"mix": "half"}, ConfigError, "data.mix is 'half'"),
         ({"val_fraction": 1.0}, ConfigError, "val_fraction is 1.0"),
         ({"uniform_over": "steps"}, ConfigError, "uniform_over is 'steps'"),
@@ -254,7 +263,10 @@ def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
     assert data.evaluation_env is None
     with pytest.raises(ConfigError, match="Give data.eval_env"):
         data.make_envs(1, [0])
-    assert data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env == "Pendulum-v1"
+    with pytest.raises(DataError, match="Pendulum-v1: obs float32 \\[3\\]"):
+        _ = data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env
+    like = data_of(tmp_path, sources=["made:9?width=3&actions=1"], eval_env="Pendulum-v1")
+    assert like.evaluation_env == "Pendulum-v1"
     assert made_cache(tmp_path / "cache", [int(x) for x in LENGTHS.split(",")]).meta == {}
 
 
@@ -342,3 +354,79 @@ def test_normalisation_is_fitted_to_training_rows_and_lives_with_the_weights(tmp
     if kind is DreamerV3Module:
         with pytest.raises(ConfigError, match="model.normalize needs data.sources"):
             trainer_of(tmp_path).fit(module, datamodule=online)
+
+
+@pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+def test_a_copied_last_observation_is_not_learnt(tmp_path, kind):
+    """Its reward and end are, but not how it looks: two copies that differ there give the same loss."""
+    np.savez(
+        tmp_path / "demo.npz", observations=np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32),
+        actions=np.zeros((40, 1), np.float32), rewards=np.arange(40.0), dones=np.arange(40) % 4 == 3,
+    )  # fmt: skip
+    windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
+    more = {"episodic": True} if windows else {"imag_length": 3}
+    source = {"uri": f"npz:{tmp_path}/demo.npz", "options": {"dones_are": "terminals"}}
+    data = data_of(tmp_path, batch_size=8, sources=[source], **windows)
+    module = kind(data.spaces, preset="debug", log_every=1000, **more)
+    batches = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, module, ticket, batch_idx):
+            batches.append(ticket(module))
+
+    trainer = trainer_of(tmp_path)
+    trainer.callbacks.append(Look())
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 1, 2
+    trainer.fit(module, datamodule=data)
+    batch = batches[0]
+    assert batch.fake.any()
+    assert torch.equal(batch.fake, batch.is_last)  # every episode of this set lacks its last observation
+    copied = batch.obs["obs"][batch.fake]
+    before = batch.obs["obs"][:, :-1][batch.fake[:, 1:]]
+    assert len(before) <= len(copied)
+    assert all(any(torch.equal(x, y) for y in copied) for x in before)
+    if kind is TDMPC2Module:
+        noise = module.noise
+        full = module.model.model_loss(batch, noise).losses["consistency"]
+        missed = (module.model.model_loss(batch, noise).zs[1:] * 0).sum()
+        batch.fake = None
+        assert full < module.model.model_loss(batch, noise).losses["consistency"]
+        assert missed == 0
+
+
+def test_the_names_of_a_sources_tasks_find_those_of_the_model():
+    from datamodules.data import task_number
+    from datamodules.selection import SourceSpec
+
+    model = [type("Task", (), {"name": name}) for name in ("c", "b", "a")]
+
+    def number(task, said=None, own=None, tasks=model):
+        cache = type("Cache", (), {"meta": {"tasks": said} if said else {}})
+        return task_number(SourceSpec("x:y", task=task), cache, tasks, own)
+
+    assert number(None, ["a", "b"]).tolist() == [2, 1]
+    assert number("b", ["a"]) == 1
+    assert number(0) == 0
+    assert number(None, own=2) == 2
+    assert number(None, tasks=[]) is None
+    with pytest.raises(ConfigError, match="x:y has the tasks d, which the model lacks"):
+        number(None, ["a", "d"])
+    with pytest.raises(ConfigError, match="does not say which of the model's tasks it is"):
+        number(None)
+
+
+def test_a_time_limit_of_the_suite_ends_nothing_in_a_dataset(tmp_path):
+    """Atari's rule that a time limit is a terminal is the environment's own."""
+    from datamodules.views import dreamer_view
+
+    rows = {
+        "is_init": torch.zeros(2, 4, 1, dtype=torch.bool), "valid": torch.ones(2, 4, 1, dtype=torch.bool),
+        "next": {
+            "reward": torch.zeros(2, 4, 1), "terminated": torch.zeros(2, 4, 1, dtype=torch.bool),
+            "truncated": torch.tensor([[0, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)[..., None],
+        },
+        "observation": torch.zeros(2, 3, 1), "action": torch.zeros(2, 4, 1),
+        "index": torch.zeros(2, 4), "generation": torch.zeros(2, 4),
+    }  # fmt: skip
+    ended = dreamer_view(rows, 1, torch.tensor([False, True])).is_terminal
+    assert ended.tolist() == [[False, False, False], [False, True, False]]

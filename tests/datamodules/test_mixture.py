@@ -83,8 +83,8 @@ def test_a_batch_holds_the_rows_of_its_parts(tmp_path):
     mixture, _ = mixture_of(tmp_path, [0.25, 0.75])
     alone, _ = mixture_of(tmp_path / "alone", [0, 1], caches=[p.storage.cache for p in mixture.parts])
     columns = mixture.sample_columns(8)
-    assert columns["part",].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    for b, part in enumerate(columns["part",].tolist()):
+    assert columns["source",].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    for b, part in enumerate(columns["source",].tolist()):
         storage = mixture.parts[part].storage
         assert torch.equal(
             columns["observation",][b], storage.columns["observation",][columns["index",][b, 1:]]
@@ -96,7 +96,7 @@ def test_a_batch_holds_the_rows_of_its_parts(tmp_path):
 def test_write_back_reaches_the_part_that_a_row_is_of(tmp_path):
     mixture, _ = mixture_of(tmp_path, [0.5, 0.5], LATENTS)
     columns = mixture.sample_columns(6)
-    index, part = columns["index",][:, 1:], columns["part",]
+    index, part = columns["index",][:, 1:], columns["source",]
     deter = (1000 * part[:, None] + index).float().unsqueeze(-1).expand(-1, -1, 2)
     stoch = torch.zeros(*index.shape, 3, dtype=torch.uint8)
     mixture.write_back(index, columns["generation",][:, 1:], {"deter": deter, "stoch": stoch}, part)
@@ -127,13 +127,13 @@ def test_a_ring_and_a_dataset_share_a_batch(tmp_path):
     data, _ = replay_of(tmp_path, latents=LATENTS)
     ring = RowReplay(data.spaces, 60, 2, tmp_path / "ring", LATENTS, 4, online=False)
     mixture = Mixture({"data": data, "env": ring}, lambda update: [0.5, 0.5])
-    assert set(mixture.sample_columns(4)["part",].tolist()) == {0}  # nothing is collected yet
+    assert set(mixture.sample_columns(4)["source",].tolist()) == {0}  # nothing is collected yet
     both, no = np.arange(2), np.zeros(2, bool)
     for t in range(12):
         obs = {"obs": np.array([[50, t], [50, t]], np.float32)}
         ring.append(both, obs, no | (t == 0), ~no, {"action": np.zeros((2, 2))}, None)
     columns = mixture.sample_columns(4)
-    assert columns["part",].tolist() == [0, 0, 1, 1]
+    assert columns["source",].tolist() == [0, 0, 1, 1]
     assert (columns["observation",][2:, :, 0] == 50).all()
     assert (columns["observation",][:2, :, 0] < 50).all()
     assert columns["observation",].is_contiguous()
@@ -152,13 +152,24 @@ def test_batches_drawn_ahead_are_the_same_batches(tmp_path, wait):
             rows, value = expected["index",][:, 1:], torch.tensor(number + 1.0)
             stoch = torch.zeros(*rows.shape, 3, dtype=torch.uint8)
             latents = {"deter": value.expand(*rows.shape, 2), "stoch": stoch}
-            mixture.write_back(rows, expected["generation",][:, 1:], latents, expected["part",])
+            mixture.write_back(rows, expected["generation",][:, 1:], latents, expected["source",])
         time.sleep(wait)
         if number == 11:
             thread.rewind()
             assert ahead.state_dict() == plain.state_dict()
     thread.rewind()
     assert not [t for t in threading.enumerate() if t.name.startswith("replay") and t.is_alive()]
+
+
+def test_two_threads_of_one_seed_do_not_disturb_each_other(tmp_path):
+    plain, caches = mixture_of(tmp_path, [0.3, 0.7])
+    both = [Prefetch(mixture_of(tmp_path / name, [0.3, 0.7], caches=caches)[0], 5) for name in "ab"]
+    for number in range(300):
+        expected = plain.sample_columns(5)["index",]
+        for thread in both:
+            assert torch.equal(thread.next()["index",], expected), number
+    for thread in both:
+        thread.rewind()
 
 
 def test_an_error_of_the_thread_comes_out_where_the_batch_is_wanted(tmp_path):

@@ -189,6 +189,31 @@ def test_unknown_bounds_of_actions_are_asked_for(tmp_path):
         replay_of(tmp_path / "4", cache=cache, spec=SourceSpec("made:x", action_low=2, action_high=2))
 
 
+def test_values_beyond_known_bounds_are_kept(tmp_path):
+    """As recorded before an environment clips them; only without bounds nobody knows what -1 and 1 are."""
+    wide, _ = replay_of(tmp_path, source={"spread": 2.0})
+    assert wide.storage.arrays["action",].min() < -1.5
+    assert wide.storage.arrays["action",].shape[1] == 2
+
+
+def test_a_snapshot_holds_only_latents_that_were_written(tmp_path):
+    replay, cache = replay_of(tmp_path, lengths=[2000], latents=LATENTS, window=5)
+    columns = replay.sample_columns(2)
+    rows = columns["index",][:, 1:]
+    latents = {"deter": torch.ones(*rows.shape, 2), "stoch": torch.zeros(*rows.shape, 3, dtype=torch.uint8)}
+    replay.write_back(rows, columns["generation",][:, 1:], latents)
+    replay.snapshot(tmp_path / "saved")
+    assert sum(f.stat().st_size for f in (tmp_path / "saved").iterdir()) < 2500
+    again, _ = replay_of(tmp_path / "2", latents=LATENTS, window=5, cache=cache)
+    again.restore(tmp_path / "saved")
+    for key in LATENTS:
+        old, new = (r.storage.columns["latent", key] for r in (replay, again))
+        assert torch.equal(old, new)
+    other, _ = replay_of(tmp_path / "3", latents={"deter": Spec("float32", (5,))}, window=5, cache=cache)
+    with pytest.raises(CheckpointError, match="same data.sources"):
+        other.restore(tmp_path / "saved")
+
+
 def test_nothing_writes_to_a_dataset_and_short_ones_are_refused(tmp_path):
     replay, cache = replay_of(tmp_path)
     with pytest.raises(NotSupported, match="cannot be written"):
@@ -251,6 +276,20 @@ def test_a_split_is_disjoint_complete_and_stable_when_data_grow(tmp_path_factory
     assert abs(len(rest) / (n + 50) - fraction) < 5 * (fraction * (1 - fraction) / (n + 50)) ** 0.5 + 0.05
 
 
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 60), fraction=st.floats(0.01, 0.9), seed=st.integers(0, 99), top=st.floats(0.05, 1))
+def test_filters_never_move_an_episode_across_the_split(n, fraction, seed, top):
+    cache = fake_cache([3] * n)
+    train, held = select_episodes(cache, spec_of(), fraction, seed)
+    try:
+        some, rest = select_episodes(cache, spec_of(top_returns=top), fraction, seed)
+    except DataError:  # what the filter left is all held out
+        return
+    assert len(train)
+    assert set(some) <= set(train)
+    assert set(rest) <= set(held)
+
+
 def fake_cache(lengths):
     class Table:
         episodes = {"length": np.array(lengths) + 1, "return": np.arange(len(lengths), dtype=float)}
@@ -274,7 +313,18 @@ def test_statistics_are_those_of_numpy_over_training_rows(tmp_path):
         ({"uri": "npz:x", "weight": -1}, "weight is -1"),
         ({"uri": "npz:x", "weight": [[10, 1], [0, 1]]}, "growing updates"),
         ({"uri": "npz:x", "top_returns": 0}, "top_returns is 0"),
-        ({"uri": "npz:x", "reward": {"factor": 2}}, "scale, shift, clip"),
+        ({"uri": "npz:x", "reward": {"factor": 2}}, "scale: NUMBER"),
+        ({"uri": "npz:x", "reward": {"clip": 5}}, "scale: NUMBER"),
+        ({"uri": "npz:x", "reward": {"clip": [1, -1]}}, "scale: NUMBER"),
+        ({"uri": "npz:x", "reward": {"scale": "x"}}, "scale: NUMBER"),
+        ({"uri": "npz:x", "weight": "0.5"}, "weight is '0.5'"),
+        ({"uri": "npz:x", "weight": None}, "weight is None"),
+        ({"uri": "npz:x", "weight": float("nan")}, "weight is nan"),
+        ({"uri": "npz:x", "weight": [[0, 1], 5]}, "weight is"),
+        ({"uri": "npz:x", "episodes": 3}, "episodes is 3"),
+        ({"uri": "npz:x", "min_length": "a"}, "min_length is 'a'"),
+        ({"uri": "npz:x", "fraction": True}, "fraction is True"),
+        ({"uri": "npz:x", "on_bad": "skip"}, "on_bad is 'skip'"),
     ],
 )
 def test_a_wrong_source_is_one_clear_error(value, message):
