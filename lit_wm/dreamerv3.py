@@ -401,6 +401,8 @@ class DreamerV3(WorldModel):
             losses |= kl
             if any(self.loss_scales[k] for k in self.spaces.obs):
                 losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), obs)  # type: ignore[union-attr]
+            if batch.fake is not None:  # of a copied observation there is nothing to learn but how it came
+                losses = {k: v.masked_fill(batch.fake, 0.0) for k, v in losses.items()}
             rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
             losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward * self.reward_scale)
             losses["con"] = bernoulli_loss(con_logit.squeeze(-1), self.continue_target(batch))

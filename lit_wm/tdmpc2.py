@@ -473,7 +473,10 @@ class TDMPC2(WorldModel):
         metrics: Tensors = {}
         if world_model:
             # Means over the batch, sums over time.
-            losses["consistency"] = (rho * (zs[1:] - next_z).square().mean(-1)).mean()
+            missed = (zs[1:] - next_z).square().mean(-1)  # (H, B)
+            if batch.fake is not None:  # copied observations, which no dynamics leads to
+                missed = missed.masked_fill(batch.fake[:, 1:].T, 0.0)
+            losses["consistency"] = (rho * missed).mean()
             reward_logits = self.reward(known).view(H, B, -1)
             losses["reward"] = (rho * symlog_two_hot_loss(reward_logits, reward, self.vmin, self.vmax)).mean()
             if self.episodic:

@@ -212,6 +212,8 @@ class Batch:
         consecutive: True where the row goes on where the previous batch's row ended. (B,) bool or None
         write_back: called with the new (B, T, ...) states, so that the replay keeps fresh latents.
         task: number of the task that a row is of; None for single-task data.          (B,) int64
+        fake: the observation is a copy of the one before, as its source lacks the last one, and nothing
+            shall learn to predict it; None if there is none.                          (B, T) bool
         info: more columns (``index``, ``source`` ...), never read by the losses.
     """
 
@@ -225,6 +227,7 @@ class Batch:
     consecutive: Tensor | None = None
     write_back: Callable[[State], None] | None = None
     task: Tensor | None = None
+    fake: Tensor | None = None
     info: Tensors = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -244,4 +247,5 @@ class Batch:
             carry=None if self.carry is None else self.carry.map(move),
             consecutive=None if self.consecutive is None else move(self.consecutive),
             task=None if self.task is None else move(self.task),
+            fake=None if self.fake is None else move(self.fake),
         )
