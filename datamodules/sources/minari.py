@@ -68,11 +68,13 @@ class Minari(Source):
         self._jpeg = bool(meta.get("jpeg_encoding", True))
         try:
             spec = json.loads(meta.get("env_spec") or "{}")
-        except ValueError as error:
+            if not isinstance(spec, dict):
+                raise ValueError("not an object")
+        except (ValueError, TypeError) as error:
             raise DataError(
                 f"{self.name}: env_spec in metadata.json is not JSON ({error}).\n{_FETCH}"
             ) from error
-        obs, action = (_space(meta, part, self.name) for part in ("observation_space", "action_space"))
+        obs, action = (_space(meta, spec, part, self.name) for part in ("observation_space", "action_space"))
         drop = dropped(drop, obs, self.name)
         self.files, self._episodes = self._list()
         self._check_counts(meta)
@@ -90,8 +92,8 @@ class Minari(Source):
             "env_id": meta.get("env_id") or spec.get("id"),  # ours: `lit-wm collect` notes it
             "env_options": meta.get("env_options"),
             "env_spec": meta.get("env_spec"),
-            "ref_min_score": meta.get("ref_min_score"),
-            "ref_max_score": meta.get("ref_max_score"),
+            "ref_min_score": _finite(meta.get("ref_min_score")),
+            "ref_max_score": _finite(meta.get("ref_max_score")),
             "algorithm": meta.get("algorithm_name"),
             "author": meta.get("author"),
             "combined_datasets": meta.get("combined_datasets") or None,
@@ -127,9 +129,10 @@ class Minari(Source):
             with open_hdf5(path) as file:
                 found = [re.fullmatch(r"episode_(\d+)", key) for key in file]
             return [self.data / "metadata.json", path], sorted(int(match[1]) for match in found if match)
-        folders = [p for p in self.data.iterdir() if p.is_dir() and p.name.isdecimal()]
+        inside = (p for p in self.data.iterdir() if p.is_dir() and p.name.isdecimal())
+        folders = sorted(inside, key=lambda p: int(p.name))
         files = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
-        return [self.data / "metadata.json", *files], sorted(int(folder.name) for folder in folders)
+        return [self.data / "metadata.json", *files], [int(folder.name) for folder in folders]
 
     def _check_counts(self, meta: dict[str, Any]) -> None:
         found, said = len(self._episodes), meta.get("total_episodes")
@@ -327,9 +330,10 @@ class _ArrowGroup(_Group):
     @cached_property
     def notes(self) -> Any:
         try:
-            return json.loads((self._folder / "metadata.json").read_bytes())
+            notes = json.loads((self._folder / "metadata.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return {}
+        return notes if isinstance(notes, dict) else {}
 
     @property
     def _steps(self) -> int:
@@ -373,22 +377,32 @@ def _is_image(leaf: Leaf) -> bool:
     return is_image_space(leaf.space)
 
 
-def _space(meta: dict[str, Any], part: str, where: str) -> Any:
+def _finite(score: Any) -> float | None:
+    """A reference score, None for anything that is not a finite number."""
+    return score if isinstance(score, int | float) and np.isfinite(score) else None
+
+
+def _space(meta: dict[str, Any], spec: dict[str, Any], part: str, where: str) -> Any:
     """The space as Minari reads it, from the environment if the metadata lack it."""
     from minari.serialization import deserialize_space
 
     text = meta.get(part)
-    if text is None and meta.get("env_spec"):
+    if text is None:
         import gymnasium as gym
-        from gymnasium.envs.registration import EnvSpec
 
-        spec = re.sub(r'"(order_enforce": true|apply_api_compatibility": false|autoreset": false), ?', "",
-                      meta["env_spec"])  # fmt: skip
+        # Only what is registered here is made: entry point and arguments of the file could run any code.
+        name = str(spec.get("id"))
+        if (known := gym.registry.get(name)) is None:
+            raise DataError(
+                f"{where}: metadata.json has no {part}, and no environment {name} is registered here.\n"
+                f"  Add {part} to it (minari.serialization.serialize_space), or import the package that "
+                "registers the environment first."
+            )
         try:
-            return getattr(gym.make(EnvSpec.from_json(spec)), part)
+            return getattr(gym.make(known), part)
         except Exception as error:
             raise DataError(
-                f"{where}: its metadata have no {part}, and its environment cannot be made "
+                f"{where}: its metadata have no {part}, and its environment {name} cannot be made "
                 f"({type(error).__name__}: {error}).\n  Install what the environment needs."
             ) from error
     try:

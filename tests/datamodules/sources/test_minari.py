@@ -411,3 +411,46 @@ def test_a_space_that_minari_cannot_write_is_named(copy: Callable[[str], Path]) 
 def test_the_reader_needs_no_collector() -> None:
     assert "jax" not in sys.modules
     assert re.match(r"\d", minari.__version__)
+
+
+def test_odd_metadata_run_no_code_and_are_said(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("pendulum/scripted-v0")
+    path = folder / "data/metadata.json"
+    known = json.loads(path.read_bytes())
+    known["env_spec"] = json.dumps(
+        {"id": "Pendulum-v1", "entry_point": "os:mkdir", "kwargs": {"path": "pwn"}}
+    )
+
+    def write(*without: str, **changed: Any) -> Path:
+        path.write_text(json.dumps({k: v for k, v in (known | changed).items() if k not in without}))
+        return folder
+
+    # The space is that of the registered environment, whatever the file says how to make one.
+    assert read(write("observation_space"))[0].observation["obs"].shape == (201, 3)
+    spec = {"id": "Evil-v0", "entry_point": "os:mkdir", "kwargs": {"path": str(tmp_path / "pwned")}}
+    for name in ("Evil-v0", "os.path:Evil-v0", None, ["x"]):
+        with pytest.raises(DataError, match="no action_space, and no environment .*\n  Add action_space"):
+            read(write("action_space", env_spec=json.dumps(spec | {"id": name})))
+    assert not (tmp_path / "pwned").exists()
+    with pytest.raises(DataError, match="no observation_space.*\n  Add observation_space"):
+        read(write("observation_space", "env_spec"))
+    for wrong in ("[]", ["x"]):
+        with pytest.raises(DataError, match="env_spec in metadata.json is not JSON"):
+            read(write(env_spec=wrong))
+    source = open_source(f"minari:{write(ref_min_score=float('nan'), ref_max_score=1.5)}")
+    assert ("ref_min_score" in source.meta, source.meta["ref_max_score"]) == (False, 1.5)
+
+
+def test_tables_come_in_the_order_of_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(
+        tmp_path / "x-v0", spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(2), (4,) * 12, "arrow"
+    )
+    want = read(folder)
+    (folder / "data/3/metadata.json").write_text("[]")
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
+    source = open_source(f"minari:{folder}")
+    assert [f.parent.name for f in source.files if f.suffix == ".arrow"] == [str(i) for i in range(12)]
+    got = list(checked(source))
+    assert [x.where for x in got] == [x.where for x in want]
+    assert (got[2].seed, got[3].seed) == (12, None)
