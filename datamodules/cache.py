@@ -59,6 +59,7 @@ _EPISODE = {
     "task": Spec("int16", ()),
     "crc": Spec("uint32", ()),
 }
+_TEMPORARY = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # what a writer's folder or file is called
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,8 @@ class Cache:
 
 def cache_root(given: str | Path | None = None) -> Path:
     """The folder of all caches: ``given``, else ``$LITWM_CACHE``, else ``~/.cache/lit_wm/rows``."""
-    return Path(given or os.environ.get("LITWM_CACHE") or "~/.cache/lit_wm/rows").expanduser()
+    root = Path(given or os.environ.get("LITWM_CACHE") or "~/.cache/lit_wm/rows")
+    return root.expanduser().absolute()
 
 
 def open_cache(folder: str | Path, verify: str = "size") -> Cache:
@@ -234,7 +236,7 @@ def ingest(
             f"caches cannot be written to {root} ({error.strerror}).\n  Choose another folder with --cache "
             "or LITWM_CACHE."
         ) from error
-    with _locked(root / f"{identity.name}.lock"):
+    with _locked(_lock_of(root, identity.name)):
         _sweep(root, identity.name)
         if not replace and (found := identity.find(root)):
             return found
@@ -276,7 +278,7 @@ def write_rows(
         "stamps": [],
         "key": None,
     }
-    with _locked(folder.parent / f"{folder.name}.lock"):
+    with _locked(_lock_of(folder.parent, folder.name)):
         if folder.exists():
             raise ConfigError(f"{folder} exists; expected a new folder. Delete it or give another one.")
         return _write(folder.parent, folder.name, source, on_bad, progress, lambda: (folder, plain))
@@ -287,13 +289,17 @@ class _Identity:
 
     def __init__(self, uri: str, source: Source, on_bad: str, options: Mapping[str, Any]):
         scheme, rest, given = parse_uri(uri)
-        path = Path(rest)
+        path = Path(rest).expanduser()
+        if path.exists() or any(sign in rest for sign in "*?["):
+            path = Path(os.path.abspath(path))  # one name however the same place is written
         words = [scheme, *([path.name] if path.is_absolute() else path.parts[-3:])]
         self.uri, self.options, self.on_bad, self.stop = uri, dict(options), on_bad, False
         self.name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[-64:].strip("-.")
         self.files = [Path(file).absolute() for file in source.files]
         options = {k: v for k, v in sorted({**given, **options}.items()) if k not in _LOCAL}
         settings = {"layout": LAYOUT, "scheme": scheme, "on_bad": on_bad, "options": options}
+        # What a name stands for may decide how the same file is read, as with D4RL's.
+        settings |= {"version": source.version, "dataset_id": getattr(source, "meta", {}).get("dataset_id")}
         settings |= {} if self.files else {"rest": rest}
         self.settings = json.dumps(settings, sort_keys=True, default=str)
         self.stamps = self._stamps()
@@ -317,9 +323,10 @@ class _Identity:
     def digest(self) -> str:
         """Of all files, with their names if there are several."""
         whole = hashlib.blake2b(digest_size=16)
+        common = os.path.commonpath([path.parent for path in self.files]) if self.files else ""
         for path, stamp in zip(self.files, self.stamps, strict=True):
             if len(self.files) > 1:
-                whole.update(f"{path.name}\0{stamp[1]}\0".encode())
+                whole.update(f"{path.relative_to(common)}\0{stamp[1]}\0".encode())
             one, size = hashlib.blake2b(digest_size=16), stamp[1]
             if size <= _WHOLE:
                 for block in _blocks(path, 4 << 20):
@@ -613,16 +620,23 @@ def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
 def _sweep(root: Path, mine: str) -> None:
     """Remove what killed processes left; ``mine`` is the name whose lock is held."""
     for part in root.glob("*.tmp-*"):
-        name = part.name.rpartition(".tmp-")[0]
+        if not (match := _TEMPORARY.fullmatch(part.name)):
+            continue  # somebody else's
+        name = match[1]
         if name == mine:
             _remove(part)
         else:
-            with _locked(root / f"{name}.lock", wait=False) as free:
+            with _locked(_lock_of(root, name), wait=False) as free:
                 if free:
                     _remove(part)
-    for lock in root.glob("*.lock"):
+    for lock in root.glob(_lock_of(root, "*").name):
         with _locked(lock, wait=False):
             pass
+
+
+def _lock_of(root: Path, name: str) -> Path:
+    """A name that nobody else gives to files in a folder that may not be ours alone."""
+    return root / f".lit_wm-{name}.lock"
 
 
 def _remove(path: Path) -> None:

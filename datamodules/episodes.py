@@ -153,6 +153,7 @@ class Source(ABC):
         last_obs: what to do with episodes of T instead of T+1 observations: ``error``, or as in
             :func:`completed`.
         total_episodes, total_steps: what the source says of itself, None if it says nothing.
+        version: of the reader; another one reads the same files into another cache.
         report: what the reader itself noticed.
     """
 
@@ -160,6 +161,7 @@ class Source(ABC):
     files: list[Path]
     meta: dict[str, Any]
     last_obs: str = "error"
+    version: int = 1
     total_episodes: int | None = None
     total_steps: int | None = None
 

@@ -347,20 +347,24 @@ def test_writing_where_the_caller_says(made: str, tmp_path: Path):
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(made: str, tmp_path: Path):
     root = tmp_path / "root"
-    for name in ("listed-lengths.json.tmp-1-aa", "other.tmp-2-bb", "alive.tmp-3-cc"):
+    for name in ("listed-lengths.json.tmp-1-aaaaaaaa", "other.tmp-2-bbbbbbbb", "alive.tmp-3-cccccccc"):
         (root / name).mkdir(parents=True)
         (root / name / "0.part").touch()
-    (root / "listed-lengths.json.lock").touch()
-    with open(root / "alive.lock", "w") as lock:
+    (root / ".lit_wm-listed-lengths.json.lock").touch()
+    with open(root / ".lit_wm-alive.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache = ingest(made, root)
-        assert {p.name for p in root.iterdir()} == {cache.folder.name, "alive.lock", "alive.tmp-3-cc"}
+        assert {p.name for p in root.iterdir()} == {
+            cache.folder.name,
+            ".lit_wm-alive.lock",
+            "alive.tmp-3-cccccccc",
+        }
 
 
 def test_the_root(monkeypatch: Any, tmp_path: Path):
     monkeypatch.setenv("LITWM_CACHE", str(tmp_path))
     assert caches.cache_root() == tmp_path
-    assert caches.cache_root("x") == Path("x")
+    assert caches.cache_root("x") == Path("x").absolute()
     monkeypatch.delenv("LITWM_CACHE")
     assert caches.cache_root() == Path.home() / ".cache/lit_wm/rows"
 
@@ -400,3 +404,40 @@ def test_killed_twenty_times_and_then_whole(tmp_path: Path):
     assert content(cache.folder) == content(reference.folder)
     assert [p.name for p in root.iterdir()] == [cache.folder.name]
     cache.verify(full=True)
+
+
+def test_files_of_others_in_the_folder_stay(made: str, tmp_path: Path):
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("uv.lock", "thesis.tmp-backup", "a.tmp-1-2"):
+        (root / name).touch()
+    (root / "exp.tmp-old").mkdir()
+    ingest(made, root)
+    names = {path.name for path in root.iterdir()}
+    assert names > {"uv.lock", "thesis.tmp-backup", "a.tmp-1-2", "exp.tmp-old"}
+    assert len(names) == 5
+
+
+def test_a_relative_root_is_a_root(made: str, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    cache = ingest(made, "here")
+    assert cache.folder.parent == tmp_path / "here"
+    monkeypatch.setenv("LITWM_CACHE", "there")
+    assert ingest(made).folder.parent == tmp_path / "there"
+    assert len(ingest(made).rows) == 35
+
+
+def test_one_file_is_one_cache_however_its_place_is_written(tmp_path: Path, monkeypatch: Any):
+    (tmp_path / "sub").mkdir()
+    np.savez(tmp_path / "sub" / "a.npz", observations=np.zeros((5, 2)), actions=np.zeros((5, 1)),
+             rewards=np.zeros(5), dones=np.arange(5) == 4)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    places = ("sub/a.npz", "./sub/../sub/a.npz", str(tmp_path / "sub" / "a.npz"))
+    with pytest.warns(UserWarning, match="ends of unknown kind"):
+        assert len({ingest(f"npz:{place}", tmp_path / "c").folder for place in places}) == 1
+
+
+def test_another_version_of_a_reader_is_another_cache(made: str, tmp_path: Path, monkeypatch: Any):
+    first = ingest(made, tmp_path)
+    monkeypatch.setattr(Made, "version", 2)
+    assert ingest(made, tmp_path).folder != first.folder
