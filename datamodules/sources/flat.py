@@ -249,7 +249,7 @@ class FlatSource(Source):
             *table.action.values(),
             *([] if table.reward is None else [table.reward]),
         ]
-        width = sum(_row_bytes(column) for column in columns)
+        width = sum(row_bytes(column) for column in columns)
         first, number = 0, 0
         while first < len(start):
             last = first + 1
@@ -340,8 +340,8 @@ class FlatSource(Source):
         start, stop = np.concatenate([[0], ends[:-1] + 1]), ends + (0 if table.shared_last else 1)
         terminated, truncated = np.isin(ends, marks["terminals"]), np.isin(ends, marks["timeouts"])
         spans = (start, stop, np.full(len(ends), table.shared_last), terminated, truncated | ~terminated)
-        limit = max(LONGEST // max(sum(map(_row_bytes, table.observation.values())), 1), 1)
-        return _pieces(spans, limit, where, report) if (stop - start).max() > limit else spans
+        row = sum(map(row_bytes, table.observation.values()))
+        return _pieces(spans, row, where, report) if (stop - start).max() * row > LONGEST else spans
 
     def warn(self, name: str, note: str) -> None:
         """Note it in the report, and say the first of its kind aloud."""
@@ -350,18 +350,35 @@ class FlatSource(Source):
         self.report.count(name, note)
 
 
-def _pieces(spans: tuple[np.ndarray, ...], limit: int, where: str, report: Report) -> tuple[np.ndarray, ...]:
-    """Cut episodes that are too long for memory; a piece's last observation is the first of the next one."""
+def _pieces(spans: tuple[np.ndarray, ...], row: int, where: str, report: Report) -> tuple[np.ndarray, ...]:
     out = []
     for start, stop, more, terminated, truncated in zip(*spans, strict=True):
-        cuts = [*range(start, max(stop, start + 1), limit), stop]
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-            end = b == stop
-            out.append((a, b, more if end else True, terminated and end, truncated if end else True))
-        if len(cuts) > 2:
-            note = f"{where}: an episode of {stop - start:,} steps is cut every {limit:,}, to fit into memory"
-            report.count("split", note, len(cuts) - 2)
+        for a, b in pieces(stop - start, row, where, report):
+            end = start + b == stop
+            more_, ended = more if end else True, terminated and end
+            out.append((start + a, start + b, more_, ended, truncated if end else True))
     return tuple(np.array(column) for column in zip(*out, strict=True))
+
+
+def pieces(steps: int, row: int, where: str, report: Report) -> list[tuple[int, int]]:
+    """Where to cut an episode that is too long for memory; the last observation of a piece is the first of
+    the next one.
+
+    Args:
+        steps: of the episode.
+        row: bytes of one step's observations.
+        where: the episode or its file, for the note.
+        report: counts the cuts under ``split``.
+
+    Returns:
+        First step of each piece and one past its last.
+    """
+    limit = max(LONGEST // max(row, 1), 1)
+    cuts = [*range(0, max(steps, 1), limit), steps]
+    if len(cuts) > 2:
+        note = f"{where}: an episode of {steps:,} steps is cut every {limit:,}, to fit into memory"
+        report.count("split", note, len(cuts) - 2)
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
 def infer(
@@ -410,7 +427,7 @@ def is_one_hot(column: Column) -> bool:
 
 def blocks(column: Column) -> Iterator[np.ndarray]:
     """A column in pieces of bounded size."""
-    rows = max(BLOCK // max(_row_bytes(column), 1), 1)
+    rows = max(BLOCK // max(row_bytes(column), 1), 1)
     return (np.asarray(column[a : a + rows]) for a in range(0, column.shape[0], rows))
 
 
@@ -459,7 +476,8 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _row_bytes(column: Column) -> int:
+def row_bytes(column: Column) -> int:
+    """Bytes of one step."""
     return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datamodules.episodes import Episode, Schema, Source
-from datamodules.sources import register
+from datamodules.sources import flat, register
 from datamodules.spaces import from_one_hot, seen
 from lit_wm.errors import ConfigError, DataError, nearest
 from lit_wm.types import Spaces, Spec
@@ -205,9 +205,10 @@ class TorchRL(Source):
         """Refuse what TorchRL's own loaders are known to write, and look no further than some rows."""
         some = [(stream, run) for stream, found in zip(self._streams, self._runs, strict=True)
                 for run in found[:_SAMPLE]]  # fmt: skip
-        first = np.concatenate([stream.rows(run[0][0], run[1][0])[:_SAMPLE] for stream, run in some[:16]])
+        first = [stream.rows(run[0][0], run[1][0])[:_SAMPLE] for stream, run in some[:16]]
         columns = [*self._obs.values(), *self._next.values(), *self._action.values()]
-        if len(first) > 1 and not any(column.take(first).any() for column in columns):
+        more = sum(map(len, first)) > 1
+        if more and not any(column.take(rows).any() for rows in first for column in columns):
             raise DataError(
                 f"{root}: all observations and actions are zero, as TorchRL's MinariExperienceReplay writes."
                 "\n  Read the dataset itself: minari:ID."
@@ -236,24 +237,32 @@ class TorchRL(Source):
                     )
                     self.report.count("jumps", note + "observation: cut in two there", len(jumps))
                 for part in np.split(rows, jumps):
-                    yield self._episode(part, f"{self.name}, episode {number}", part[-1] != rows[-1])
-                    number += 1
+                    where, row = f"{self.name}, episode {number}", sum(map(_bytes, self._obs.values()))
+                    for a, b in flat.pieces(len(part), row, where, self.report):
+                        cut = b < len(part) or part[-1] != rows[-1]
+                        yield self._episode(part[a : b + 1], b - a, f"{self.name}, episode {number}", cut)
+                        number += 1
 
     def _jumps(self, rows: np.ndarray) -> np.ndarray:
         """Places in an episode whose observation is not the next one of the row before."""
         if not self._next:
             return np.zeros(0, np.int64)
         key = min(self._obs, key=lambda k: int(np.prod(self._obs[k].shape)))
-        here, shown = self._obs[key].take(rows[1:]), self._next[key].take(rows[:-1])
-        equal = (here == shown) | ((here != here) & (shown != shown))
-        return np.flatnonzero(~equal.reshape(len(here), -1).all(1)) + 1
+        found, step = [np.zeros(0, np.int64)], max(flat.BLOCK // max(_bytes(self._obs[key]), 1), 1)
+        for start in range(0, len(rows) - 1, step):
+            some = rows[start : start + step + 1]
+            here, shown = self._obs[key].take(some[1:]), self._next[key].take(some[:-1])
+            equal = (here == shown) | ((here != here) & (shown != shown))
+            found.append(np.flatnonzero(~equal.reshape(len(here), -1).all(1)) + start + 1)
+        return np.concatenate(found)
 
-    def _episode(self, rows: np.ndarray, where: str, cut: bool) -> Episode:
-        specs = self.schema.spaces.obs
+    def _episode(self, rows: np.ndarray, steps: int, where: str, cut: bool) -> Episode:
+        """Of so many steps; a piece of a longer one has one row more, which shows its last observation."""
+        specs, seen, rows = self.schema.spaces.obs, rows, rows[:steps]
         observation, action = {}, {}
         for k, column in self._obs.items():
-            value = column.take(rows)
-            if self._has_next:
+            value = column.take(seen)
+            if self._has_next and len(seen) == steps:
                 value = np.concatenate([value, self._next[k].take(rows[-1:])])
             observation[k] = value.reshape(len(value), *specs[k].shape)
         for k, column in self._action.items():
@@ -266,6 +275,10 @@ class TorchRL(Source):
         truncated[-1] |= cut and not terminated[-1]
         rewards = None if reward is None else reward.take(rows)
         return Episode(observation, action, rewards, terminated, truncated, where)
+
+
+def _bytes(column: _Column) -> int:
+    return int(np.prod(column.shape)) * column.dtype.itemsize
 
 
 def _root(path: Path) -> Path:

@@ -1,12 +1,16 @@
 """TorchRL folders against the transitions that were written into them."""
 
+import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from datamodules._torchrl import ReplayBuffer
@@ -253,3 +257,63 @@ def test_damaged_folders_are_named(cartpole: list[Episode], tmp_path: Path) -> N
 def _empty(folder: Path) -> Path:
     (folder / "empty").mkdir()
     return folder / "empty"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    ends=st.lists(st.sampled_from(("terminated", "truncated", "")), min_size=6, max_size=6),
+    ids=st.booleans(), has_next=st.booleans(), longest=st.sampled_from((12, 24, 1000)),
+)  # fmt: skip
+def test_no_step_is_lost_whatever_the_lengths(
+    lengths: list[int], ends: list[str], ids: bool, has_next: bool, longest: int
+) -> None:
+    """Episodes of one step, without an end mark (a new id or a jump ends them), and longer than memory."""
+    want, start = [], 1.0
+    for i, (n, end) in enumerate(zip(lengths, ends, strict=False)):
+        obs = start + np.arange(3 * (n + 1), dtype=np.float32).reshape(-1, 3)
+        flags = np.zeros((2, n), bool)
+        flags[0, -1], flags[1, -1] = end == "terminated", end == "truncated" or not (ids or has_next)
+        reward = np.arange(n, dtype=np.float32) + i
+        want.append((obs, reward, *flags))
+        start = float(obs[-1, -1]) + 100
+    data = {
+        "observation": np.concatenate([x[0][:-1] for x in want]),
+        "action": np.concatenate([x[0][:-1, :1] for x in want]),
+        "collector": {"traj_ids": np.repeat(np.arange(len(want)), [len(x[1]) for x in want])},
+        "next": {
+            "observation": np.concatenate([x[0][1:] for x in want]),
+            "reward": np.concatenate([x[1] for x in want])[:, None],
+            "terminated": np.concatenate([x[2] for x in want])[:, None],
+            "truncated": np.concatenate([x[3] for x in want])[:, None],
+        },
+    }
+    data["collector"] if ids else data.pop("collector")
+    data if has_next else data["next"].pop("observation")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datamodules.sources.flat.LONGEST", longest)
+        patch.setattr("datamodules.sources.flat.BLOCK", 24)
+        steps = sum(len(x[1]) for x in want)
+        TensorDict(data, [steps]).memmap(folder)
+        got = list(open_source(f"torchrl:{folder}").episodes())
+    for obs, reward, terminated, _ in want:
+        parts, left = [], len(reward)
+        while left > 0:
+            parts.append(got.pop(0))
+            left -= parts[-1].steps
+            assert parts[-1].steps == min(left + parts[-1].steps, max(longest // 12, 1))
+        whole = has_next or len(parts[-1].observation["obs"]) > parts[-1].steps
+        assert whole == has_next
+        for part in parts[:-1]:  # cut for memory: the last observation is the first of the next piece
+            assert (part.terminated.any(), part.truncated[-1], len(part.observation["obs"])) == (
+                False, True, part.steps + 1)  # fmt: skip
+        seen = [p.observation["obs"][: p.steps] for p in parts] + [
+            parts[-1].observation["obs"][parts[-1].steps :]
+        ]
+        np.testing.assert_array_equal(np.concatenate(seen), obs if has_next else obs[:-1])
+        for part, following in itertools.pairwise(parts):
+            np.testing.assert_array_equal(part.observation["obs"][-1], following.observation["obs"][0])
+        np.testing.assert_array_equal(np.concatenate([p.reward for p in parts]).reshape(-1), reward)
+        assert parts[-1].terminated[-1] == terminated[-1]
+        assert not np.concatenate([p.terminated for p in parts])[:-1].any()
+    assert not got
