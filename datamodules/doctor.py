@@ -83,7 +83,8 @@ class Doctor:
         self._beyond = "error" if len(self.models) == 1 else "warning"  # what one model of several cannot use
         self.findings: list[Finding] = []
         self.survey = Survey(source.schema)
-        self.limit = source.schema.spaces.episode_length
+        limit = source.schema.spaces.episode_length
+        self.limit = limit if isinstance(limit, int) else None  # what a file says may be anything
         if self.limit is None and source.meta.get("format") == "d4rl":
             from datamodules.sources.d4rl import table
 
@@ -120,10 +121,9 @@ class Doctor:
             self.add("nothing")
         report = self.source.report
         for name, count in report.counts.items():
-            if name in CHECKS:
-                self.add(name, count=count)
-            elif name not in ("skipped", "out_of_range"):
-                self.add("noticed", found=report.first.get(name, f"{count:,} times {name}"))
+            note = report.first.get(name, f"{count:,} times {name}")
+            if name not in ("skipped", "out_of_range"):
+                self.add(name if name in CHECKS else "noticed", count=count, first=note, found=note)
         return self.findings
 
     def damage(self, check: str, error: DataError, before: str = "", more: str = "") -> None:
@@ -208,7 +208,7 @@ class Doctor:
             return self.add("no_rewards", "reward")
         low, high = float(reward.min[0]), float(reward.max[0])
         if low == high and (low == 0 or not any(self.survey.terminated)):
-            return self.add("constant_reward", "reward", count=reward.count, low=low)
+            return self.add("constant_reward", "reward", "note" * (low != 0), count=reward.count, low=low)
         for model in self.models:
             most, least, greatest = self._values[model.name].tolist()
             about: dict[str, Any] = {"gamma": model.discount(self.limit), "model": model.name}

@@ -104,9 +104,10 @@ class Report:
 
     Attributes:
         counts: how often, by name: ``skipped`` (bad episodes left out), ``empty`` (episodes without a
-            step), ``split`` (cut in two at a truncation), ``both_flags``, ``no_end_flag``, ``fake_last``,
-            ``last_dropped`` (transitions without a next observation), ``out_of_range`` (action values
-            beyond the space's bounds), ``cast`` (arrays stored in another type).
+            step), ``split`` (cut in two at a truncation), ``too_long`` (cut to fit into memory),
+            ``both_flags``, ``no_end_flag``, ``fake_last``, ``last_dropped`` (transitions without a next
+            observation), ``out_of_range`` (action values beyond the space's bounds), ``cast`` (arrays stored
+            in another type), ``next_zero`` and ``next_differs`` (next observations that cannot be right).
         notes: sentences for people, the first few of each kind.
         first: the first note by name.
     """

@@ -127,6 +127,10 @@ class Table:
             raise DataError(f"{where}: the next observations lack {min(missing)!r}; "
                             f"found: {', '.join(following)}.")  # fmt: skip
         following = {k: following[k] for k in observation} if following else {}
+        for k, c in following.items():
+            if c.dtype.kind not in "biuf" or np.prod(c.shape[1:]) != np.prod(observation[k].shape[1:]):
+                raise DataError(f"{where}: next observation {k!r} is {c.dtype} {c.shape}, the observation "
+                                f"{observation[k].dtype} {observation[k].shape}.")  # fmt: skip
         reward, *flags = (single(role) for role in ("reward", "terminated", "truncated", "done"))
         return cls(where, observation, group("action", "action"), following, reward, *flags)  # type: ignore[arg-type]
 
@@ -177,7 +181,7 @@ class FlatSource(Source):
         files: list[Path],
         read: Callable[[Path], AbstractContextManager[Table]],
         *,
-        last_obs: str = "terminal",
+        last_obs: str | None = None,
         dones_are: str = "ends",
         ends: Ends | None = None,
         classes: int | None = None,
@@ -190,13 +194,15 @@ class FlatSource(Source):
             files: in the order of their episodes.
             read: opens a file.
             last_obs: what to do where the file lacks the last observation, see
-                :func:`~datamodules.episodes.completed`.
+                :func:`~datamodules.episodes.completed`; None is ``terminal``. If given, next observations are
+                ignored.
             dones_are: ``ends``: ``dones`` without a second column mark cuts; ``terminals``: the task ended.
             ends: where episodes end.
             classes: number of classes of the actions; None: the largest one in the data and one.
             discrete: whether actions are classes or one-hot vectors of them; None: integers are classes.
             may_be_open: a file without any end is one truncated episode, rather than an error.
         """
+        self._use_next, last_obs = last_obs in (None, "error"), last_obs or "terminal"
         for name, value, allowed in (
             ("last_obs", last_obs, ("terminal", "repeat", "drop", "error")),
             ("dones_are", dones_are, ("ends", "terminals")),
@@ -244,12 +250,15 @@ class FlatSource(Source):
     def _table(self, table: Table) -> Iterator[Episode]:
         start, stop, more, terminated, truncated = self._spans(table)
         specs = self.schema.spaces
+        after = table.next if self._use_next and not table.shared_last else {}
         columns = [
             *table.observation.values(),
             *table.action.values(),
+            *after.values(),
             *([] if table.reward is None else [table.reward]),
         ]
         width = sum(row_bytes(column) for column in columns)
+        found = _Following()
         first, number = 0, 0
         while first < len(start):
             last = first + 1
@@ -267,14 +276,21 @@ class FlatSource(Source):
                 for k, c in table.action.items()
             }
             reward = None if table.reward is None else np.asarray(table.reward[low:high])
+            # Of an episode beyond a block only the beginning and the end are compared.
+            near = {
+                k: fitted(specs.obs.get(k), np.asarray(c[low : min(high, low + max(BLOCK // width, 1))]))
+                for k, c in after.items()
+            }
+            found.add(seen, near, (stop[first:last] - 1 - low)[~more[first:last]])
             for i in range(first, last):
                 a, b = int(start[i]) - low, int(stop[i]) - low
                 observation = {k: v[a : b + int(more[i])] for k, v in seen.items()}
-                if table.next and not more[i]:
-                    last_row = slice(int(stop[i]) - 1, int(stop[i]))
-                    for k, c in table.next.items():
-                        end = fitted(specs.obs.get(k), np.asarray(c[last_row]))
-                        observation[k] = np.concatenate([observation[k], end])
+                for k, c in after.items() if not more[i] else ():
+                    end = near[k][b - 1 : b]
+                    if not len(end):
+                        end = fitted(specs.obs.get(k), np.asarray(c[int(stop[i]) - 1 : int(stop[i])]))
+                        found.add({k: seen[k][b - 1 :]}, {k: end}, np.zeros(1, np.int64))
+                    observation[k] = np.concatenate([observation[k], end])
                 flags = np.zeros((2, b - a), np.bool_)
                 flags[0, -1:], flags[1, -1:] = terminated[i], truncated[i]
                 where = f"{table.where}, episode {number}"
@@ -282,6 +298,7 @@ class FlatSource(Source):
                 yield Episode(observation, action, some, flags[0], flags[1], where)
                 number += 1
             first = last
+        found.judge(table.where, self.report)
 
     def _action(self, where: str, spec: Spec | None, value: np.ndarray, row: int) -> np.ndarray:
         if spec is None or spec.shape or not spec.is_discrete or value.ndim != 2 or value.shape[1] == 1:
@@ -350,6 +367,58 @@ class FlatSource(Source):
         self.report.count(name, note)
 
 
+class _Following:
+    """Whether next observations are what they say: o_{t+1} within episodes, and something at ends."""
+
+    def __init__(self) -> None:
+        self.ends = self.zero = self.inside = self.differs = self.moved = self.copies = self.rows = 0
+
+    def add(self, seen: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], ends: np.ndarray) -> None:
+        """Rows of observations and as many or fewer of the next ones; ``ends``: the last rows of episodes."""
+        if not after:
+            return
+        n = len(next(iter(after.values())))
+        last = np.isin(np.arange(n), ends)
+        inside = ~last & (np.arange(n) + 1 < min(len(seen[k]) for k in after))
+        at = np.flatnonzero(inside)
+        copy, differs, moved = np.ones(n, np.bool_), *np.zeros((2, len(at)), np.bool_)
+        # A true image may be all black, and a single number zero.
+        vectors = [k for k, v in after.items() if v.dtype.kind == "f" and v[0].size > 1]
+        zero = last & bool(vectors)
+        for k, value in after.items():
+            here, there = (x.reshape(len(x), -1) for x in (seen[k], value))
+            copied = (here[:n] == there).all(1)
+            copy &= copied
+            zero &= ~there.any(1) & here[:n].any(1) if k in vectors else True
+            if there.dtype.kind == "f":
+                differs |= ~np.isclose(here[at + 1], there[at], 1e-3, 1e-5, True).all(1)
+            else:
+                differs |= (here[at + 1] != there[at]).any(1)
+            moved |= (here[at + 1] != here[at]).any(1)
+        self.rows += n
+        self.ends, self.inside = self.ends + int(last.sum()), self.inside + len(at)
+        for name, rows in (("zero", zero), ("differs", differs), ("moved", moved), ("copies", copy)):
+            setattr(self, name, getattr(self, name) + int(rows.sum()))
+
+    def judge(self, where: str, report: Report) -> None:
+        """Refuse what is wrong everywhere, count what is wrong here and there."""
+        wrong = "zero at the end of every episode" if self.ends and self.zero == self.ends else ""
+        wrong = "equal to the observations" if self.moved and self.copies == self.rows else wrong
+        if wrong:
+            raise DataError(
+                f"{where}: the next observations are {wrong}: they do not say how an episode ended.\n"
+                "  Expected o_t+1 in row t; last_obs=terminal ignores them."
+            )
+        if self.zero:
+            note = f"{where}: the next observations are zero at {self.zero:,} of {self.ends:,} ends"
+            report.count("next_zero", note, self.zero)
+        if self.differs:
+            note = (
+                f"{where}: in {self.differs:,} of {self.inside:,} rows within episodes the next observation"
+            )
+            report.count("next_differs", f"{note} is not the observation of the next row", self.differs)
+
+
 def _pieces(spans: tuple[np.ndarray, ...], row: int, where: str, report: Report) -> tuple[np.ndarray, ...]:
     out = []
     for start, stop, more, terminated, truncated in zip(*spans, strict=True):
@@ -368,7 +437,7 @@ def pieces(steps: int, row: int, where: str, report: Report) -> list[tuple[int, 
         steps: of the episode.
         row: bytes of one step's observations.
         where: the episode or its file, for the note.
-        report: counts the cuts under ``split``.
+        report: counts the cuts under ``too_long``.
 
     Returns:
         First step of each piece and one past its last.
@@ -377,7 +446,7 @@ def pieces(steps: int, row: int, where: str, report: Report) -> list[tuple[int, 
     cuts = [*range(0, max(steps, 1), limit), steps]
     if len(cuts) > 2:
         note = f"{where}: an episode of {steps:,} steps is cut every {limit:,}, to fit into memory"
-        report.count("split", note, len(cuts) - 2)
+        report.count("too_long", note, len(cuts) - 2)
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 

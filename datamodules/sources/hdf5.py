@@ -74,7 +74,7 @@ class HDF5(FlatSource):
             self._grouped = any(re.fullmatch(r"episode_\d+", name) for name in file)
             low_high = None if self._grouped else _bounds(file)
         if not self._grouped:
-            self.setup(files, self._open, last_obs=last_obs or "terminal", dones_are=dones_are, ends=ends,
+            self.setup(files, self._open, last_obs=last_obs, dones_are=dones_are, ends=ends,
                        classes=classes, discrete=discrete)  # fmt: skip
             self.take_bounds(*(low_high or (None, None)))
             return

@@ -60,7 +60,7 @@ class NPZ(FlatSource):
     def __init__(
         self,
         rest: str,
-        last_obs: str = "terminal",
+        last_obs: str | None = None,
         dones_are: str = "ends",
         episode_length: int | None = None,
         split: str | None = None,

@@ -119,6 +119,15 @@ def without_steps(e: Episode) -> Episode:
 
 
 no_limit = Spaces({"obs": OBS}, {"action": ACTION})
+
+
+def noted(name: str) -> Source:
+    """A source whose reader noticed something."""
+    source = Made()
+    source.report.count(name, "what was noticed", 2)
+    return source
+
+
 CASES: list[tuple[str, Source, str, str]] = [
     ("non_finite", Made(only(3, lambda e: replace(e, reward=put(e.reward, 7, np.nan)))), "error",
      "3 episodes; the first: episode 0: reward, row 7 is nan; 1 values"),
@@ -150,6 +159,8 @@ CASES: list[tuple[str, Source, str, str]] = [
     ("no_rewards", Made(lambda i, e: replace(e, reward=None)), "warning", "the source has no rewards"),
     ("constant_reward", Made(lambda i, e: replace(e, reward=0 * e.reward)), "warning",
      "all 546 rewards are 0"),
+    ("constant_reward", Made(lambda i, e: ended(replace(e, reward=0 * e.reward - 1), False)), "note",
+     "all 546 rewards are -1"),
     # Where episodes terminate, a constant reward says something.
     ("constant_reward", Made(lambda i, e: replace(e, reward=0 * e.reward + 1)), "", ""),
     ("two_hot_range", Made(lambda i, e: replace(e, reward=1e5 * e.reward)), "warning",
@@ -181,8 +192,11 @@ CASES: list[tuple[str, Source, str, str]] = [
     ("both_flags", Made(lambda i, e: replace(e, truncated=e.terminated | e.truncated)), "note", "6 ends are"),
     ("no_end_flag", Made(lambda i, e: replace(e, truncated=e.truncated & False)), "note",
      "6 ends are neither"),
-    ("split", Made(only(2, lambda e: replace(e, truncated=put(e.truncated, 9, True)))), "note",
-     "2 truncations in the"),
+    ("split", Made(only(2, lambda e: replace(e, truncated=put(e.truncated, 9, True)))), "warning",
+     "2 truncations in the middle of an episode; the first: episode 0: truncated at step 9"),
+    *((name, noted(name), "warning", "2") for name in (
+        "next_zero", "next_differs", "too_long", "missing_files", "unreadable_chunks", "no_start", "jumps")),
+    ("counts", noted("counts"), "warning", "what was noticed"),
     ("empty", Made(only(1, without_steps)), "note", "1 episodes"),
 ]  # fmt: skip
 
@@ -317,6 +331,14 @@ def test_duplicates_and_final_observations():
     assert (
         "dones are ends of unknown kind"
         in findings(open_source(f"npz:{DATA}/npz/recording.npz"))["noticed"].found
+    )
+
+
+def test_a_limit_that_is_no_number_is_none():
+    spaces = Spaces({"obs": OBS}, {"action": ACTION}, "200")  # type: ignore[arg-type]
+    assert (
+        findings(Made(spaces=spaces)).keys()
+        == findings(Made(spaces=replace(spaces, episode_length=None))).keys()
     )
 
 

@@ -167,7 +167,7 @@ def test_an_episode_beyond_memory_is_cut_without_loss(monkeypatch, has_next):
     assert [len(e.observation["obs"]) for e in raw] == [8, 8, 3 + has_next, 3 + has_next]
     np.testing.assert_array_equal(raw[0].observation["obs"][-1], raw[1].observation["obs"][0])
     assert [bool(e.terminated[-1]) for e in raw] == [False, False, True, True]
-    assert source.report.counts["split"] == 2
+    assert (source.report.counts["too_long"], source.report.counts["split"]) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +281,49 @@ def test_without_rewards():
     source = Arrays({k: v for k, v in steps(4).items() if k != "rewards"} | {"terminals": marks(4, [3])})
     assert source.meta["no_reward"] is True
     assert next(checked(source)).reward is None
+
+
+def following(n=20, ends=(4, 11, 19)):
+    """Flat columns whose next observations are right."""
+    arrays, true = steps(n), np.random.default_rng(1).standard_normal((n, 3)).astype(np.float32)
+    inside = np.setdiff1d(np.arange(n), ends)
+    true[inside] = arrays["observations"][inside + 1]
+    return arrays | {"terminals": marks(n, ends), "next_observations": true}, np.array(ends)
+
+
+@pytest.mark.parametrize("block", [1, 150, 1 << 25])
+def test_next_observations_that_are_none(block, monkeypatch):
+    monkeypatch.setattr(flat, "BLOCK", block)
+    arrays, ends = following()
+    source = Arrays(arrays)
+    assert [e.observation["obs"][-1].tolist() for e in source.episodes()] == arrays["next_observations"][
+        ends
+    ].tolist()
+    assert not source.report.counts
+    zero = arrays | {"next_observations": arrays["next_observations"].copy()}
+    zero["next_observations"][ends] = 0
+    same = arrays | {"next_observations": arrays["observations"]}
+    for wrong, what in ((zero, "zero at the end of every episode"), (same, "equal to the observations")):
+        with pytest.raises(DataError, match=f"{what}.*\n.*last_obs=terminal ignores"):
+            list(checked(Arrays(wrong), "skip_episode"))
+        assert [e.fake_last for e in checked(Arrays(wrong, last_obs="terminal"))] == [True] * 3
+    zero["next_observations"][ends[0]] = 1
+    source = Arrays(zero)
+    list(source.episodes())
+    assert source.report.counts == {"next_zero": 2}
+    black = {k: v for k, v in zero.items() if "obs" not in k}  # a true frame may be black
+    black |= {k: np.full((20, 2, 2, 3), 9, np.uint8) for k in ("observations", "next_observations")}
+    black["observations"][::2], black["next_observations"][1::2] = 0, 0
+    list(Arrays(black).episodes())
+
+
+def test_next_observations_that_do_not_fit():
+    arrays, _ = following()
+    arrays["next_observations"][[6, 13]] += 1
+    source = Arrays(arrays)
+    list(source.episodes())
+    assert source.report.counts == {"next_differs": 2}
+    assert "in 2 of 17 rows" in source.report.notes[0]
+    for other in (np.zeros((20, 4)), np.full((20, 3), b"x")):
+        with pytest.raises(DataError, match="next observation 'obs' is .* the observation float32"):
+            Arrays(arrays | {"next_observations": other})
