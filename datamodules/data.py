@@ -395,7 +395,7 @@ class ReplayDataModule(LightningDataModule):
             return [spec.weight_at(update) for spec in weights]
 
         self.replay = Mixture(train, None if self.mix == "proportional" else shares, self.seed, self.rank)
-        self.held_out = Mixture(held, None, self.seed, self.rank) if held else None
+        self.held_out = Mixture(held, None, self.seed) if held else None
         if self._restored:
             self.load_state_dict(self._restored)
         if ring is None and self.prefetch:
@@ -489,7 +489,7 @@ class ReplayDataModule(LightningDataModule):
                         self.replay_context + self.batch_length,
                         self.replay_context,
                         self.seed,
-                        self.rank,
+                        self.rank if kind == "train" else 0,
                         self.within_episodes,
                         self.uniform_over,
                         f"source{number}/{kind}",
@@ -756,8 +756,17 @@ class ReplayDataModule(LightningDataModule):
         return _loader(_Tickets(self.ticket))
 
     def val_dataloader(self) -> DataLoader:
-        """One item; the episodes live in the evaluator."""
-        return _loader([0])
+        """One item: a ticket for windows of held-out episodes, if there are any.
+
+        The episodes of an evaluation live in the evaluator.
+        """
+        return _loader([self.held_out_batch if self.held_out else 0])
+
+    def held_out_batch(self, module: Any) -> Batch:
+        """The same windows of held-out episodes each time and in every process."""
+        assert self.held_out is not None
+        self.held_out.draws["report"] = 0
+        return self.report_batch(self.local_batch, self.batch_length, module.device)
 
     def test_dataloader(self) -> DataLoader:
         """One item; the episodes live in the evaluator."""

@@ -225,6 +225,12 @@ class DreamerV3Module(WorldModelModule):
             batch.write_back(out.post.detach())
         self.finish_update(out.metrics)
 
+    def held_out_losses(self, batch: Batch, noise: Noise) -> Tensors:
+        """Mean losses of the world model on a batch that is not trained on, by name."""
+        only = dict.fromkeys(self.trained, False) | {"world_model": True}
+        losses = self.model.loss(batch, self.model.start_carry(batch, None), noise, only).losses
+        return {name: loss.mean() for name, loss in losses.items()}
+
     def rank_state_dict(self) -> dict[str, Any]:
         """The noise of this process, its pending metrics, and where its last batch ended."""
         carry = self.last_carry

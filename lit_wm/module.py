@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_wm import __version__
 from lit_wm.errors import CheckpointError, ConfigError
-from lit_wm.noise import NoiseStreams
+from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -159,7 +159,22 @@ class WorldModelModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: the ``Evaluate`` callback plays the episodes."""
+        """Losses on windows of held-out episodes, if there are any; ``Evaluate`` plays the episodes.
+
+        Args:
+            batch: a ticket that draws the same windows each time, or anything else for none.
+        """
+        if not callable(batch):
+            return
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            losses = self.held_out_losses(self.draw(batch), NoiseStreams(self.seed, 0, self.device))
+        metrics = {f"val/loss/{name}": float(loss) for name, loss in losses.items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.axis)
+
+    def held_out_losses(self, batch: Batch, noise: Noise) -> Tensors:
+        """Mean losses of the world model on a batch that is not trained on, by name."""
+        raise NotImplementedError
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing, as in :meth:`validation_step`."""

@@ -225,6 +225,10 @@ class TDMPC2Module(WorldModelModule):
             self.model.update_target()
         self.finish_update(metrics)
 
+    def held_out_losses(self, batch: Batch, noise: Noise) -> Tensors:
+        """Mean losses of the model and the critics on a batch that is not trained on, by name."""
+        return self.model.model_loss(batch, noise).losses
+
     def rank_state_dict(self) -> dict[str, Any]:
         """Beside the noise what the last policy loss left for the next step of the task embedding."""
         left = self.model.task_embedding.weight.grad if self.model.tasks else None

@@ -149,6 +149,38 @@ def test_reports_come_from_held_out_episodes_which_training_never_sees(tmp_path)
     assert trained | seen <= set(range(8))
 
 
+@pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+def test_losses_on_held_out_episodes_are_logged_and_change_nothing(tmp_path, kind):
+    windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
+    more = {} if windows else {"imag_length": 3}
+
+    class Keep(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, {k: v for k, v in metrics.items() if k.startswith("val/")}))
+
+    weights = []
+    for held, check in ((0.0, 3), (0.4, 100), (0.4, 3)):
+        logged = []
+        data = data_of(tmp_path / f"{held}{check}", tmp_path / "cache", batch_size=4,
+                       sources=["made:40,50,60,40,30"], val_fraction=held, **windows)  # fmt: skip
+        torch.manual_seed(0)
+        module = kind(data.spaces, preset="debug", log_every=1000, seed=3, **more)
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=Keep(tmp_path), enable_checkpointing=False, enable_progress_bar=False,
+            max_steps=6, enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=check,
+            check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data)
+        weights.append(torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
+        seen = [(step, losses) for step, losses in logged if losses]
+        assert [step for step, _ in seen] == ([3, 6] if held and check == 3 else [])
+        data.close()
+    names = ("reward", "consistency", "value") if windows else ("rew", "obs", "dyn")
+    assert seen[0][1].keys() >= {f"val/loss/{name}" for name in names}
+    assert torch.equal(weights[1], weights[2])  # looking changes nothing
+    assert not torch.equal(weights[0], weights[1])
+
+
 def test_tasks_of_sources_reach_the_batch(tmp_path):
     tasks = [type("Task", (), {"name": name}) for name in ("walk", "run", "jump")]
     two = [{"uri": "made:9,9", "task": "jump"}, {"uri": "made:8,8", "task": 1}]
