@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from datamodules.sources.flat import (
     head,
     infer,
     names,
+    pieces,
+    row_bytes,
 )
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
@@ -151,34 +154,47 @@ class HDF5(FlatSource):
         return {k: c for k, c in leaves.items() if role == "actions" or k not in self.drop}
 
     def _groups(self) -> Iterator[Episode]:
-        specs = self.schema.spaces
         with open_hdf5(self.files[0]) as file:
             for name in _episodes(file):
-                where, group = f"{self.files[0]}, episode {name.removeprefix('episode_')}", file[name]
-                seen = {
-                    k: fitted(specs.obs.get(k), np.asarray(c[:]))
-                    for k, c in self._entries(file, name, "observations").items()
-                }
-                done = {
-                    k: self._action(f"{where}: action {k!r}", specs.action.get(k), np.asarray(c[:]), 0)
-                    for k, c in self._entries(file, name, "actions").items()
-                }
-                names = ("rewards", "terminations", "truncations")
-                if extra := {*seen, *done} - {*specs.obs, *specs.action}:
-                    raise DataError(
-                        f"{where} has {min(extra)!r}, which the first episode lacks.\n  Expected the same "
-                        "entries in all episodes; drop= leaves observations out."
-                    )
-                columns = {k: _Dataset(group[k], where) for k in names if k in group}
-                if "rewards" not in columns and not self.meta["no_reward"]:
-                    raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")
-                steps = len(next(iter(done.values())))
-                reward = columns["rewards"][:] if "rewards" in columns else None
-                no = np.zeros(steps, np.bool_)
-                ends = [columns[k][:] if k in columns else no for k in names[1:]]
-                seed = group.attrs.get("seed")
-                seed = int(seed) if isinstance(seed, np.integer) else None
-                yield Episode(seen, done, reward, ends[0], ends[1], where, seed)
+                episode, group = f"{self.files[0]}, episode {name.removeprefix('episode_')}", file[name]
+                inputs, outputs = (self._entries(file, name, k) for k in ("observations", "actions"))
+                steps = (*next(iter(outputs.values())).shape, 0)[0]
+                cuts = pieces(steps, sum(map(row_bytes, inputs.values())), episode, self.report)
+                for start, stop in cuts:
+                    last = stop == cuts[-1][1]
+                    where = f"{episode}, from step {start:,}" if start else episode
+                    yield self._piece(group, inputs, outputs, where, slice(start, None if last else stop))
+
+    def _piece(
+        self, group: Any, inputs: dict[str, Column], outputs: dict[str, Column], where: str, rows: slice
+    ) -> Episode:
+        """Some steps of an episode; without a stop all that are left, whatever the lengths."""
+        specs, start, cut = self.schema.spaces, rows.start, rows.stop is not None
+        more = slice(start, rows.stop + 1) if cut else rows
+        seen = {k: fitted(specs.obs.get(k), np.asarray(c[more])) for k, c in inputs.items()}
+        done = {
+            k: self._action(f"{where}: action {k!r}", specs.action.get(k), np.asarray(c[rows]), start)
+            for k, c in outputs.items()
+        }
+        names = ("rewards", "terminations", "truncations")
+        if extra := {*seen, *done} - {*specs.obs, *specs.action}:
+            raise DataError(
+                f"{where} has {min(extra)!r}, which the first episode lacks.\n  Expected the same "
+                "entries in all episodes; drop= leaves observations out."
+            )
+        columns = {k: _Dataset(group[k], where) for k in names if k in group}
+        if "rewards" not in columns and not self.meta["no_reward"]:
+            raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")
+        steps = len(next(iter(done.values())))
+        reward = columns["rewards"][rows] if "rewards" in columns else None
+        no = np.zeros(steps, np.bool_)
+        ends = [columns[k][rows] if k in columns else no for k in names[1:]]
+        if cut:
+            ends[1] = np.array(ends[1])
+            ends[1][-1:] = True
+        seed = group.attrs.get("seed")
+        seed = int(seed) if isinstance(seed, np.integer) else None
+        return Episode(seen, done, reward, ends[0], ends[1], where, seed)
 
 
 @contextmanager
@@ -195,6 +211,11 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing.\n  Restore it or fetch it again.") from None
     except OSError as error:
+        if error.errno == errno.EAGAIN or "unable to lock" in str(error):
+            raise DataError(
+                f"{path} is locked: another process is writing it.\n  Wait until it has closed the file, or, "
+                "if none writes, set HDF5_USE_FILE_LOCKING=FALSE."
+            ) from error
         start = head(path)
         if sizes := re.search(r"eof = (\d+).*stored_eof = (\d+)", str(error)):
             what = f"is truncated: {int(sizes[1]):,} of {int(sizes[2]):,} bytes"

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.episodes import Episode, Source
-from datamodules.sources import register
+from datamodules.sources import flat, register
 from datamodules.sources.hdf5 import open_hdf5
 from datamodules.spaces import Columns, Leaf, dropped, leaves, schema
 from lit_wm.errors import ConfigError, DataError, nearest
@@ -35,7 +36,7 @@ class Minari(Source):
     """A Minari dataset on disk.
 
     Observations, actions, rewards, ends and seeds are read; infos are not. A combined dataset is read as it
-    is stored. One episode is in memory at a time.
+    is stored. One episode is in memory at a time; longer ones are cut as in :mod:`datamodules.sources.flat`.
 
     Args:
         rest: an id such as ``D4RL/door/human-v2``, or the path of a dataset's folder or its ``data`` folder.
@@ -169,14 +170,28 @@ class Minari(Source):
         steps: int | None = 0
         for group in self._groups():
             try:
-                episode = self._episode(group)
-                steps = None if steps is None else steps + episode.steps
+                for episode in self._pieces(group):
+                    steps = None if steps is None else steps + episode.steps
+                    yield episode
             except DataError as error:
-                episode, steps = Episode.unreadable(group.where, error), None
-            yield episode
+                steps = None
+                yield Episode.unreadable(group.where, error)
         if steps is not None and steps != (said := self.total_steps) is not None:
             note = f"{self.name}: metadata says {said:,} steps, the file has {steps:,}: using the file"
             self.report.count("counts", note)
+
+    def _pieces(self, group: _Group) -> Iterator[Episode]:
+        where, row = group.where, sum(map(_bytes, self._obs.leaves))
+        cuts = flat.pieces(len(group.flag("rewards")), row, where, self.report)
+        for start, stop in cuts[:-1]:
+            group.rows, group.where = slice(start, stop), f"{where}, from step {start:,}"
+            episode = self._episode(group)
+            truncated = np.array(episode.truncated)
+            truncated[-1:] = True
+            yield replace(episode, truncated=truncated)
+        if len(cuts) > 1:  # the last one to the very end, whatever the lengths
+            group.rows, group.where = slice(cuts[-1][0], None), f"{where}, from step {cuts[-1][0]:,}"
+        yield self._episode(group)
 
     def _episode(self, group: _Group) -> Episode:
         return Episode(
@@ -191,7 +206,9 @@ class Minari(Source):
 
 
 class _Group:
-    """One episode as it is stored."""
+    """One episode as it is stored, or the ``rows`` of it; of observations one more is read."""
+
+    rows = slice(None)
 
     def __init__(self, where: str, jpeg: bool, pool: ThreadPoolExecutor):
         self.where, self._jpeg, self._pool = where, jpeg, pool
@@ -216,6 +233,10 @@ class _Group:
         """One of the columns without a space, (T,)."""
         raise NotImplementedError
 
+    def _some(self, part: str) -> slice:
+        stop = self.rows.stop
+        return slice(self.rows.start, stop + 1) if stop is not None and part == "observations" else self.rows
+
     def _missing(self, what: str, found: Any) -> DataError:
         return DataError(f"{self.where} has no {what!r}; found: {', '.join(found) or 'nothing'}.\n{_AGAIN}")
 
@@ -227,8 +248,8 @@ class _Group:
 
         def block(start: int) -> None:
             for row in range(start, min(start + _FRAMES, len(frames))):
-                name = leaf.name if leaf.path else ""
-                at = f"{self.where}, {part[:-1]} {name and repr(name) + ' '}row {row}: JPEG"
+                name, number = leaf.name if leaf.path else "", row + (self.rows.start or 0)
+                at = f"{self.where}, {part[:-1]} {name and repr(name) + ' '}row {number}: JPEG"
                 try:
                     image = np.asarray(Image.open(io.BytesIO(bytes(frames[row]))), np.uint8)
                 except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
@@ -292,16 +313,16 @@ class _Hdf5Group(_Group):
         return DataError(f"{self.where}: {self._path} is damaged ({error}).\n{_AGAIN}")
 
     def flag(self, name: str) -> np.ndarray:
-        return self._dataset(name, lambda item: item[()])
+        return self._dataset(name, lambda item: item[self.rows])
 
     def read(self, part: str, leaf: Leaf) -> Any:
         key = "/".join((part, *(f"_index_{k}" if isinstance(k, int) else k for k in leaf.path)))
         if leaf.text:
             try:
-                return self._dataset(key, lambda item: item.asstr()[()]).tolist()
+                return self._dataset(key, lambda item: item.asstr()[self._some(part)]).tolist()
             except TypeError as error:
                 raise DataError(f"{self.where}: {key!r} does not hold strings ({error}).") from error
-        value = self._dataset(key, lambda item: item[()])
+        value = self._dataset(key, lambda item: item[self._some(part)])
         # Frames of equal size make a rectangle (n, bytes): the space alone tells what is a picture.
         if self._jpeg and _is_image(leaf) and value.ndim <= 2:
             return self._decode(value, part, leaf)
@@ -354,10 +375,10 @@ class _ArrowGroup(_Group):
         return column if key[0] == "observations" else column[: self._steps]
 
     def flag(self, name: str) -> np.ndarray:
-        return self._column([name]).to_numpy(zero_copy_only=False)
+        return self._column([name])[self.rows].to_numpy(zero_copy_only=False)
 
     def read(self, part: str, leaf: Leaf) -> Any:
-        column = self._column([part, *map(str, leaf.path)])
+        column = self._column([part, *map(str, leaf.path)])[self._some(part)]
         if leaf.text:
             return column.to_pylist()
         if self._jpeg and _is_image(leaf):
@@ -369,6 +390,11 @@ class _ArrowGroup(_Group):
         flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape or ()
         fits = len(flat) == len(column) * int(np.prod(shape))
         return flat.reshape((len(column), *shape) if fits else (len(column), -1))
+
+
+def _bytes(leaf: Leaf) -> int:
+    """Of one value, as it is decoded."""
+    return 1 if leaf.text else int(np.prod(leaf.space.shape or ())) * np.dtype(leaf.space.dtype).itemsize
 
 
 def _is_image(leaf: Leaf) -> bool:

@@ -197,7 +197,7 @@ class Member:
     def __init__(self, archive: zipfile.ZipFile, name: str, stack: ExitStack):
         self._archive, self._name, self._stack = archive, name, stack
         self._where = f"{archive.filename}: {name.removesuffix('.npy')}"
-        self._map: np.ndarray | None = None
+        self._file: Any = None
         self._used = False
         self._start()
 
@@ -226,7 +226,7 @@ class Member:
         start, stop, _ = rows.indices(self.shape[0])
         stop = max(start, stop)
         if self._fortran:
-            return np.ascontiguousarray(self._unpacked()[start:stop])
+            return np.array(self._unpacked()[start:stop], order="C")
         if start < self._row - len(self._last):
             self._stream.close()
             self._start()
@@ -273,16 +273,16 @@ class Member:
 
     def _unpacked(self) -> np.ndarray:
         """An array stored column by column has no rows to stream; it is unpacked into a temporary file."""
-        if self._map is None:
+        if self._file is None:
             file = self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
             while part := self._bytes(_PIECE, exact=False):
                 file.write(part)
             file.flush()
-            try:
-                self._map = np.memmap(file, self.dtype, "r", shape=self.shape, order="F")
-            except ValueError as error:
-                raise self._damaged(error) from error
-        return self._map
+            self._file = file
+        try:  # a new map each time: what the last one touched no longer counts as our memory
+            return np.memmap(self._file, self.dtype, "r", shape=self.shape, order="F")
+        except ValueError as error:
+            raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> DataError:
         return DataError(f"{self._where} cannot be read ({str(error)[:90] or type(error).__name__}).\n"

@@ -1,3 +1,6 @@
+import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -219,3 +222,37 @@ def test_an_entry_that_only_some_groups_have(tmp_path):
     with pytest.raises(DataError, match="episode 1 has 'b', which the first episode lacks"):
         read(f"hdf5:{path}")
     assert len(read(f"hdf5:{path}?drop=b")) == 3
+
+
+def test_an_episode_beyond_memory_is_cut_without_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodules.sources.flat.LONGEST", 32 * 3)
+    path = groups(tmp_path / "g.hdf5", 9)
+    want = {}
+    with h5py.File(path) as file:
+        for name in file:
+            want[name] = {k: file[name][k][()] for k in ("observations/vec", "actions", "rewards")}
+    source = open_source(f"hdf5:{path}")
+    raw = list(source.episodes())
+    for name, arrays in want.items():
+        parts = [e for e in raw if f"episode {name[-1]}" in e.where]
+        want_steps = len(arrays["rewards"])
+        assert [e.steps for e in parts] == [min(3, want_steps - i) for i in range(0, want_steps, 3)]
+        seen = np.concatenate(
+            [e.observation["vec"][: e.steps] for e in parts] + [parts[-1].observation["vec"][-1:]]
+        )
+        np.testing.assert_array_equal(seen, arrays["observations/vec"])
+        for a, b in itertools.pairwise(parts):
+            np.testing.assert_array_equal(a.observation["vec"][-1], b.observation["vec"][0])
+            assert a.truncated.tolist() == [False] * (a.steps - 1) + [True]
+        np.testing.assert_array_equal(np.concatenate([e.action["action"] for e in parts]), arrays["actions"])
+        np.testing.assert_array_equal(np.concatenate([e.reward for e in parts]), arrays["rewards"])
+
+
+def test_a_file_that_is_being_written_is_not_called_damaged(tmp_path):
+    path = tmp_path / "w.hdf5"
+    code = f"import h5py; f = h5py.File({str(path)!r}, 'w'); print(f.name, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as writer:
+        writer.stdout.readline()
+        with pytest.raises(DataError, match=r"locked: another process is writing it.\n  Wait.*LOCKING=FALSE"):
+            open_source(f"hdf5:{path}")
+        writer.communicate(b"\n")

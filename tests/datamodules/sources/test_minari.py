@@ -454,3 +454,30 @@ def test_tables_come_in_the_order_of_their_numbers(tmp_path: Path, monkeypatch: 
     got = list(checked(source))
     assert [x.where for x in got] == [x.where for x in want]
     assert (got[2].seed, got[3].seed) == (12, None)
+
+
+@pytest.mark.parametrize("form", ["hdf5", "arrow", "parquet"])
+@pytest.mark.parametrize("jpeg", [True, False])
+def test_an_episode_beyond_memory_is_cut_without_loss(
+    form: str, jpeg: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obs = spaces.Dict(
+        {"p": spaces.Box(0, 255, (33, 32, 3), np.uint8), "v": spaces.Box(-1, 1, (2,), np.float32)}
+    )
+    folder = make(tmp_path / "x-v0", obs, spaces.Discrete(3), (3, 11), form, jpeg)
+    want = read(folder)
+    monkeypatch.setattr("datamodules.sources.flat.LONGEST", (33 * 32 * 3 + 8) * 4)
+    source = open_source(f"minari:{folder}")
+    first, *parts = source.episodes()
+    assert ([first.steps, *(x.steps for x in parts)], source.total_steps) == ([3, 4, 4, 3], 14)
+    assert parts[1].where == "x-v0, episode 1, from step 4"
+    assert [x.truncated.tolist()[-1] for x in parts] == [True, True, True]
+    assert not source.report.counts["counts"]
+    for key in ("p", "v"):
+        rows = [x.observation[key][:-1] for x in parts] + [parts[-1].observation[key][-1:]]
+        np.testing.assert_array_equal(np.concatenate(rows), want[1].observation[key])
+        np.testing.assert_array_equal(parts[0].observation[key][-1], parts[1].observation[key][0])
+    np.testing.assert_array_equal(
+        np.concatenate([x.action["action"] for x in parts]), want[1].action["action"]
+    )
+    np.testing.assert_array_equal(np.concatenate([x.reward for x in parts]), want[1].reward)
