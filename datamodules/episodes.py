@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,12 @@ class Source(ABC):
     @abstractmethod
     def episodes(self) -> Iterator[Episode]:
         """All episodes in the order of the source, each time anew."""
+
+
+def listed(value: Any) -> list[str]:
+    """Names in an option such as ``drop``: text with commas, a list, or a single one, as the 1 of a Tuple."""
+    many = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    return [name for name in (str(item).strip() for item in many if item is not None) if name]
 
 
 def checked(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from datamodules.episodes import Arrays, Schema
+from datamodules.episodes import Arrays, Schema, listed
 from lit_wm.envs.wrappers import Classes, Entries, Image, Vector, entry_specs
 from lit_wm.errors import DataError, EnvError, nearest
 from lit_wm.types import Spaces, Spec
@@ -70,9 +70,9 @@ class Columns:
         drop: Sequence[str] = (),
         words: Mapping[str, Sequence[str]] | None = None,
     ):
-        words, names = words or {}, [leaf.name for leaf in leaves(space, root)]
-        self._ids = {name: {word: i for i, word in enumerate(known)} for name, known in words.items()}
-        drop = [name for name in drop if name in names]
+        words, known = words or {}, [leaf.name for leaf in leaves(space, root)]
+        self._ids = {name: {word: i for i, word in enumerate(texts)} for name, texts in words.items()}
+        drop = [name for name in drop if name in known]
         for leaf in leaves(space, root):
             if leaf.text and leaf.name not in (*words, *drop):
                 raise DataError(
@@ -180,12 +180,11 @@ def dropped(drop: str | Sequence[str], space: spaces.Space, where: str) -> list[
     Raises:
         DataError: for a name that is no observation.
     """
-    wanted = drop.split(",") if isinstance(drop, str) else list(drop)
-    wanted, names = [name.strip() for name in wanted if name.strip()], [x.name for x in leaves(space, "obs")]
-    if unknown := [name for name in wanted if name not in names]:
+    wanted, known = listed(drop), [leaf.name for leaf in leaves(space, "obs")]
+    if unknown := [name for name in wanted if name not in known]:
         raise DataError(
-            f"{where}: drop names {unknown[0]!r}, which is no observation{nearest(unknown[0], names)}\n"
-            f"  Observations: {', '.join(names)}"
+            f"{where}: drop names {unknown[0]!r}, which is no observation{nearest(unknown[0], known)}\n"
+            f"  Observations: {', '.join(known)}"
         )
     return wanted
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import yaml
 
-from datamodules.sources import Source, checked, find_uri, open_source, parse_uri
+from datamodules.sources import Source, checked, find_uri, open_source, option_value, parse_uri
 from lit_wm.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def source_options(given: argparse.Namespace) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--option {text}: expected NAME=VALUE")
-        options[name] = yaml.safe_load(value)
+        options[name] = option_value(name, value)
     return options
 
 

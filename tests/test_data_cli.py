@@ -133,6 +133,7 @@ def test_the_command(capsys: Any, told: str):
     assert all(name in out for name in ("ingest", "inspect", "verify", "minari:ID"))
     assert "did you mean 'inspect'" in run(capsys, "inspct", told, code=1)[1]
     assert "--option x: expected NAME=VALUE" in run(capsys, "inspect", told, "--option", "x", code=1)[1]
+    assert "option x=[1: " in run(capsys, "inspect", told, "--option", "x=[1", code=1)[1]
     assert "told: has no option 'reword'; did you mean 'reward'?" in run(
         capsys, "inspect", told, "--option", "reword=1", code=1
     )[1]  # fmt: skip

@@ -8,7 +8,9 @@ of a reader follow as ``?name=value&name=value``, or by keyword.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,9 +105,30 @@ def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:
             f"{uri!r} is no source{nearest(scheme, known)}\n"
             f"  Expected one of {', '.join(f'{name}:...' for name in known)}."
         )
-    rest, _, query = rest.partition("?") if "?" in rest and "=" in rest.rpartition("?")[2] else (rest, "", "")
-    options = {k: yaml.safe_load(v) if v else v for k, v in parse_qsl(query, keep_blank_values=True)}
-    return scheme, rest, options
+    place, _, query = rest.rpartition("?")
+    # A question mark may also belong to a pattern, or to the name of a file or folder that is there.
+    if not place or not re.match(r"[A-Za-z_]\w*=", query) or Path(rest).expanduser().exists():
+        return scheme, rest, {}
+    pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)
+    return scheme, place, {k: option_value(k, v) for k, v in pairs}
+
+
+def option_value(name: str, text: str) -> Any:
+    """What an option says: numbers, ``true`` and ``false``, lists as in YAML, or text.
+
+    Raises:
+        ConfigError: for brackets without their other half and the like.
+    """
+    try:
+        value = yaml.safe_load(text) if text else text
+    except yaml.YAMLError as error:
+        what = getattr(error, "problem", None) or "no YAML"
+        raise ConfigError(
+            f"option {name}={text}: {what}.\n  Expected a number, true, false, text or a list [a,b]."
+        ) from None
+    # YAML also takes on, no and 2024-01-01 for something else than the text that they are.
+    odd = isinstance(value, date) or (isinstance(value, bool) and text.lower() not in ("true", "false"))
+    return text if odd else value
 
 
 def open_source(uri: str, **options: Any) -> Source:

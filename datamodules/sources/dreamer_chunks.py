@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Arrays, Episode, Schema, Source
+from datamodules.episodes import Arrays, Episode, Schema, Source, listed
 from datamodules.spaces import from_one_hot, seen
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
@@ -56,7 +56,7 @@ class DreamerChunks(Source):
     ):
         self._discrete, self._tolerate = discrete, tolerate
         self._actions = [actions] if isinstance(actions, str) else list(actions)
-        drop = drop.split(",") if isinstance(drop, str) else list(drop)
+        drop = listed(drop)
         self.files = self._unique([Path(path) for path in files])
         heads: dict[Path, Arrays] = {}
         for path in list(self.files):

@@ -159,7 +159,7 @@ class Ends:
             word = word.replace(" ", "")
             if word in ("terminals", "timeouts"):
                 marks.add(word)
-            elif match := re.fullmatch(r"jump>(\d*\.?\d+(?:e-?\d+)?)", word):
+            elif match := re.fullmatch(r"jump>(\d*\.?\d+(?:e[+-]?\d+)?)", word):
                 jump = float(match[1])
             elif match := re.fullmatch(r"length=(\d+)", word):
                 length = int(match[1])
@@ -525,11 +525,6 @@ def expand(scheme: str, rest: str, suffixes: tuple[str, ...]) -> tuple[list[Path
         raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}\n"
                         "  Expected a file, a folder or a pattern such as 'demos/*.npz'.")  # fmt: skip
     return files, True
-
-
-def names(drop: str | Sequence[str]) -> list[str]:
-    """The option ``drop``: a list, or text with commas."""
-    return [name.strip() for name in (drop.split(",") if isinstance(drop, str) else drop) if name.strip()]
 
 
 def head(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Episode, Schema, Source
+from datamodules.episodes import Episode, Schema, Source, listed
 from datamodules.sources import register
 from datamodules.sources.flat import (
     NAMES,
@@ -23,7 +23,6 @@ from datamodules.sources.flat import (
     fitted,
     head,
     infer,
-    names,
     pieces,
     row_bytes,
 )
@@ -70,7 +69,7 @@ class HDF5(FlatSource):
     ):
         files, _ = expand("hdf5", rest, SUFFIXES)
         ends = Ends.parse(split, episode_length)
-        self.drop = names(drop)
+        self.drop = listed(drop)
         self._inner: Source | None = None
         self.meta: dict[str, Any] = {"format": "hdf5"}
         with open_hdf5(files[0]) as file:

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Episode, Schema, Source
+from datamodules.episodes import Episode, Schema, Source, listed
 from datamodules.rows import row_key
 from datamodules.sources import register
-from datamodules.sources.flat import Ends, FlatSource, Table, expand, head, is_one_hot, names
+from datamodules.sources.flat import Ends, FlatSource, Table, expand, head, is_one_hot
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spec
 
@@ -80,7 +80,7 @@ class NPZ(FlatSource):
             files = train or files
         if form not in (None, *FORMS):
             raise ConfigError(f"npz: form is {form!r}; expected {', '.join(FORMS)}.")
-        self.drop = names(drop)
+        self.drop = listed(drop)
         self._inner: Source | None = None
         with open_npz(files[0]) as members:
             self._form, self._said = form or _form(members), form is not None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.episodes import Episode, Schema, Source
+from datamodules.episodes import Episode, Schema, Source, listed
 from datamodules.sources import flat, register
 from datamodules.spaces import from_one_hot, seen
 from lit_wm.errors import ConfigError, DataError, nearest
@@ -99,7 +99,7 @@ class TorchRL(Source):
         both = [k for k in names if f"next/{k}" in self._columns]
         names = both or [k for k in names if k.split("/")[0] in ("observation", "pixels", "state")]
         plain = {"obs" if names == ["observation"] else k.removeprefix("observation/"): k for k in names}
-        drop = [k.strip() for k in drop.split(",")] if isinstance(drop, str) else list(drop)
+        drop = listed(drop)
         if unknown := [k for k in drop if k not in plain]:
             close = nearest(unknown[0], list(plain))
             raise ConfigError(f"drop names {unknown[0]!r}, which is no observation{close}")

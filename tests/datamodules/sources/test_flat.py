@@ -327,3 +327,7 @@ def test_next_observations_that_do_not_fit():
     for other in (np.zeros((20, 4)), np.full((20, 3), b"x")):
         with pytest.raises(DataError, match="next observation 'obs' is .* the observation float32"):
             Arrays(arrays | {"next_observations": other})
+
+
+def test_a_jump_with_a_signed_exponent():
+    assert Ends.parse("jump>1e+5", None).jump == Ends.parse("jump>1e5", None).jump == 1e5

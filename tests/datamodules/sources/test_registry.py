@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.episodes import Schema, Source
+from datamodules.episodes import Schema, Source, listed
 from datamodules.sources import open_source, parse_uri, register
 from lit_wm.errors import ConfigError
 from lit_wm.types import Spaces, Spec
@@ -36,12 +36,32 @@ class Mine(Source):
         ("npz:a.npz?classes=3&form=demo", ("npz", "a.npz", {"classes": 3, "form": "demo"})),
         ("npz:a?discrete=false&drop=[x,y]", ("npz", "a", {"discrete": False, "drop": ["x", "y"]})),
         ("npz:what?.npz", ("npz", "what?.npz", {})),
+        ("npz:demo?.npz?dones_are=terminals", ("npz", "demo?.npz", {"dones_are": "terminals"})),
+        ("npz:a?drop=1&split=jump>1e+5|timeouts", ("npz", "a", {"drop": 1, "split": "jump>1e+5|timeouts"})),
+        ("npz:a?drop=on&x=2024-01-01&y=a%20b", ("npz", "a", {"drop": "on", "x": "2024-01-01", "y": "a b"})),
         ("hdf5:C:/a.hdf5", ("hdf5", "C:/a.hdf5", {})),
         ("env:dmc:cartpole_swingup?num_envs=4", ("env", "dmc:cartpole_swingup", {"num_envs": 4})),
     ],
 )  # fmt: skip
 def test_a_uri_has_a_scheme_a_place_and_options(uri, parts):
     assert parse_uri(uri) == parts
+
+
+def test_a_question_mark_in_the_name_of_a_folder(tmp_path):
+    folder = tmp_path / "we?rd=1"
+    folder.mkdir()
+    assert parse_uri(f"npz:{folder}") == ("npz", str(folder), {})
+    assert parse_uri(f"npz:{folder}?classes=3") == ("npz", str(folder), {"classes": 3})
+
+
+def test_an_option_that_is_no_yaml_is_refused():
+    with pytest.raises(ConfigError, match=r"option classes=\[1: .*\n  Expected a number"):
+        parse_uri("npz:a?classes=[1")
+
+
+def test_names_in_an_option():
+    assert listed("a, b,") == listed(["a", " b"]) == ["a", "b"]
+    assert (listed(1), listed((0, "x")), listed(None), listed(())) == (["1"], ["0", "x"], [], [])
 
 
 @pytest.mark.parametrize("uri", ["", "npz", "npz:", "nzp:a", "a/b.npz", "no_such_module:mine:3"])
