@@ -16,9 +16,9 @@ import secrets
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 from datamodules.episodes import Episode, Schema, Source, listed
 from datamodules.rows import row_key
 from datamodules.sources import register
-from datamodules.sources.flat import Ends, FlatSource, Table, expand, head, is_one_hot
+from datamodules.sources.flat import NAMES, Column, Ends, FlatSource, Table, expand, head, is_one_hot
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spec
 
@@ -38,7 +38,8 @@ FORMS = ("demo", "replay", "ogbench", "dreamer")
 
 @register("npz")
 class NPZ(FlatSource):
-    """Recordings in npz files. Nothing is unpickled, and no array is held in memory as a whole.
+    """Recordings in npz files. Nothing is unpickled, and no array is held in memory as a whole. A file of T+1
+    observations and T actions is one episode.
 
     Args:
         rest: a file, a pattern or a folder; ``*-val.npz`` are left out unless the pattern says ``-val``.
@@ -133,10 +134,10 @@ class NPZ(FlatSource):
                     f"{path} is of the {form} form, {self.files[0]} of the {self._form} form.\n"
                     "  Expected files of one kind; name them by a pattern, or say form=."
                 )
-            table = Table.find(str(path), members, self.drop)
+            table = Table.find(str(path), _aligned(path, members), self.drop)
             if self._form == "replay":
                 _agree(path, members, table)
-            if self._form == "ogbench":
+            if self._form == "ogbench" and not table.next:
                 # The last row of an episode holds o_T and an action that nobody took; its mark is a cut.
                 table.truncated, table.terminated, table.shared_last = table.terminated, None, True
             yield table
@@ -200,6 +201,10 @@ class Member:
         self._file: Any = None
         self._used = False
         self._start()
+
+    def again(self) -> Member:
+        """The same array, read from its start."""
+        return Member(self._archive, self._name, self._stack)
 
     def _start(self) -> None:
         fmt = np.lib.format
@@ -314,6 +319,46 @@ def open_npz(path: Path) -> Iterator[dict[str, Member]]:
         yield members
         for member in members.values():
             member.finish()
+
+
+@dataclass
+class _Rows:
+    """Some rows of an array."""
+
+    member: Member
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        self.shape, self.dtype = (self.count, *self.member.shape[1:]), self.member.dtype
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray:
+        start, stop, _ = rows.indices(self.count)
+        return self.member[self.first + start : self.first + stop]
+
+
+def _aligned(path: Path, members: dict[str, Member]) -> Mapping[str, Column]:
+    """T+1 observations beside T actions are one episode with its end: T of them, and as many that follow."""
+    by_role = {role: [k for k in members if k.split("/")[0] in NAMES[role]] for role in NAMES}
+    steps = {members[k].shape[:1] for k in by_role["action"]}
+    count = min(steps)[0] if len(steps) == 1 and () not in steps else 0
+    seen = by_role["observation"]
+    if by_role["next"] or not count or {members[k].shape[:1] for k in seen} != {(count + 1,)}:
+        return members
+    for name in (k for role in ("terminated", "truncated", "done") for k in by_role[role]):
+        if np.any(members[name][: count - 1]):
+            raise DataError(
+                f"{path}: {count + 1:,} observations for {count:,} actions, but {name} ends several episodes.\n"
+                "  Expected as many of both, or a file per episode."
+            )
+    out: dict[str, Column] = {**members}
+    for name in seen:
+        out[name] = _Rows(members[name], 0, count)
+        alias, slash, rest = name.partition("/")
+        out[f"next_{alias if alias == 'obs' else 'observations'}{slash}{rest}"] = _Rows(
+            members[name].again(), 1, count
+        )
+    return out
 
 
 def _form(members: dict[str, Member]) -> str:

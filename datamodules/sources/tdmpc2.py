@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from glob import glob
@@ -72,7 +73,7 @@ class TDMPC2(Source):
         self.files = sorted(map(Path, found), key=_number)
         if not self.files:
             raise DataError(f"no file matches {rest!r}.\n  Expected .pt files of TD-MPC2, e.g. DIR/*.pt.")
-        self._trust = trust
+        self._trust, self._sound = trust, set[Path]()
         if trust:
             warnings.warn("trust=true: the .pt files may run any code while they are read.", stacklevel=2)
         numbers = [n for path in self.files if (n := _number(path)[1]) >= 0]
@@ -144,6 +145,11 @@ class TDMPC2(Source):
             with open(path, "rb") as file:
                 head = file.read(8)
             size = path.stat().st_size
+            if head.startswith(b"\x80\x02\x8a\nl\xfc"):
+                raise DataError(
+                    f"{path} is in the old format of torch.save, which cannot be mapped.\n"
+                    "  Load it and save it again with torch.save of torch 1.6 or later."
+                ) from error
             what = f"is no file of torch.save (starts with {head!r})"
             if head[:2] == b"PK":
                 what = f"is truncated or damaged ({size:,} bytes: {str(error).splitlines()[0][:90]})"
@@ -151,9 +157,21 @@ class TDMPC2(Source):
         columns = {k: data[k] for k in data.keys()} if hasattr(data, "keys") else {}  # noqa: SIM118
         return {k: v for k, v in columns.items() if isinstance(v, torch.Tensor)}
 
+    def _check_sums(self, path: Path) -> None:
+        """Compare the checksums of the zip, which a memory map does not look at, once."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = None if path in self._sound else archive.testzip()
+        except (zipfile.BadZipFile, OSError) as error:
+            bad = str(error)
+        if bad is not None:
+            raise DataError(f"{path} is damaged (checksum of {bad}).\n  Delete it and fetch it again.")
+        self._sound.add(path)
+
     def episodes(self) -> Iterator[Episode]:
         """Episodes file by file, in the order of the numbers in their names."""
         for path in self.files:
+            self._check_sums(path)
             table = self._load(path)
             count = len(table["obs"])
             size = sum(v.nbytes for k, v in table.items() if k in self._keys)

@@ -248,3 +248,27 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     with pytest.raises(DataError, match=r"a.npz, episode 1: reward, row 1 is nan"):
         read(tmp_path / "a.npz")
     assert len(list(checked(open_source(f"npz:{tmp_path}/a.npz"), "skip_episode"))) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block", [1, 1 << 25])
+def test_one_episode_with_its_last_observation(tmp_path, monkeypatch, nested, block):
+    monkeypatch.setattr(flat, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    obs = {"a": rng.random((8, 3)).astype("f4"), "b": rng.random((8, 2)).astype("f4")}
+    obs = {f"observations/{k}": v for k, v in obs.items()} if nested else {"obs": obs["a"]}
+    rest = {"actions": rng.random((7, 1)).astype("f4"), "rewards": np.arange(7.0), "dones": np.arange(7) == 6}
+    np.savez(tmp_path / "x.npz", **obs, **rest)
+    (episode,) = read(tmp_path / "x.npz", dones_are="terminals")
+    assert (episode.steps, episode.fake_last, episode.terminated.tolist()) == (7, False, [False] * 6 + [True])
+    for name, value in obs.items():
+        np.testing.assert_array_equal(episode.observation[name.removeprefix("observations/")], value)
+    np.testing.assert_array_equal(episode.reward, rest["rewards"])
+    np.savez(
+        tmp_path / "o.npz", **obs, actions=rest["actions"], terminals=rest["dones"]
+    )  # as OGBench's names
+    (episode,) = read(tmp_path / "o.npz")
+    assert (episode.steps, episode.terminated[-1]) == (7, True)
+    np.savez(tmp_path / "x.npz", **obs, **rest | {"dones": np.arange(7) % 3 == 2})
+    with pytest.raises(DataError, match=r"8 observations for 7 actions, but dones ends several episodes"):
+        read(tmp_path / "x.npz")

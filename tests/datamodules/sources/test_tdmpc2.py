@@ -181,3 +181,19 @@ print((peak() - before) >> 10)
 """
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 50 < 70 < size  # MB, of which 32 are one block
+
+
+def test_a_flipped_bit_is_seen_and_the_old_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "chunk_0.pt"
+    whole = table()
+    torch.save(whole, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(whole["obs"].numpy().tobytes()) + 9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"chunk_0.pt is damaged \(checksum of .*data/\d(?s:.*)Delete it"):
+        read(path)
+    torch.save(dict(whole.items()), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        DataError, match=r"chunk_0.pt is in the old format(?s:.*)save it again with torch.save"
+    ):
+        read(path)
