@@ -110,11 +110,13 @@ class Report:
             in another type), ``next_zero`` and ``next_differs`` (next observations that cannot be right).
         notes: sentences for people, the first few of each kind.
         first: the first note by name.
+        lost_reward: sum of the sizes of rewards in transitions that were left out.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)
+    lost_reward: float = 0.0
 
     def count(self, name: str, note: str = "", by: int = 1) -> None:
         """Count ``name`` and keep the note of its first three times."""
@@ -125,7 +127,8 @@ class Report:
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {"counts": dict(self.counts), "notes": list(self.notes)}
+        plain = {"counts": dict(self.counts), "notes": list(self.notes)}
+        return plain | ({"lost_reward": self.lost_reward} if self.lost_reward else {})
 
 
 class Source(ABC):
@@ -169,7 +172,9 @@ class Source(ABC):
     @property
     def report(self) -> Report:
         """Made on first use, so that subclasses need no ``super().__init__``."""
-        return self.__dict__.setdefault("_report", Report())
+        if "_report" not in self.__dict__:
+            self._report = Report()
+        return self._report
 
     @abstractmethod
     def episodes(self) -> Iterator[Episode]:
@@ -243,6 +248,8 @@ def completed(episode: Episode, last_obs: str, report: Report) -> Episode:
         observation = {k: np.concatenate([v, v[-1:]]) for k, v in episode.observation.items()}
         return replace(episode, observation=observation, fake_last=True)
     report.count("last_dropped")
+    if episode.reward is not None and np.asarray(episode.reward).dtype.kind in "biuf":
+        report.lost_reward += abs(float(np.asarray(episode.reward).reshape(steps, -1)[-1, 0]))
     terminated, truncated = np.array(episode.terminated[:-1]), np.array(episode.truncated[:-1])
     truncated[-1:] = True
     return replace(
@@ -358,9 +365,8 @@ def _flag(where: str, value: Any, steps: int) -> np.ndarray:
 def _split(episode: Episode, report: Report) -> Iterator[Episode]:
     """Cut at truncations in the middle; set exactly one flag at the end."""
     terminated, truncated, last = episode.terminated, episode.truncated, episode.steps - 1
-    early = np.flatnonzero(terminated[:last])
-    if len(early):
-        at = int(early[0])
+    if terminated[:last].any():
+        at = int(terminated.argmax())
         raise DataError(
             f"{episode.where}: terminated at step {at}, but {last - at:,} more steps follow.\n"
             "  Expected a termination at the last step only; on_bad=skip_episode leaves such episodes out."
@@ -377,6 +383,9 @@ def _split(episode: Episode, report: Report) -> Iterator[Episode]:
             report.count("no_end_flag", f"{episode.where}: neither terminated nor truncated at the end: "
                          "taken as truncated")  # fmt: skip
         flags[0, -1], flags[1, -1] = terminated[end], not terminated[end]
+        if stop - start == episode.steps:  # the whole of it, which is the rule
+            yield replace(episode, terminated=flags[0], truncated=flags[1])
+            return
         yield replace(
             episode,
             observation={k: v[start : stop + 1] for k, v in episode.observation.items()},
