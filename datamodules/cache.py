@@ -254,6 +254,18 @@ def ingest(
                 identity.stop = True
 
 
+def lost_reward(uri: str | None, report: Mapping[str, Any], returns: np.ndarray) -> str | None:
+    """A sentence if leaving out last transitions, whose ends nobody saw, lost much of all reward."""
+    lost, kept = report.get("lost_reward", 0.0), float(np.abs(returns).sum())
+    if lost <= 0.1 * kept:
+        return None
+    return (
+        f"{uri}: the last transitions of {report['counts'].get('last_dropped', 0):,} episodes are left out, "
+        f"as their last observations are missing, and with them rewards of {lost:g} ({kept:g} are left).\n"
+        "  If the task ended there: dones_are=terminals; to keep them anyway: last_obs=repeat."
+    )
+
+
 def write_rows(
     source: Source, folder: str | Path, on_bad: str = "error", progress: Progress | None = None
 ) -> Cache:

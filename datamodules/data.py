@@ -8,6 +8,8 @@ Resuming is exact because of this.
 from __future__ import annotations
 
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -74,7 +76,7 @@ class ReplayDataModule(LightningDataModule):
     Args:
         env: environment id: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on
             ``sources`` alone.
-        sources: datasets to train on: URIs such as ``minari:ID``, or mappings of ``uri`` and more, see
+        sources: datasets to train on: a URI such as ``minari:ID``, or a list of URIs or mappings, see
             :class:`~datamodules.selection.SourceSpec`; ``env:ID?num_envs=4`` among them is the environment.
         env_weight: share of the batch that comes from the environment, beside the ``weight`` of each source;
             a list ``[[update, weight], ...]`` changes it linearly between updates.
@@ -147,7 +149,7 @@ class ReplayDataModule(LightningDataModule):
         windows: str = "stream",
         utd: float | None = None,
         first_updates: int = 1,
-        sources: list[Any] | None = None,
+        sources: list[Any] | str | None = None,
         env_weight: float | list[list[float]] = 1.0,
         mix: str = "ratio",
         val_fraction: float = 0.0,
@@ -174,6 +176,7 @@ class ReplayDataModule(LightningDataModule):
         self._time_limit_is_terminal = time_limit_is_terminal
         self.mix, self.val_fraction = mix, val_fraction
         self.sources, self.env_weight = list[SourceSpec](), SourceSpec("data.env_weight", env_weight)
+        sources = [sources] if isinstance(sources, str) else sources
         if sources is not None and not isinstance(sources, list | tuple):
             raise ConfigError(f"data.sources is {sources!r}, expected a list: [{sources!r}].")
         for source in map(SourceSpec.of, sources or []):
@@ -282,11 +285,15 @@ class ReplayDataModule(LightningDataModule):
     @cached_property
     def caches(self) -> list[Cache]:
         """The datasets, written as rows where that has not been done yet."""
-        from datamodules.cache import ingest
+        from datamodules.cache import ingest, lost_reward
 
-        return [
+        caches = [
             ingest(spec.uri, self.cache_dir, spec.on_bad, **(spec.options or {})) for spec in self.sources
         ]
+        for cache in caches:
+            if sentence := lost_reward(cache.uri, cache.report, cache.episodes["return"]):
+                warnings.warn(sentence, stacklevel=2)
+        return caches
 
     @cached_property
     def spaces(self) -> dict[str, Any]:
@@ -462,10 +469,17 @@ class ReplayDataModule(LightningDataModule):
             )
         train: dict[str, RowReplay] = {}
         held: dict[str, RowReplay] = {}
+        if self.evaluation_env is None:  # asked for here, so that a wrong one ends nothing later
+            self._say("no environment: nothing is played for evaluation; data.eval_env names one")
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             tasks = getattr(getattr(module, "model", None), "tasks", [])
             task = task_number(spec, cache, tasks, self._task)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
+            steps = [int((cache.episodes["length"][chosen] - 1).sum()) for chosen in split]
+            self._say(
+                f"{spec.uri}: {len(cache.episodes['start']):,} episodes, {len(split[0]):,} to train on "
+                f"({steps[0]:,} steps), {len(split[1]):,} held out ({steps[1]:,})"
+            )
             for kind, group, chosen in zip(("train", "val"), (train, held), split, strict=True):
                 if kind == "val" and not len(chosen):
                     continue
@@ -499,6 +513,10 @@ class ReplayDataModule(LightningDataModule):
                         raise
                     storage.close()  # too short to look at
         return train, held
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, file=sys.stderr)
 
     def _fit_normalizer(self, module: Any, train: Mapping[str, RowReplay]) -> None:
         """Give a model that normalises its observations their statistics, unless it has some."""
@@ -715,6 +733,8 @@ class ReplayDataModule(LightningDataModule):
         """
         replay = self._replay
         metrics = {"replay/rows": float(len(replay)), "replay/stale_rows": float(replay.stale_rows)}
+        if isinstance(shares := getattr(replay, "last_shares", None), dict):
+            metrics |= {f"replay/share/{name}": share for name, share in shares.items()}
         if self.collector is not None:
             metrics["step/episodes"] = float(self.collector.episodes)
         if finished := self.pop_finished():

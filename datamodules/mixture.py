@@ -45,6 +45,7 @@ class Mixture:
         self.names, self.parts = list(parts), list(parts.values())
         self.weights, self.seed, self.rank = weights, seed, rank
         self.draws = {"train": 0, "report": 0}
+        self.last_shares = dict.fromkeys(self.names, 0.0)  # of the last training batch
         first = self.parts[0]
         self.spaces, self.latents, self.within_episodes = first.spaces, first.latents, first.within_episodes
 
@@ -89,6 +90,8 @@ class Mixture:
         shares = self.shares(batch_size, mode)
         count = self.draws[mode]
         self.draws[mode] += 1
+        if mode == "train":
+            self.last_shares = {n: s / batch_size for n, s in zip(self.names, shares, strict=True)}
         drawn: list[dict[Key, Tensor]] = []
         out: dict[Key, Tensor] = {}
         start = 0

@@ -260,13 +260,18 @@ def _wider(a: Spec, b: Spec, pad: bool) -> Spec | None:
 
 
 def _differ(named: Mapping[str, Spaces], pad: bool) -> DataError:
-    lines = []
-    for name, spaces in named.items():
-        entries = [
-            f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in (spaces.obs | spaces.action).items()
-        ]
-        lines.append(f"  {name}: {', '.join(entries)}")
-    fix = "Leave entries out with the reader's option drop" + (
-        "." if pad else ", or set pad: true for vectors."
+    entries = {name: spaces.obs | spaces.action for name, spaces in named.items()}
+    shown = [
+        f"  {name}: " + ", ".join(f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in own.items())
+        for name, own in entries.items()
+    ]
+    first, *others = entries.values()
+    bad = next(
+        k for own in [*others, first] for k in [*first, *own] if any(first.get(k) != o.get(k) for o in others)
     )
-    return DataError("the sources have different spaces:\n" + "\n".join(lines[:3]) + f"\n  {fix}")
+    fix = "Leave entries out with the reader's option drop" + (
+        "." if pad else "; for several tasks pad: true fills vectors up."
+    )
+    return DataError(
+        f"the sources have different spaces, first in {bad!r}:\n" + "\n".join(shown[:3]) + f"\n  {fix}"
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -110,7 +111,7 @@ def source_options(given: argparse.Namespace) -> dict[str, Any]:
 def show(given: argparse.Namespace, plain: dict[str, Any], lines: list[tuple[str, str]]) -> None:
     """Print an answer: the JSON object for machines, or aligned lines for people."""
     if given.json:
-        json.dump(plain, sys.stdout, allow_nan=False)
+        json.dump(_finite(plain), sys.stdout, allow_nan=False)
         print()
         return
     width = max((len(name) for name, _ in lines), default=0)
@@ -285,7 +286,7 @@ def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]
     Raises:
         DataError: if there is no episode, or a bad one.
     """
-    from datamodules.cache import Cache, plan_size
+    from datamodules.cache import Cache, lost_reward, plan_size
 
     if isinstance(source, Cache):
         table = source.episodes
@@ -302,6 +303,8 @@ def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]
         steps, returns, terminated = map(np.array, zip(*rows, strict=True))
         report, size = source.report.to_plain(), plan_size(source)
         meta = {**source.meta, **({"no_reward": True} if None in returns else {})}
+    if not meta.get("no_reward") and (sentence := lost_reward(given.source, report, returns)):
+        print(f"warning: {sentence}", file=sys.stderr)
     schema = source.schema.to_plain()
     action = {
         k: {**spec, "low": schema["low"].get(k), "high": schema["high"].get(k)}
@@ -364,7 +367,16 @@ def progress(given: argparse.Namespace) -> Callable[[int, int, int], None]:
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:
     plain = {name: getattr(values, name)().item() for name in ("min", "max", "mean", "std")}
-    return {**plain, "per_episode": values[:10_000].tolist()}
+    return {**plain, "per_episode": values.tolist()}
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: None in their place."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _size(count: int) -> str:

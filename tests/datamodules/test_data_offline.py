@@ -228,6 +228,9 @@ def test_demonstrations_beside_an_environment(tmp_path):
         env = 3 * min(update, 5) / 5
         assert abs((part == 1).sum() - 4 * env / (1 + env)) < 1
     assert data.env_steps > 20
+    metrics = data.pop_metrics()
+    assert metrics["replay/share/env"] == (module.seen[-1][-2] == 1).float().mean()
+    assert metrics["replay/share/env"] + metrics["replay/share/source0"] == 1
     data.close()
 
 
@@ -258,7 +261,7 @@ def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
     ("options", "error", "message"),
     [
         ({"sources": None}, ConfigError, "nothing to train on"),
-        ({"sources": "made:9"}, ConfigError, "data.sources is 'made:9', expected a list"),
+        ({"sources": {"uri": "made:9"}}, ConfigError, "expected a list"),
         ({"sources": ["env:Pendulum-v1?x=1", "made:9"], "pad": True}, ConfigError, "leave it out"),
         ({"sources": [{"uri": "env:Pendulum-v1", "reward": {"scale": 2}}]}, ConfigError, "no more"),
         ({"sources": ["made:9"], "stack": 2}, ConfigError, "has no images"),
@@ -280,8 +283,21 @@ def test_what_cannot_work_is_one_clear_error(tmp_path, options, error, message):
         fit(tmp_path, 1, **options)
 
 
+def test_rewards_that_are_left_out_are_spoken_of(tmp_path):
+    """A goal's reward at a last step without a next observation, the usual form of demonstrations."""
+    done = np.arange(40) % 8 == 7
+    np.savez(tmp_path / "goal.npz", observations=np.zeros((40, 3)), actions=np.zeros((40, 1)),
+             rewards=done * 1.0, dones=done)  # fmt: skip
+    plain = data_of(tmp_path, sources=f"npz:{tmp_path}/goal.npz")
+    with pytest.warns(UserWarning, match="5 episodes are left out.*rewards of 5 \\(0 are left"):
+        _ = plain.caches
+    ended = {"uri": f"npz:{tmp_path}/goal.npz", "options": {"dones_are": "terminals"}}
+    assert data_of(tmp_path, sources=[ended]).caches[0].episodes["return"].tolist() == [1] * 5
+
+
 def test_an_environment_may_stand_among_the_sources(tmp_path):
     mixed = [f"made:{LENGTHS}", {"uri": "env:Pendulum-v1?num_envs=3&time_limit=50", "weight": 2}]
+    assert [spec.uri for spec in data_of(tmp_path, sources="made:9").sources] == ["made:9"]
     data = data_of(tmp_path, sources=mixed, capacity=500)
     assert (data.env, data.num_envs, data.env_options) == ("Pendulum-v1", 3, {"time_limit": 50})
     assert [spec.uri for spec in data.sources] == [f"made:{LENGTHS}"]
