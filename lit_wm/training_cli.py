@@ -644,7 +644,8 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if self.trainer.global_step == self._done_before:
                 print("fit: nothing was left to do: raise data.max_env_steps or trainer.max_steps")
-            print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}")
+            where = "" if getattr(self.datamodule, "evaluation_env", "") is not None else " --env ENV"
+            print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}{where}")
 
     def after_validate(self) -> None:
         """Print what the evaluation found and write it to ``validate.json`` in the run directory."""

@@ -222,7 +222,10 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             what = start if "empty" in start else f"is not an HDF5 file ({start})"
         else:
             what = f"is damaged ({str(error).splitlines()[0][:90]})"
-        raise DataError(f"{path} {what}.\n  Delete it and fetch it again.") from error
+        fix = "Delete it and fetch it again."
+        if start.find("PK") >= 0:
+            fix = f"It looks like an archive of NumPy: npz:{path}"
+        raise DataError(f"{path} {what}.\n  {fix}") from error
     with file:
         try:
             yield file
