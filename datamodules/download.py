@@ -25,7 +25,7 @@ _WAIT = 1.0  # seconds before the second try; doubles
 
 def command(url: str, path: Path) -> str:
     """What fetches the file on another machine, and goes on where it stopped."""
-    return f"curl -fL -C - -o {shlex.quote(str(path))} {shlex.quote(url)}"
+    return f"curl -fL -C - --create-dirs -o {shlex.quote(str(path))} {shlex.quote(url)}"
 
 
 def download(

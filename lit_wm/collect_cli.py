@@ -185,7 +185,11 @@ def collect(argv: list[str]) -> int:
                     ends.append((float(take.reward.sum()), len(take.reward), bool(take.terminated[-1])))
                 signals.check(len(ends), given.episodes)
 
-            command = shlex.join(["lit-wm", "collect", *argv])
+            # The folder of a checkpoint says nothing to those who read the dataset elsewhere.
+            named = {
+                f"{flag}{given.policy}": f"{flag}{Path(given.policy).name}" for flag in ("", "--policy=")
+            }
+            command = shlex.join(["lit-wm", "collect", *(named.get(word, word) for word in argv)])
             about_it = f"{given.episodes} episodes of {env_id}, {who}. lit-wm {__version__}: {command}"
             meta = {"env_id": env_id, "env_options": options, "description": about_it}
             name, author = given.algorithm or who, {given.author} - {None}
@@ -201,7 +205,8 @@ def collect(argv: list[str]) -> int:
             env.close()
 
     returns, lengths, terminated = map(np.array, zip(*ends, strict=True))
-    again = f"lit-wm data inspect {scheme}:{folder if given.root or scheme == 'rows' else target}"
+    place = f"{scheme}:{folder if given.root or scheme == 'rows' else target}"
+    again = f"lit-wm data inspect {shlex.quote(place)}"
     if given.json:
         report = {"out": given.out, "folder": str(folder), "env": env_id, "env_options": options}
         report |= {"episodes": len(returns), "steps": int(lengths.sum()), "seed": given.seed, "policy": who}

@@ -66,6 +66,18 @@ def test_random_episodes_are_a_dataset_that_both_readers_open(root, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == sum(report["lengths"])
 
 
+def test_what_is_said_can_be_typed_and_names_no_folder(root, capsys):
+    checkpoint("model.ckpt", "CartPole-v1", time_limit=9)
+    argv = ["collect", "--episodes", "1", "--device", "cpu", "--policy", os.path.abspath("model.ckpt")]
+    assert main([*argv, "--out", "rows:made/my rows"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("lit-wm data inspect 'rows:made/my rows'")
+    assert (
+        open_cache("made/my rows")
+        .meta["description"]
+        .endswith("--policy model.ckpt --out 'rows:made/my rows'")
+    )
+
+
 def test_a_checkpoint_plays_in_its_own_environment_into_rows(root, capsys):
     module = checkpoint("model.ckpt", "CartPole-v1", time_limit=30)
     argv = ["collect", "--policy", "model.ckpt", "--episodes", "3", "--json", "--device", "cpu"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from datamodules.episodes import Episode, Schema, Source
-from datamodules.sources import register
+from datamodules.sources import open_source, register
 from lit_wm.cli import main
 from lit_wm.types import Spaces, Spec
 
@@ -85,6 +85,16 @@ def test_text_for_people(told: str, capsys: Any):
     out, _ = run(capsys, "inspect", told, "--option", "reward=false")
     assert "returns      none: the source has no rewards\n" in out
     assert json.loads(run(capsys, "inspect", f"{told}?reward=false", "--json")[0])["returns"] is None
+
+
+def test_json_without_nan_and_with_all_episodes(told: str, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    (tmp_path / "told.txt").write_text("2\n" * 10_001)
+    opened = open_source(told)
+    opened.meta |= {"ref_min_score": float("nan"), "ref_max_score": [1.5, float("-inf")]}
+    monkeypatch.setattr("lit_wm.data_cli.open_source", lambda *_, **__: opened)
+    plain = json.loads(run(capsys, "inspect", told, "--json")[0], parse_constant=pytest.fail)
+    assert (plain["meta"]["ref_min_score"], plain["meta"]["ref_max_score"]) == (None, [1.5, None])
+    assert len(plain["lengths"]["per_episode"]) == len(plain["returns"]["per_episode"]) == 10_001
 
 
 def test_bad_data(told: str, tmp_path: Path, capsys: Any):

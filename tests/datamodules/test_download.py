@@ -196,7 +196,7 @@ def test_without_a_network_the_command_for_another_machine_is_said(tmp_path, mon
     path = tmp_path / "a.hdf5"
     with pytest.raises(DataError, match="Connection refused") as error:
         download(url, path)
-    assert command(url, path) == f"curl -fL -C - -o {path} {url}"
+    assert command(url, path) == f"curl -fL -C - --create-dirs -o {path} {url}"
     assert command(url, path) in str(error.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match=r"expected http:// or https://"):

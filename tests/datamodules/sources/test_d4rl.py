@@ -63,7 +63,8 @@ def test_without_the_file_the_command_that_fetches_it_is_said(tmp_path):
     with pytest.raises(DataError) as error:
         open_source("d4rl:kitchen-complete-v0", cache_dir=tmp_path / "my sets")
     name = "mini_kitchen_microwave_kettle_light_slider-v0.hdf5"
-    assert f"curl -fL -C - -o '{tmp_path}/my sets/{name}' {BASE}kitchen/{name}" in str(error.value)
+    fetch = f"curl -fL -C - --create-dirs -o '{tmp_path}/my sets/{name}' {BASE}kitchen/{name}"
+    assert fetch in str(error.value)
     assert "download=true" in str(error.value)
     assert not (tmp_path / "my sets").exists()
     with pytest.raises(DataError, match="no D4RL dataset; did you mean 'hopper-medium-v2'"):
