@@ -313,8 +313,8 @@ def evaluate(argv: list[str]) -> int:
         shown = spaces_from_gym(env.single_observation_space, env.single_action_space)
         join = entries_for(spaces, shown, env_id, about["env"] is None or bool(given.task))
         theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
-        # Where datasets name no environment their longest episode stands for the limit.
-        if about["env"] and None not in (theirs, ours) and theirs != ours:
+        # Where datasets were all there was, their longest episode may stand for the limit.
+        if about["env_steps"] and None not in (theirs, ours) and theirs != ours:
             print(
                 f"note: an episode of {env_id} has {ours:,} decisions here, the checkpoint's had "
                 f"{theirs:,}: another time_limit or repeat? Say which by --env-options",
