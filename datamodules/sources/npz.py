@@ -348,8 +348,8 @@ def _aligned(path: Path, members: dict[str, Member]) -> Mapping[str, Column]:
     for name in (k for role in ("terminated", "truncated", "done") for k in by_role[role]):
         if np.any(members[name][: count - 1]):
             raise DataError(
-                f"{path}: {count + 1:,} observations for {count:,} actions, but {name} ends several episodes.\n"
-                "  Expected as many of both, or a file per episode."
+                f"{path}: {count + 1:,} observations for {count:,} actions, but {name} ends several episodes."
+                "\n  Expected as many of both, or a file per episode."
             )
     out: dict[str, Column] = {**members}
     for name in seen:
