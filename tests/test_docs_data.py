@@ -95,6 +95,8 @@ def test_a_configuration_trains_or_opens(text, place):
         "1",
         "--trainer.logger",
         "false",
+        "--name",  # two runs of one second and process would have the same
+        text.split("\n")[0].strip("# ").removesuffix(".yaml"),
     ]
     assert main(["fit", "--config", str(path), *small, "--data.prefill", "40"]) == 0
 
