@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.episodes import Arrays, Episode, Schema, Source, listed
+from datamodules.sources import flat
 from datamodules.spaces import from_one_hot, seen
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
@@ -150,6 +151,10 @@ class DreamerChunks(Source):
                     if ends[stop - 1]:
                         yield self._episode(parts, where)
                         parts = []
+                    elif sum(part[k].nbytes for part in parts for k in self._obs.values()) > flat.LONGEST:
+                        self.report.count("too_long", f"{where}: its episode is cut, to fit into memory")
+                        yield self._episode(parts, where)
+                        parts = [{k: v[-1:] for k, v in parts[-1].items()}]  # the next piece begins with it
                     start = stop
             if parts:
                 self.report.count("open_end", f"{where}: its stream ends before it does: taken as truncated")

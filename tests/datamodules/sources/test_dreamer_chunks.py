@@ -169,3 +169,21 @@ def test_lengths_names_and_columns_are_checked(tmp_path: Path) -> None:
     pickled = steps(0, "f.l") | {"y": np.array([{}, {}, {}], object)}
     with pytest.raises(DataError, match="cannot be read .*pickle"):
         DreamerChunks([save(tmp_path, 3, "c", **pickled)])
+
+
+def test_an_episode_too_long_for_memory_is_cut_without_losing_a_transition(monkeypatch):
+    from datamodules.sources import flat
+
+    uri = f"npz:{Path(__file__).parents[1]}/data/dreamer_chunks"
+    whole = list(checked(open_source(uri)))
+    monkeypatch.setattr(flat, "LONGEST", 40)
+    source = open_source(uri)
+    cut = list(checked(source))
+    assert len(cut) > len(whole)
+    assert source.report.counts["too_long"] == len(cut) - len(whole) + source.report.counts["empty"]
+    for name, of in (("obs", lambda e: e.observation["obs"][:-1]), ("action", lambda e: e.action["action"]),
+                     ("reward", lambda e: e.reward), ("terminated", lambda e: e.terminated)):  # fmt: skip
+        parts = [np.concatenate([of(e) for e in episodes]) for episodes in (cut, whole)]
+        assert np.array_equal(*parts), name
+            name
+        )
