@@ -181,9 +181,11 @@ def test_an_episode_too_long_for_memory_is_cut_without_losing_a_transition(monke
     cut = list(checked(source))
     assert len(cut) > len(whole)
     assert source.report.counts["too_long"] == len(cut) - len(whole) + source.report.counts["empty"]
-    for name, of in (("obs", lambda e: e.observation["obs"][:-1]), ("action", lambda e: e.action["action"]),
-                     ("reward", lambda e: e.reward), ("terminated", lambda e: e.terminated)):  # fmt: skip
+    for name, of in (
+        ("obs", lambda e: e.observation["obs"][:-1]),
+        ("action", lambda e: e.action["action"]),
+        ("reward", lambda e: e.reward),
+        ("terminated", lambda e: e.terminated),
+    ):
         parts = [np.concatenate([of(e) for e in episodes]) for episodes in (cut, whole)]
         assert np.array_equal(*parts), name
-            name
-        )
