@@ -46,8 +46,7 @@ class Mixture:
         self.weights, self.seed, self.rank = weights, seed, rank
         self.draws = {"train": 0, "report": 0}
         self.last_shares = dict.fromkeys(self.names, 0.0)  # of the last training batch
-        first = self.parts[0]
-        self.spaces, self.latents, self.within_episodes = first.spaces, first.latents, first.within_episodes
+        self.latents = self.parts[0].latents
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)

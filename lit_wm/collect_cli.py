@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -30,7 +29,7 @@ from lit_wm.callbacks.evaluate import Interrupts
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_env, spaces_from_gym
 from lit_wm.errors import CheckpointError, ConfigError
-from lit_wm.evaluation_cli import Parser, as_one, check_task, entries_for, load_module
+from lit_wm.evaluation_cli import Parser, as_one, check_numbers, check_task, entries_for, load_module
 from lit_wm.noise import NoiseStreams
 from lit_wm.training_cli import find_checkpoint
 from lit_wm.types import State, Tensors
@@ -122,10 +121,7 @@ def collect(argv: list[str]) -> int:
         LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
     """
     given = collect_parser().parse_args(argv)
-    lowest = {"episodes": 1, "num_envs": 1, "seed": 0, "epsilon": 0, "max_steps": 1}
-    for name, low in lowest.items():
-        if not low <= (value := getattr(given, name)) < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+    check_numbers(given, {"episodes": 1, "num_envs": 1, "seed": 0, "epsilon": 0, "max_steps": 1})
     if given.epsilon > 1:
         raise ConfigError(f"--epsilon is {given.epsilon}; expected a probability, 0 to 1")
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):

@@ -279,6 +279,17 @@ def check_outputs(video: Path | None, *others: Path | None) -> None:
         raise ConfigError(f"--video {video}: expected a file name that ends in .gif")
 
 
+def check_numbers(given: argparse.Namespace, lowest: dict[str, int]) -> None:
+    """Refuse options below their ``lowest`` value, and such as are no finite number.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    for name, low in lowest.items():
+        if not low <= (value := getattr(given, name)) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+
+
 def evaluate(argv: list[str]) -> int:
     """``lit-wm evaluate``: play, print, write.
 
@@ -286,10 +297,7 @@ def evaluate(argv: list[str]) -> int:
         LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
     """
     given = evaluate_parser().parse_args(argv)
-    lowest = {"episodes": 1, "num_envs": 1, "max_episode_steps": 1, "seed": 0, "obs_noise": 0}
-    for name, low in lowest.items():
-        if not low <= (value := getattr(given, name)) < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
+    check_numbers(given, {"episodes": 1, "num_envs": 1, "max_episode_steps": 1, "seed": 0, "obs_noise": 0})
     check_outputs(given.video, given.json)
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -205,7 +206,7 @@ class Minari(Source):
         )
 
 
-class _Group:
+class _Group(ABC):
     """One episode as it is stored, or the ``rows`` of it; of observations one more is read."""
 
     rows = slice(None)
@@ -221,17 +222,17 @@ class _Group:
         return int(seed) if whole else None
 
     @property
+    @abstractmethod
     def notes(self) -> Any:
         """What is noted about the episode, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, part: str, leaf: Leaf) -> Any:
         """The values of a leaf of ``observations`` or ``actions``: an array (n, ...) or n strings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flag(self, name: str) -> np.ndarray:
         """One of the columns without a space, (T,)."""
-        raise NotImplementedError
 
     def _some(self, part: str) -> slice:
         stop = self.rows.stop

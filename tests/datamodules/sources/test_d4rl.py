@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from datamodules.sources import checked, open_source
 from datamodules.sources.d4rl import BASE, table
@@ -38,8 +39,7 @@ def test_the_table_has_every_name():
     assert all(row["file"].count("/") == 1 and row["file"].endswith(".hdf5") for row in rows.values())
     assert all(50 <= int(row["steps"]) <= 1000 for row in rows.values())
     assert all(float(r["ref_min"]) < float(r["ref_max"]) for r in rows.values() if r["ref_min"])
-    infos = pytest.importorskip("torchrl.data.datasets.d4rl_infos")
-    assert {name: BASE + row["file"] for name, row in rows.items()} == infos.D4RL_DATASETS
+    assert {name: BASE + row["file"] for name, row in rows.items()} == D4RL_DATASETS
 
 
 def test_a_local_file_is_found_where_d4rl_keeps_it(tmp_path, monkeypatch):
