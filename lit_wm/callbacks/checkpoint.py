@@ -181,7 +181,15 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._signals.__exit__()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save nothing: an exception may come between two optimizers' steps."""
+        """Save ``last`` if an evaluation has failed; elsewhere nothing: it may be between two optimizers' steps.
+
+        Several processes save nothing: the others wait for what the failed one would have said.
+        """
+        whole = trainer.state.fn == TrainerFn.FITTING and trainer.validating and self._alone
+        if whole and isinstance(exception, Exception) and int(pl_module.updates) != self._saved_at:
+            self.save_last_now(trainer, pl_module)
+            if self._saved_at == int(pl_module.updates):
+                print(f"saved after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
         self._signals.__exit__()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

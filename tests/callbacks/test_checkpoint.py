@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import tiny
@@ -94,6 +95,42 @@ def test_sigterm_saves_after_the_running_update_and_leaves_in_peace(tmp_path):
     assert 5 <= saved["global_step"] < 10_000
     assert saved["global_step"] == saved["resume"]["updates"]
     assert (tmp_path / "digest.pt").exists()  # fit returned
+
+
+class Fails(pl.Callback):
+    """An evaluation whose environment raises once ``at`` updates are made."""
+
+    def __init__(self, at, error):
+        self.at, self.error = at, error
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if pl_module.updates >= self.at:
+            raise self.error
+
+
+def test_a_failed_evaluation_leaves_a_checkpoint_from_which_training_goes_on_bitwise(make_trainer, tmp_path):
+    def go_on(name, at, ckpt=None, error=ValueError("the simulator broke")):
+        checkpoint = ResumableCheckpoint(every_n_minutes=0)
+        trainer = make_trainer(
+            checkpoint,
+            Fails(at, error),
+            max_steps=30,
+            default_root_dir=tmp_path / name,
+            val_check_interval=10,
+        )
+        pl.seed_everything(5)
+        module, data = tiny.TinyModule(), tiny.TinyData()
+        trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
+        return tiny.digest(module, trainer, data)
+
+    with pytest.raises(ValueError, match="the simulator broke"):
+        go_on("failed", 20)
+    last = tmp_path / "failed" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["resume"]["updates"] == 20
+    assert equal(go_on("failed", 99, last), go_on("whole", 99))
+    with pytest.raises(SystemExit):  # a second Ctrl-C is in a hurry
+        go_on("hurried", 20, error=KeyboardInterrupt())
+    assert not list((tmp_path / "hurried" / "checkpoints").iterdir())
 
 
 def test_a_second_signal_stops_at_once():
