@@ -105,11 +105,11 @@ class Fails(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, pl_module):
         if pl_module.updates >= self.at:
-            raise self.error
+            raise self.error("the simulator broke")
 
 
 def test_a_failed_evaluation_leaves_a_checkpoint_from_which_training_goes_on_bitwise(make_trainer, tmp_path):
-    def go_on(name, at, ckpt=None, error=ValueError("the simulator broke")):
+    def go_on(name, at, ckpt=None, error=ValueError):
         checkpoint = ResumableCheckpoint(every_n_minutes=0)
         trainer = make_trainer(
             checkpoint,
@@ -129,7 +129,7 @@ def test_a_failed_evaluation_leaves_a_checkpoint_from_which_training_goes_on_bit
     assert torch.load(last, weights_only=True)["resume"]["updates"] == 20
     assert equal(go_on("failed", 99, last), go_on("whole", 99))
     with pytest.raises(SystemExit):  # a second Ctrl-C is in a hurry
-        go_on("hurried", 20, error=KeyboardInterrupt())
+        go_on("hurried", 20, error=KeyboardInterrupt)
     assert not list((tmp_path / "hurried" / "checkpoints").iterdir())
 
 
