@@ -614,7 +614,15 @@ class ReplayDataModule(LightningDataModule):
         return collector.env_steps if self.utd is None else collector.decisions
 
     def _collect(self, module: Any) -> None:
+        """One step of every environment.
+
+        Raises:
+            Interrupted: by Ctrl-C or SIGTERM, as many steps may follow before the next update.
+        """
         collector, _, _ = self._open()
+        checkpoint: Any = getattr(self.trainer, "checkpoint_callback", None)
+        if self.world_size == 1 and getattr(checkpoint, "stopping", False):
+            raise checkpoint.interrupted()
         collector.collect(module.policy, module.device)
         if self.within_episodes and collector.terminations and not getattr(module, "episodic", True):
             raise ConfigError(

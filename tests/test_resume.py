@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from datamodules import ReplayDataModule
+from datamodules.collect import Collector
 from lit_wm import DreamerV3Module, TDMPC2Module
 from lit_wm.callbacks import Evaluate, ResumableCheckpoint
+from lit_wm.errors import Interrupted
 
 UPDATES, SAVED_AT, KILLED_AT = 40, 20, 27
 
@@ -151,3 +154,27 @@ def test_killed_and_resumed_training_equals_uninterrupted_training_bit_for_bit(e
     # The test is worth something: rows were evicted, weights moved, and moved after the kill.
     assert whole["ReplayDataModule"]["env_steps"] > WORLDS[env]["capacity"]
     assert differences(whole["state_dict"], at_kill["state_dict"])
+
+
+def test_sigterm_while_the_replay_fills_stops_at_once_and_loses_nothing(tmp_path, monkeypatch):
+    env, collect, seen = "tdmpc2:Pendulum-v1", Collector.collect, []
+    monkeypatch.setattr(sys.modules[__name__], "UPDATES", 8)
+    train(tmp_path / "whole", env)
+
+    def signalled(self, *args):
+        seen.append(self.decisions)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(self, *args)
+
+    monkeypatch.setattr(Collector, "collect", signalled)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(tmp_path / "stopped", env)
+    assert len(seen) == 6
+    assert saved(tmp_path / "stopped")[0]["resume"]["updates"] == 0
+    train(tmp_path / "stopped", env)
+    assert seen[6] == seen[5] + 2  # it goes on filling
+    (whole, *parts), (stopped, *others) = saved(tmp_path / "whole"), saved(tmp_path / "stopped")
+    for part in ("state_dict", "optimizer_states", "global_step", "ReplayDataModule"):
+        assert differences(whole[part], stopped[part], part) == []
+    assert differences(parts, others) == []

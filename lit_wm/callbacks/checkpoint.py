@@ -181,12 +181,15 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._signals.__exit__()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save ``last`` if an evaluation has failed; elsewhere it may be between two optimizers' steps.
+        """Save ``last`` if an evaluation has failed, or collecting was interrupted; elsewhere it may be between
+        two optimizers' steps.
 
         Several processes save nothing: the others wait for what the failed one would have said.
         """
-        whole = trainer.state.fn == TrainerFn.FITTING and trainer.validating and self._alone
-        if whole and isinstance(exception, Exception) and int(pl_module.updates) != self._saved_at:
+        failed = isinstance(exception, Exception) and trainer.validating
+        failed = failed and int(pl_module.updates) != self._saved_at
+        stopped = isinstance(exception, Interrupted)
+        if trainer.state.fn == TrainerFn.FITTING and self._alone and (failed or stopped):
             self.save_last_now(trainer, pl_module)
             if self._saved_at == int(pl_module.updates):
                 print(f"saved after update {self._saved_at:,}; go on with --ckpt_path {self.last_model_path}")
