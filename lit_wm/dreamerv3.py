@@ -658,7 +658,7 @@ class DreamerV3(WorldModel):
         if state is None:
             state, action = self.initial(B), self.zero_action(B)
         elif action is not None:
-            action = self.action_dict(action)
+            action = self.action_dict(action, B)
         elif (action := state.action) is None:
             raise ValueError("encode needs the action executed since `state`, which does not hold one itself")
         dtype, keep = self.compute_dtype, (~first).unsqueeze(-1)
@@ -695,7 +695,7 @@ class DreamerV3(WorldModel):
     ) -> Trajectory:
         """Roll out given actions (B, H, ...), or the policy for ``horizon`` (or ``imag_length``) steps."""
         noise = self.source(noise)
-        given = None if actions is None else self.action_dict(actions)
+        given = None if actions is None else self.action_dict(actions, len(state.deter), True)
         steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
         states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []
         for t in range(steps):
@@ -738,7 +738,7 @@ class DreamerV3(WorldModel):
 
     def q(self, state: State, action: Tensors | Tensor) -> Tensor:
         """reward + gamma * continue * value of the next imagined state. (B,)"""
-        actions = {k: v.unsqueeze(1) for k, v in self.action_dict(action).items()}
+        actions = {k: v.unsqueeze(1) for k, v in self.action_dict(action, len(state.deter)).items()}
         dream = self.imagine(state, actions)
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         return dream.rewards[:, 0] + gamma * dream.continues[:, 0] * self.value(dream.states[-1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_wm.functional import symlog
-from lit_wm.types import State, Tensors
+from lit_wm.types import State, Tensors, Trajectory
 
 MOVING = 0.1  # a pixel moves where it is further than this from the mean frame, in [0, 1] units
 GREEN, RED = (0, 255, 0), (255, 0, 0)
@@ -52,6 +52,17 @@ def posterior(
         state = model.encode(now, state, action, is_first[:, t], **extra)
         states.append(State(state.deter, state.stoch))
     return stack(states)
+
+
+def run_imagination(model: Any, obs: Any, actions: Any) -> Trajectory:
+    """What a model believes that ``actions`` lead to from ``obs``, the first observation of an episode.
+
+    Args:
+        model: either module, or a model of theirs.
+        obs: (B, ...), a tensor or array, or several by name.
+        actions: (B, H, ...) likewise.
+    """
+    return model.imagine(model.encode(obs), actions)
 
 
 def stack(states: Sequence[State]) -> State:

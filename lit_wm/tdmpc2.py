@@ -836,7 +836,7 @@ class TDMPC2(WorldModel):
         ``continues`` is the probability that the episode goes on, 1 for a model that is not ``episodic``.
         """
         noise = self.source(noise)
-        given = None if actions is None else self.actions(self.action_dict(actions))
+        given = None if actions is None else self.actions(self.action_dict(actions, len(state.deter), True))
         steps = given.shape[1] if given is not None else (horizon or self.horizon)
         emb, zs, taken = self.embed(state.task), [state.deter], []
         for t in range(steps):
@@ -864,7 +864,8 @@ class TDMPC2(WorldModel):
         """Predicted return of ``action``: ``mean`` or ``min`` of the critics (B,); None: each (K, B)."""
         if reduce not in ("mean", "min", None):
             raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'min' or None")
-        x = self.inputs(state.deter, self.embed(state.task), self.actions(self.action_dict(action)))
+        action = self.actions(self.action_dict(action, len(state.deter)))
+        x = self.inputs(state.deter, self.embed(state.task), action)
         values = symlog_two_hot_mean(self.critic(x), self.bins)  # (K, B)
         return values if reduce is None else values.mean(0) if reduce == "mean" else values.amin(0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,29 +92,46 @@ class WorldModel(nn.Module, ABC):
     def latent_specs(self) -> dict[str, Spec]:
         """Entries of a state as the replay stores them; empty for models that need none."""
 
-    def action_dict(self, actions: Tensors | Tensor) -> Tensors:
-        """A bare tensor stands for the only action key."""
-        if isinstance(actions, Tensor):
-            if len(self.spaces.action) != 1:
-                raise ValueError(
-                    f"this model has the action keys {sorted(self.spaces.action)}: pass a dict of tensors"
-                )
-            actions = {next(iter(self.spaces.action)): actions}
+    def action_dict(self, actions: Any, batch: int, steps: bool = False) -> Tensors:
+        """Actions for the networks, checked; a bare tensor or array stands for the only key.
+
+        Args:
+            actions: (B, *shape), or with ``steps`` (B, H, *shape), by key. Classes are integers, or floats with
+                one more axis, a number for each class, of which the largest counts.
+            batch: B.
+
+        Raises:
+            ValueError: for other keys, shapes or classes.
+        """
+        actions, found = _named(actions, self.spaces.action, "action"), {}
         if actions.keys() != self.spaces.action.keys():
             raise ValueError(f"action keys are {sorted(actions)}, expected {sorted(self.spaces.action)}")
-        return {k: v.to(self.device) for k, v in actions.items()}
+        for k, spec in self.spaces.action.items():
+            value = _tensor(actions[k]).to(self.device)
+            kind, given = value.dtype, tuple(value.shape)
+            if spec.classes and kind.is_floating_point and given[1 + steps :] == (*spec.shape, spec.classes):
+                value = value.argmax(-1)
+            lead, fits = value.shape[: 1 + steps], value.shape[1 + steps :] == spec.shape
+            fits = fits and len(lead) == 1 + steps and lead[0] == batch
+            if spec.classes and fits:  # -1 marks an action that is not known
+                fits = not value.is_floating_point() and bool(((value >= -1) & (value < spec.classes)).all())
+            if not fits:
+                shape = ", ".join(map(str, [batch, *["steps"] * steps, *spec.shape]))
+                what = f"({shape}{',' * (not steps and not spec.shape)})"
+                if spec.classes:
+                    each = f"({shape}, {spec.classes})"
+                    what = f"integers 0 ... {spec.classes - 1} {what}, or floats {each}, a number for each class"
+                raise ValueError(f"action {k!r} is {kind} {given}; expected {what}; the batch comes first")
+            found[k] = value.long() if spec.is_discrete else value.float()
+        return found
 
-    def obs_dict(self, obs: Tensors | Tensor) -> Tensors:
-        """Observations for the networks, checked; a bare tensor stands for the only key."""
-        if isinstance(obs, Tensor):
-            if len(self.spaces.obs) != 1:
-                raise ValueError(
-                    f"this model has the observation keys {sorted(self.spaces.obs)}: pass a dict of tensors"
-                )
-            obs = {next(iter(self.spaces.obs)): obs}
+    def obs_dict(self, obs: Any) -> Tensors:
+        """Observations for the networks, checked; a bare tensor or array stands for the only key."""
+        obs = _named(obs, self.spaces.obs, "observation")
         missing = self.spaces.obs.keys() - obs.keys()
         if missing:
             raise ValueError(f"observation keys {sorted(missing)} are missing; got {sorted(obs)}")
+        obs = {k: _tensor(obs[k]) for k in self.spaces.obs}
         for k, spec in self.spaces.obs.items():
             shape = tuple(obs[k].shape[obs[k].ndim - len(spec.shape) :])
             if shape != spec.shape or obs[k].ndim == len(spec.shape):
@@ -122,7 +141,7 @@ class WorldModel(nn.Module, ABC):
                 raise ValueError(
                     f"observation {k!r} is {obs[k].dtype}; expected an image of uint8, 0 ... 255"
                 )
-        return self.normalized({k: obs[k].to(self.device) for k in self.spaces.obs})
+        return self.normalized({k: v.to(self.device) for k, v in obs.items()})
 
     def normalized(self, obs: Tensors) -> Tensors:
         """Observations as the networks see them. (..., *shape) each"""
@@ -134,3 +153,17 @@ class WorldModel(nn.Module, ABC):
         return "\n".join(
             [f"{type(self).__name__}(", *lines, f"  {'total':<10}{sum(parts.values()):>14,}", ")"]
         )
+
+
+def _tensor(value: Any) -> Tensor:
+    value = value if isinstance(value, Tensor) else torch.tensor(value)
+    return value.float() if value.dtype == torch.float64 else value
+
+
+def _named(value: Any, specs: Mapping[str, Spec], what: str) -> dict[str, Any]:
+    """Entries by name; what has no names stands for the only one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if len(specs) != 1:
+        raise ValueError(f"this model has the {what} keys {sorted(specs)}: pass a dict of tensors")
+    return {next(iter(specs)): value}
