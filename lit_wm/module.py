@@ -34,6 +34,7 @@ class WorldModelModule(pl.LightningModule):
     model: WorldModel
     trained: dict[str, bool]
     grad_clip: float | None = None  # largest norm of all gradients together
+    optimizer_states: list[dict[str, Any]] | None = None  # what lit_wm.training.train goes on from
 
     def __init__(self, log_every: int = 100, seed: int = 0):
         super().__init__()
@@ -229,24 +230,29 @@ class WorldModelModule(pl.LightningModule):
         self._sums = {k: v.to(self.device) for k, v in state["metrics"]["sums"].items()}
         self._count = int(state["metrics"]["count"])
 
-    # --- Verbs -------------------------------------------------------------------------------------
+    # --- Verbs: without autograd; those of ``model`` are differentiable ------------------------------
 
+    @torch.no_grad()
     def encode(self, *args: Any, **kwargs: Any) -> State:
         """The latent state after an observation; arguments here and below as the model has them."""
         return self.model.encode(*args, **kwargs)
 
+    @torch.no_grad()
     def imagine(self, *args: Any, **kwargs: Any) -> Trajectory:
         """Roll out actions, or the policy, in the world that the model has learnt."""
         return self.model.imagine(*args, **kwargs)
 
+    @torch.no_grad()
     def decode(self, state: State) -> Tensors:
         """Expected observations of latent states, in the environment's units."""
         return self.model.decode(state)
 
+    @torch.no_grad()
     def q(self, state: State, action: Tensors | Tensor, **kwargs: Any) -> Tensor:
         """Predicted return of taking an action and following the policy."""
         return self.model.q(state, action, **kwargs)
 
+    @torch.no_grad()
     def act(self, *args: Any, **kwargs: Any) -> tuple[Tensors, State]:
         """An action for each environment, and the state to hand in with the next observation."""
         return self.model.act(*args, **kwargs)
