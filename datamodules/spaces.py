@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from datamodules.episodes import Arrays, Schema, listed
+from datamodules.episodes import Arrays, Schema
 from lit_wm.envs.wrappers import Classes, Entries, Image, Vector, entry_specs
-from lit_wm.errors import DataError, EnvError, nearest
+from lit_wm.errors import DataError, EnvError
 from lit_wm.types import Spaces, Spec
 
 Path = tuple[str | int, ...]
@@ -18,19 +18,12 @@ Getter = Callable[["Leaf"], Any]
 
 
 class Leaf(NamedTuple):
-    """One leaf of a nested space.
+    """One leaf of a nested space."""
 
-    Attributes:
-        path: keys of Dict and numbers of Tuple spaces that lead to it.
-        name: the path joined by ``/``; ``obs`` or ``action`` for a space that is not nested.
-        space: of the leaf.
-        text: whether its values are strings.
-    """
-
-    path: Path
-    name: str
+    path: Path  # keys of Dict and numbers of Tuple spaces that lead to it
+    name: str  # the path joined by "/"; "obs" or "action" for a space that is not nested
     space: spaces.Space
-    text: bool
+    text: bool  # whether its values are strings
 
 
 def leaves(space: spaces.Space, root: str, path: Path = ()) -> list[Leaf]:
@@ -82,9 +75,8 @@ class Columns:
         try:
             entries = Entries(_numbered(space, root, words), root, where, drop=drop)
         except EnvError as error:
-            what = str(error).splitlines()[0]
             hint = "\n  Leave observations out with drop=NAME." if root == "obs" else ""
-            raise DataError(what + hint) from error
+            raise DataError(str(error).splitlines()[0] + hint) from error
         by_path = {leaf.path: leaf for leaf in leaves(space, root)}
         self._entries = [(by_path[path], entry) for path, entry in entries.leaves]
         self.leaves = [leaf for leaf, _ in self._entries]
@@ -150,48 +142,11 @@ class Columns:
 
 def schema(obs: Columns, action: Columns, episode_length: int | None = None) -> Schema:
     """The schema of a dataset; ``episode_length`` is its environment's time limit in decisions."""
-    unbounded = action.unbounded
-    return Schema(Spaces(obs.specs, action.specs, episode_length, unbounded), action.low, action.high)
+    spaces = Spaces(obs.specs, action.specs, episode_length, action.unbounded)
+    return Schema(spaces, action.low, action.high)
 
 
-def seen(dtype: np.dtype, shape: tuple[int, ...]) -> Spec:
-    """The entry of an observation that no space describes: images as in a space, truths, else numbers."""
-    flat = dtype == np.uint8 and len(shape) == 2 and min(shape) >= 32
-    if dtype == np.uint8 and (flat or len(shape) == 3):
-        return Spec("uint8", (*shape, 1) if flat else shape)
-    return Spec("int32", shape, 2) if dtype == np.bool_ else Spec("float32", shape)
-
-
-def from_one_hot(value: np.ndarray, where: str) -> np.ndarray:
-    """Class numbers (n,) of one-hot rows (n, classes).
-
-    Raises:
-        DataError: if a row is not one-hot.
-    """
-    bad = ~(((value == 0) | (value == 1)).all(1) & (value.sum(1) == 1))
-    if bad.any():
-        raise DataError(f"{where}, row {int(bad.argmax())} is not one-hot: {value[bad][0].tolist()}.")
-    return value.argmax(1)
-
-
-def dropped(drop: str | Sequence[str], space: spaces.Space, where: str) -> list[str]:
-    """The names of the option ``drop``: a list, or text with commas.
-
-    Raises:
-        DataError: for a name that is no observation.
-    """
-    wanted, known = listed(drop), [leaf.name for leaf in leaves(space, "obs")]
-    if unknown := [name for name in wanted if name not in known]:
-        raise DataError(
-            f"{where}: drop names {unknown[0]!r}, which is no observation{nearest(unknown[0], known)}\n"
-            f"  Observations: {', '.join(known)}"
-        )
-    return wanted
-
-
-def _numbered(
-    space: spaces.Space, root: str, words: Mapping[str, Sequence[str]], path: Path = ()
-) -> spaces.Space:
+def _numbered(space: spaces.Space, root: str, words: Mapping[str, Any], path: Path = ()) -> spaces.Space:
     """The space with Discrete in the place of Text."""
     if isinstance(space, spaces.Dict):
         pairs = [(k, _numbered(sub, root, words, (*path, k))) for k, sub in space.spaces.items()]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.episodes import Arrays, Episode, Schema, Source, listed
+from datamodules.episodes import Arrays, Episode, Schema, Source
 from datamodules.sources import flat
-from datamodules.spaces import from_one_hot, seen
-from lit_wm.errors import ConfigError, DataError
+from datamodules.sources.flat import dropped, from_one_hot, seen
+from lit_wm.errors import DataError
 from lit_wm.types import Spaces, Spec
 
 NAME = re.compile(r"(?P<time>[0-9TF]+)-(?P<uuid>\w+)-(?P<next>\w+)-(?P<length>\d+)\.npz")
@@ -57,7 +57,6 @@ class DreamerChunks(Source):
     ):
         self._discrete, self._tolerate = discrete, tolerate
         self._actions = [actions] if isinstance(actions, str) else list(actions)
-        drop = listed(drop)
         self.files = self._unique([Path(path) for path in files])
         heads: dict[Path, Arrays] = {}
         for path in list(self.files):
@@ -73,8 +72,7 @@ class DreamerChunks(Source):
         where, first = next(iter(heads.items()))
         _require(first, where, self._actions)
         names = [k for k in first if not (k in _OTHER or k in self._actions or k.startswith(_LATENT))]
-        if unknown := [k for k in drop if k not in names]:
-            raise ConfigError(f"drop names {unknown[0]!r}, which is no observation: {', '.join(names)}.")
+        drop = dropped(drop, names, str(where))
         obs = {k: seen(first[k].dtype, first[k].shape[1:]) for k in names if k not in drop}
         action = {}
         for k in self._actions:
@@ -91,19 +89,17 @@ class DreamerChunks(Source):
         best: dict[str, tuple[str, int, Path]] = {}
         for path in files:
             if (match := NAME.fullmatch(path.name)) is None:
-                raise DataError(
-                    f"{path} is not named time-uuid-successor-length.npz, as Dreamer's chunks are."
-                )
+                raise DataError(f"{path} is not named time-uuid-successor-length.npz as chunks of Dreamer.")
             if (length := int(match["length"])) > best.get(match["uuid"], ("", -1, path))[1]:
                 best[match["uuid"]] = (match["time"], length, path)
         return [path for *_, path in sorted(best.values())]
 
     def _acted(self, name: str, parts: list[np.ndarray], classes: int | None) -> Spec:
         shape, kind = parts[0].shape[1:], parts[0].dtype.kind
-        if kind == "f" and self._discrete and len(shape) == 1:
-            return Spec("int32", (), shape[0])
         if kind == "f":
-            return Spec("float32", shape)
+            return (
+                Spec("int32", (), shape[0]) if self._discrete and len(shape) == 1 else Spec("float32", shape)
+            )
         top = max(int(part.max(initial=0)) for part in parts)
         return Spec("int32", shape, classes or max(top + 1, 2))
 
@@ -143,9 +139,7 @@ class DreamerChunks(Source):
                 if parts and first[0]:
                     yield self._episode(parts, where)
                     parts = []
-                for stop in [*(np.flatnonzero(ends) + 1).tolist(), len(ends)]:
-                    if stop == start:
-                        continue
+                for stop in sorted({*(np.flatnonzero(ends) + 1).tolist(), len(ends)} - {0}):
                     where = where if parts else f"{path.name}, row {start}"
                     parts.append({k: v[start:stop] for k, v in chunk.items()})
                     if ends[stop - 1]:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datamodules.episodes import Episode, Report, Schema, Source
+from datamodules.episodes import Episode, Report, Schema, Source, listed
 from lit_wm.errors import ConfigError, DataError, nearest
 from lit_wm.types import Spaces, Spec
 
@@ -117,11 +117,7 @@ class Table:
             return next((columns[alias] for alias in NAMES[role] if alias in columns), None)
 
         observation, following = group("observation", "obs"), group("next", "obs")
-        if unknown := [name for name in drop if name not in observation]:
-            raise ConfigError(
-                f"{where}: drop names {unknown[0]!r}, which is no observation"
-                f"{nearest(unknown[0], list(observation))}\n  Observations: {', '.join(observation)}"
-            )
+        drop = dropped(drop, list(observation), where)
         observation = {k: c for k, c in observation.items() if k not in drop}
         if following and (missing := observation.keys() - following.keys()):
             raise DataError(f"{where}: the next observations lack {min(missing)!r}; "
@@ -193,9 +189,8 @@ class FlatSource(Source):
         Args:
             files: in the order of their episodes.
             read: opens a file.
-            last_obs: what to do where the file lacks the last observation, see
-                :func:`~datamodules.episodes.completed`; None is ``terminal``. If given, next observations are
-                ignored.
+            last_obs: see :func:`~datamodules.episodes.completed`; None is ``terminal``, and anything but
+                ``error`` ignores next observations.
             dones_are: ``ends``: ``dones`` without a second column mark cuts; ``terminals``: the task ended.
             ends: where episodes end.
             classes: number of classes of the actions; None: the largest one in the data and one.
@@ -221,13 +216,12 @@ class FlatSource(Source):
                 self.total_steps += table.rows
                 for role in ("observation", "action"):
                     for key, column in getattr(table, role).items():
-                        spec = infer(
-                            f"{table.where}: {role} {key!r}", column, role == "action", classes, discrete
-                        )
+                        where = f"{table.where}: {role} {key!r}"
+                        spec = infer(where, column, role == "action", classes, discrete)
                         known = found.setdefault((role, key), spec)
                         if (spec.dtype, spec.shape) != (known.dtype, known.shape):
                             raise DataError(
-                                f"{table.where}: {role} {key!r} is {spec.dtype} {spec.shape},\n"
+                                f"{where} is {spec.dtype} {spec.shape},\n"
                                 f"  but {known.dtype} {known.shape} in {files[0]}.\n"
                                 "  Expected files of one kind; name them by a pattern."
                             )
@@ -235,11 +229,11 @@ class FlatSource(Source):
                             found[role, key] = spec
                 if self.meta.setdefault("no_reward", table.reward is None) != (table.reward is None):
                     raise DataError(f"{files[0]} and {table.where}: only one of them has rewards.")
-        specs = {
-            role: {k: s for (r, k), s in found.items() if r == role} for role in ("observation", "action")
-        }
+        obs, action = (
+            {k: s for (r, k), s in found.items() if r == role} for role in ("observation", "action")
+        )
         # No bounds: nobody knows them. Whatever rescales actions to [-1, 1] has to take these as they are.
-        self.schema = Schema(Spaces(specs["observation"], specs["action"]))
+        self.schema = Schema(Spaces(obs, action))
 
     def episodes(self) -> Iterator[Episode]:
         """All episodes, file by file."""
@@ -251,36 +245,27 @@ class FlatSource(Source):
         start, stop, more, terminated, truncated = self._spans(table)
         specs = self.schema.spaces
         after = table.next if self._use_next and not table.shared_last else {}
-        columns = [
-            *table.observation.values(),
-            *table.action.values(),
-            *after.values(),
-            *([] if table.reward is None else [table.reward]),
-        ]
-        width = sum(row_bytes(column) for column in columns)
+        columns = [c for part in (table.observation, table.action, after) for c in part.values()]
+        width = sum(map(row_bytes, [*columns, *([] if table.reward is None else [table.reward])]))
         found = _Following()
+
+        def read(part: Mapping[str, Column], a: int, b: int) -> dict[str, np.ndarray]:
+            return {k: fitted(specs.obs.get(k), np.asarray(c[a:b])) for k, c in part.items()}
+
         first, number = 0, 0
         while first < len(start):
             last = first + 1
             while last < len(start) and (stop[last] + more[last] - start[first]) * width <= BLOCK:
                 last += 1
             low, high, extra = int(start[first]), int(stop[last - 1]), int(more[last - 1])
-            seen = {
-                k: fitted(specs.obs.get(k), np.asarray(c[low : high + extra]))
-                for k, c in table.observation.items()
-            }
-            done = {
-                k: self._action(
-                    f"{table.where}: action {k!r}", specs.action.get(k), np.asarray(c[low:high]), low
-                )
-                for k, c in table.action.items()
-            }
+            seen = read(table.observation, low, high + extra)
+            done = {}
+            for k, c in table.action.items():
+                where = f"{table.where}: action {k!r}"
+                done[k] = self._action(where, specs.action.get(k), np.asarray(c[low:high]), low)
             reward = None if table.reward is None else np.asarray(table.reward[low:high])
             # Of an episode beyond a block only the beginning and the end are compared.
-            near = {
-                k: fitted(specs.obs.get(k), np.asarray(c[low : min(high, low + max(BLOCK // width, 1))]))
-                for k, c in after.items()
-            }
+            near = read(after, low, min(high, low + max(BLOCK // width, 1)))
             found.add(seen, near, (stop[first:last] - 1 - low)[~more[first:last]])
             for i in range(first, last):
                 a, b = int(start[i]) - low, int(stop[i]) - low
@@ -288,7 +273,7 @@ class FlatSource(Source):
                 for k, c in after.items() if not more[i] else ():
                     end = near[k][b - 1 : b]
                     if not len(end):
-                        end = fitted(specs.obs.get(k), np.asarray(c[int(stop[i]) - 1 : int(stop[i])]))
+                        end = read({k: c}, int(stop[i]) - 1, int(stop[i]))[k]
                         found.add({k: seen[k][b - 1 :]}, {k: end}, np.zeros(1, np.int64))
                     observation[k] = np.concatenate([observation[k], end])
                 flags = np.zeros((2, b - a), np.bool_)
@@ -303,13 +288,7 @@ class FlatSource(Source):
     def _action(self, where: str, spec: Spec | None, value: np.ndarray, row: int) -> np.ndarray:
         if spec is None or spec.shape or not spec.is_discrete or value.ndim != 2 or value.shape[1] == 1:
             return fitted(spec, value)
-        odd = np.flatnonzero(~_one_hot(value))
-        if len(odd):
-            raise DataError(
-                f"{where}, row {row + odd[0]} is {value[odd[0]]}; expected one-hot: a single 1, else zeros.\n"
-                "  discrete=false reads these actions as vectors."
-            )
-        return value.argmax(1)
+        return from_one_hot(value, where, row, "\n  discrete=false reads these actions as vectors.")
 
     def _spans(self, table: Table) -> tuple[np.ndarray, ...]:
         """Per episode: first transition, one past the last, whether the next row is its o_T, both flags."""
@@ -334,15 +313,12 @@ class FlatSource(Source):
         if rule.jump is not None:
             ends = np.union1d(ends, _jumps(table, rule.jump))
         if not len(ends) and rule.length is None:
+            none = f"{where}: no episode end found in {n:,} steps"
             if not self._may_be_open:
-                raise DataError(
-                    f"{where}: no episode end found in {n:,} steps; give episode_length= or split=."
-                )
-            self.warn("no_end", f"{where}: no episode end in {n:,} steps: read as one truncated episode.")
-        elif (not len(ends) or ends[-1] != n - 1) and rule.length is None:
-            note = (
-                f"{where}: rows {ends[-1] + 1:,} to {n - 1:,} follow the last episode end: kept as truncated."
-            )
+                raise DataError(f"{none}; give episode_length= or split=.")
+            self.warn("no_end", f"{none}: read as one truncated episode.")
+        elif rule.length is None and ends[-1] != n - 1:
+            note = f"{where}: rows {ends[-1] + 1:,} to {n - 1:,} follow the last end: kept as truncated."
             self.warn("open_end", note) if self._may_be_open else report.count("open_end", note)
         if not len(ends) or ends[-1] != n - 1:
             ends = np.append(ends, n - 1)
@@ -413,10 +389,8 @@ class _Following:
             note = f"{where}: the next observations are zero at {self.zero:,} of {self.ends:,} ends"
             report.count("next_zero", note, self.zero)
         if self.differs:
-            note = (
-                f"{where}: in {self.differs:,} of {self.inside:,} rows within episodes the next observation"
-            )
-            report.count("next_differs", f"{note} is not the observation of the next row", self.differs)
+            note = f"{where}: in {self.differs:,} of {self.inside:,} rows within episodes the next"
+            report.count("next_differs", f"{note} observation is not that of the next row", self.differs)
 
 
 def _pieces(spans: tuple[np.ndarray, ...], row: int, where: str, report: Report) -> tuple[np.ndarray, ...]:
@@ -430,17 +404,15 @@ def _pieces(spans: tuple[np.ndarray, ...], row: int, where: str, report: Report)
 
 
 def pieces(steps: int, row: int, where: str, report: Report) -> list[tuple[int, int]]:
-    """Where to cut an episode that is too long for memory; the last observation of a piece is the first of
-    the next one.
+    """Where to cut an episode that is too long for memory: first step of each piece and one past its last.
+
+    The last observation of a piece is the first of the next one; ``report`` counts the cuts under
+    ``too_long``.
 
     Args:
         steps: of the episode.
         row: bytes of one step's observations.
-        where: the episode or its file, for the note.
-        report: counts the cuts under ``too_long``.
-
-    Returns:
-        First step of each piece and one past its last.
+        where, report: for the note.
     """
     limit = max(LONGEST // max(row, 1), 1)
     cuts = [*range(0, max(steps, 1), limit), steps]
@@ -464,11 +436,8 @@ def infer(
     shape, kind = tuple(column.shape[1:]), column.dtype.kind
     if kind not in "biuf":
         raise DataError(f"{where} has the type {column.dtype}; expected numbers.")
-    if not is_action and column.dtype == np.uint8:
-        if len(shape) == 3:
-            return Spec("uint8", shape)
-        if len(shape) == 2 and min(shape) >= 32:
-            return Spec("uint8", (*shape, 1))
+    if not is_action and (spec := seen(column.dtype, shape)).is_image:
+        return spec
     scalar = shape in ((), (1,))
     if is_action and kind == "f" and discrete and len(shape) == 1 and not scalar:
         return Spec("int32", (), shape[0])
@@ -487,6 +456,40 @@ def infer(
         if is_action or (low >= 0 and high < _MAX_CLASSES):
             return Spec("int32", () if scalar else shape, high + 1)
     return Spec("float32", shape or (1,))
+
+
+def seen(dtype: np.dtype, shape: tuple[int, ...]) -> Spec:
+    """The entry of an observation that no space describes: images as in a space, truths, else numbers."""
+    flat = dtype == np.uint8 and len(shape) == 2 and min(shape) >= 32
+    if dtype == np.uint8 and (flat or len(shape) == 3):
+        return Spec("uint8", (*shape, 1) if flat else shape)
+    return Spec("int32", shape, 2) if dtype == np.bool_ else Spec("float32", shape)
+
+
+def from_one_hot(value: np.ndarray, where: str, first: int = 0, hint: str = "") -> np.ndarray:
+    """Class numbers (n,) of one-hot rows (n, classes), which are numbered from ``first`` on.
+
+    Raises:
+        DataError: if a row is not one-hot.
+    """
+    if len(odd := np.flatnonzero(~_one_hot(value))):
+        raise DataError(f"{where}, row {first + odd[0]} is not one-hot: {value[odd[0]].tolist()}; expected "
+                        f"one-hot rows: a single 1, else zeros.{hint}")  # fmt: skip
+    return value.argmax(1)
+
+
+def dropped(drop: str | Sequence[str], known: Sequence[str], where: str) -> list[str]:
+    """The names of the option ``drop``: a list, or text with commas.
+
+    Raises:
+        ConfigError: for a name that is no observation.
+    """
+    wanted = listed(drop)
+    if unknown := [name for name in wanted if name not in known]:
+        near = nearest(unknown[0], list(known))
+        raise ConfigError(f"{where}: drop names {unknown[0]!r}, which is no observation{near}\n"
+                          f"  Observations: {', '.join(known)}")  # fmt: skip
+    return wanted
 
 
 def is_one_hot(column: Column) -> bool:
@@ -515,11 +518,7 @@ def expand(scheme: str, rest: str, suffixes: tuple[str, ...]) -> tuple[list[Path
         found = map(Path, glob.glob(str(path), recursive=True))
     files = sorted((p for p in found if p.is_file()), key=lambda p: _natural(str(p)))
     if not files:
-        beside = (
-            sorted(p.name for s in suffixes for p in path.parent.glob(f"*{s}"))
-            if path.parent.is_dir()
-            else []
-        )
+        beside = sorted(p.name for s in suffixes for p in path.parent.glob(f"*{s}"))
         there = f"\n  In {path.parent} there are: {', '.join(beside[:8])}" if beside else ""
         kind = "holds no " + " or ".join(suffixes) + " file" if path.is_dir() else "does not exist"
         raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}\n"
@@ -547,11 +546,7 @@ def row_bytes(column: Column) -> int:
 
 def fitted(spec: Spec | None, value: np.ndarray) -> np.ndarray:
     """The rows in the shape of their spec, if only axes of length one differ."""
-    if (
-        spec
-        and value.shape[1:] != spec.shape
-        and [n for n in value.shape[1:] if n != 1] == [n for n in spec.shape if n != 1]
-    ):
+    if spec and [n for n in value.shape[1:] if n != 1] == [n for n in spec.shape if n != 1]:
         return value.reshape(len(value), *spec.shape)
     return value
 
@@ -569,11 +564,9 @@ def _marked(column: Column | None, where: str) -> np.ndarray:
             raise DataError(f"{where}: an end mark has the type {flag.dtype} and the shape {column.shape}; "  # type: ignore[union-attr]
                             "expected one 0 or 1 per step.")  # fmt: skip
         flag = flag.reshape(-1)
-        odd = np.flatnonzero((flag != 0) & (flag != 1))
-        if len(odd):
-            raise DataError(
-                f"{where}: an end mark in row {start + odd[0]} is {flag[odd[0]]}; expected 0 or 1."
-            )
+        if len(odd := np.flatnonzero((flag != 0) & (flag != 1))):
+            what = f"{where}: an end mark in row {start + odd[0]} is {flag[odd[0]]}"
+            raise DataError(f"{what}; expected 0 or 1.")
         rows.append(np.flatnonzero(flag) + start)
     return np.concatenate(rows)
 
@@ -587,8 +580,7 @@ def _jumps(table: Table, threshold: float) -> np.ndarray:
     start = 0
     for value in blocks(column):
         place = np.concatenate([last, value[:, :2]]).astype(np.float64)
-        rows.append(
-            np.flatnonzero(np.linalg.norm(np.diff(place, axis=0), axis=1) > threshold) + start - len(last)
-        )
+        far = np.linalg.norm(np.diff(place, axis=0), axis=1) > threshold
+        rows.append(np.flatnonzero(far) + start - len(last))
         start, last = start + len(value), value[-1:, :2]
     return np.concatenate(rows)

@@ -22,8 +22,9 @@ import numpy as np
 
 from datamodules.episodes import Episode, Source
 from datamodules.sources import flat, register
+from datamodules.sources.flat import dropped
 from datamodules.sources.hdf5 import open_hdf5
-from datamodules.spaces import Columns, Leaf, dropped, leaves, schema
+from datamodules.spaces import Columns, Leaf, leaves, schema
 from lit_wm.errors import ConfigError, DataError, nearest
 
 _SPACES = ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text")
@@ -77,7 +78,7 @@ class Minari(Source):
                 f"{self.name}: env_spec in metadata.json is not JSON ({error}).\n{_FETCH}"
             ) from error
         obs, action = (_space(meta, spec, part, self.name) for part in ("observation_space", "action_space"))
-        drop = dropped(drop, obs, self.name)
+        drop = dropped(drop, [leaf.name for leaf in leaves(obs, "obs")], self.name)
         self.files, self._episodes = self._list()
         self._check_counts(meta)
         words = {}

@@ -43,12 +43,8 @@ class NPZ(FlatSource):
 
     Args:
         rest: a file, a pattern or a folder; ``*-val.npz`` are left out unless the pattern says ``-val``.
-        last_obs: what to do with the last observation, which most of these files lack, see
-            :func:`~datamodules.episodes.completed`.
-        dones_are: ``ends``: ``dones`` are ends of unknown kind, read as truncations; ``terminals``:
-            terminations.
-        episode_length, split: other rules for where episodes end, see :mod:`datamodules.sources.flat`.
-        classes: number of classes of integer actions; None: as many as are found.
+        last_obs, dones_are, classes: see :meth:`~datamodules.sources.flat.FlatSource.setup`.
+        episode_length, split: see :meth:`~datamodules.sources.flat.Ends.parse`.
         discrete: whether actions are classes or one-hot; None: integers, and one-hot rows in the replay form.
         drop: observations to leave out.
         form: ``demo``, ``replay``, ``ogbench`` or ``dreamer`` where the keys would be misread.
@@ -89,14 +85,13 @@ class NPZ(FlatSource):
         self.files = files
         self.meta: dict[str, Any] = {"format": f"npz-{self._form}"}
         if self._form == "dreamer":
-            given = {"episode_length": episode_length, "split": split}
-            if wrong := [name for name, value in given.items() if value is not None]:
-                raise ConfigError(f"npz: {files[0]} is a Dreamer chunk; {wrong[0]} means nothing there.")
+            if episode_length is not None or split is not None:
+                wrong = "split" if episode_length is None else "episode_length"
+                raise ConfigError(f"npz: {files[0]} is a Dreamer chunk; {wrong} means nothing there.")
             from datamodules.sources.dreamer_chunks import DreamerChunks
 
-            inner: Source = DreamerChunks(
-                files, tolerate, classes, bool(discrete), actions or ("action",), self.drop
-            )
+            acts = actions or ("action",)
+            inner: Source = DreamerChunks(files, tolerate, classes, bool(discrete), acts, self.drop)
             self.__dict__ |= {**vars(inner), "_inner": inner, "_report": inner.report}
             return
         if tolerate or actions:
@@ -144,13 +139,10 @@ class NPZ(FlatSource):
 
 
 def write_npz(source: Source, path: Path) -> None:
-    """Write episodes in the demo form with all observations, complete or not at all.
+    """Write episodes in the demo form with all observations, complete or not at all; a file is replaced.
 
-    Beside the arrays stands ``schema``, JSON, which says what they do not show: classes and bounds.
-
-    Args:
-        source: its episodes are read once per array, and must all have rewards or none.
-        path: the file; one that is there is replaced.
+    Beside the arrays stands ``schema``, JSON, which says what they do not show: classes and bounds. The
+    episodes are read once per array, and must all have rewards or none.
     """
     spaces, flag = source.schema.spaces, Spec("bool", ())
 
@@ -167,12 +159,11 @@ def write_npz(source: Source, path: Path) -> None:
         return found | {"terminations": (flag, e.terminated), "truncations": (flag, e.truncated)}
 
     steps = sum(e.steps for e in source.episodes())
-    specs = {name: spec for name, (spec, _) in columns(next(source.episodes())).items()}
     part = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(part, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
-                for name, spec in specs.items():
+                for name, (spec, _) in columns(next(source.episodes())).items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         shape, dtype = (steps, *spec.shape), np.dtype(spec.dtype)
                         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
@@ -235,7 +226,7 @@ class Member:
         if start < self._row - len(self._last):
             self._stream.close()
             self._start()
-        again = self._last[: max(stop - start, 0)] if start < self._row else self._last[:0]
+        again = self._last[: stop - start] if start < self._row else self._last[:0]
         while self._row < start:  # what nobody asked for
             self._take(min(start - self._row, max(_PIECE // max(self._width, 1), 1)))
         value = self._take(stop - start - len(again))
@@ -245,9 +236,7 @@ class Member:
 
     def value(self) -> np.ndarray:
         """A small array without rows, e.g. a number."""
-        return np.frombuffer(
-            self._bytes(self._width if not self.shape else self._width * self.shape[0]), self.dtype
-        )
+        return np.frombuffer(self._bytes(self._width * (self.shape[0] if self.shape else 1)), self.dtype)
 
     def finish(self) -> None:
         """Read what is left, if any of it was used, so that the sum of the zip is checked."""
@@ -353,11 +342,9 @@ def _aligned(path: Path, members: dict[str, Member]) -> Mapping[str, Column]:
             )
     out: dict[str, Column] = {**members}
     for name in seen:
-        out[name] = _Rows(members[name], 0, count)
         alias, slash, rest = name.partition("/")
-        out[f"next_{alias if alias == 'obs' else 'observations'}{slash}{rest}"] = _Rows(
-            members[name].again(), 1, count
-        )
+        after = f"next_{alias if alias == 'obs' else 'observations'}{slash}{rest}"
+        out[name], out[after] = _Rows(members[name], 0, count), _Rows(members[name].again(), 1, count)
     return out
 
 
@@ -379,18 +366,10 @@ def _replay_is_one_hot(path: Path) -> bool:
 
 def _agree(path: Path, members: dict[str, Any], table: Table) -> None:
     """The replay form says what its arrays are; believe it only if they are."""
-    column = next(iter(table.observation.values()))
-    said = {"obs_shape": tuple(members["obs_shape"].value().tolist())}
-    is_ = {"obs_shape": tuple(column.shape[1:])}
+    has = {"obs_shape": tuple(next(iter(table.observation.values())).shape[1:])}
     if "action_dim" in members and len(table.action["action"].shape) == 2:
-        said["action_dim"], is_["action_dim"] = (
-            tuple(members["action_dim"].value()),
-            table.action["action"].shape[1:],
-        )
-    for name, value in said.items():
-        if value != is_[name]:
-            raise DataError(f"{path}: {name} says {_text(value)}, the array has {_text(is_[name])} per step.")
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
+        has["action_dim"] = table.action["action"].shape[1:]
+    for name, shape in has.items():
+        if (said := tuple(members[name].value().tolist())) != shape:
+            shown = [" x ".join(map(str, x)) or "a number" for x in (said, shape)]
+            raise DataError(f"{path}: {name} says {shown[0]}, the array has {shown[1]} per step.")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from datamodules.episodes import Episode, Schema, Source, listed
+from datamodules.episodes import Episode, Schema, Source
 from datamodules.sources import flat, register
-from datamodules.spaces import from_one_hot, seen
-from lit_wm.errors import ConfigError, DataError, nearest
+from datamodules.sources.flat import dropped, from_one_hot, seen
+from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
 
 _ENDS = ("done", "terminated", "truncated")
@@ -99,10 +99,7 @@ class TorchRL(Source):
         both = [k for k in names if f"next/{k}" in self._columns]
         names = both or [k for k in names if k.split("/")[0] in ("observation", "pixels", "state")]
         plain = {"obs" if names == ["observation"] else k.removeprefix("observation/"): k for k in names}
-        drop = listed(drop)
-        if unknown := [k for k in drop if k not in plain]:
-            close = nearest(unknown[0], list(plain))
-            raise ConfigError(f"drop names {unknown[0]!r}, which is no observation{close}")
+        drop = dropped(drop, list(plain), str(root))
         self._obs = {k: self._columns[v] for k, v in plain.items() if k not in drop}
         self._next = {k: self._columns[f"next/{plain[k]}"] for k in self._obs} if both else {}
         self._has_next = bool(both)
@@ -120,9 +117,8 @@ class TorchRL(Source):
         self._runs = [self._find(rows) for rows in self._streams]
         self._look_for_defects(root)
         if not {f"next/{k}" for k in _ENDS[1:]} & set(self._columns):
-            self.report.count(
-                "dones_are", f"{self.name} has next/done alone, taken as {dones_are} (dones_are=)"
-            )
+            note = f"{self.name} has next/done alone, taken as {dones_are} (dones_are=)"
+            self.report.count("dones_are", note)
 
     def _walk(self, folder: Path, prefix: str, batch: tuple[int, ...] | None) -> tuple[int, ...]:
         """Collect the columns of a folder and check the sizes of their files."""
@@ -232,10 +228,8 @@ class TorchRL(Source):
                 rows = np.concatenate([stream.rows(a, b) for a, b in zip(starts, stops, strict=True)])
                 jumps = self._jumps(rows)
                 if len(jumps):
-                    note = (
-                        f"{self.name}, row {rows[jumps[0] - 1]}: the row that follows does not show its next "
-                    )
-                    self.report.count("jumps", note + "observation: cut in two there", len(jumps))
+                    note = f"{self.name}, row {rows[jumps[0] - 1]}: the row that follows does not show its"
+                    self.report.count("jumps", f"{note} next observation: cut in two there", len(jumps))
                 for part in np.split(rows, jumps):
                     where, row = f"{self.name}, episode {number}", sum(map(_bytes, self._obs.values()))
                     for a, b in flat.pieces(len(part), row, where, self.report):

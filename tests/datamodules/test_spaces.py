@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from datamodules.spaces import Columns, dropped, from_one_hot, schema, seen
+from datamodules.sources.flat import dropped, from_one_hot, seen
+from datamodules.spaces import Columns, schema
 from lit_wm.envs import spaces_from_gym
-from lit_wm.errors import DataError
+from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spec
 
 NESTED = spaces.Dict(
@@ -67,15 +68,15 @@ def test_text_is_refused_dropped_or_numbered() -> None:
     space = spaces.Dict({"say": spaces.Text(9), "x": spaces.Box(-1, 1, (1,))})
     with pytest.raises(DataError, match="set: observation 'say' is Text.\n.*drop=say.*text=ids"):
         Columns(space, "obs", "set")
-    assert list(Columns(space, "obs", "set", dropped("say", space, "set")).specs) == ["x"]
+    assert list(Columns(space, "obs", "set", ["say"]).specs) == ["x"]
     columns = Columns(space, "obs", "set", words={"say": ["go", "stop"]})
     assert columns.specs["say"] == Spec("int32", (), 2)
     values: dict[str, Any] = {"say": ["stop", "go", "stop"], "x": np.zeros((3, 1), np.float32)}
     assert columns.flatten(values)["say"].tolist() == [1, 0, 1]
     with pytest.raises(DataError, match="'run' is not among its 2"):
         columns.flatten(values | {"say": ["run"]})
-    with pytest.raises(DataError, match="'sya', which is no observation; did you mean 'say'"):
-        dropped(["sya"], space, "set")
+    with pytest.raises(ConfigError, match="'sya', which is no observation; did you mean 'say'"):
+        dropped("say, sya", ["say", "x"], "set")
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_entries_of_every_kind(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got.observation["grey"][..., 0], more["grey"])
     np.testing.assert_array_equal(got.observation["on"], more["on"])
     assert got.action["hand"].tolist() == [0, 2, 1, 0]
-    with pytest.raises(ConfigError, match="drop names 'y', which is no observation: x, image, grey, on"):
+    with pytest.raises(ConfigError, match="'y', which is no observation\n  Observations: x, image, grey, on"):
         DreamerChunks([path], drop="y", **options)
     with pytest.raises(DataError, match="F000-a-0-5.npz has no 'arm'; found: x"):
         DreamerChunks([path], actions="arm")

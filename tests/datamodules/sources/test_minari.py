@@ -197,7 +197,7 @@ def test_text_by_choice(form: str, tmp_path: Path) -> None:
         assert [words[i] for i in ours.observation["say"]] == list(episode["observations"]["say"])
     with pytest.raises(ConfigError, match="text is 'words'; expected ids"):
         read(folder, text="words")
-    with pytest.raises(DataError, match="drop names 'sya'.*did you mean 'say'"):
+    with pytest.raises(ConfigError, match="drop names 'sya'.*did you mean 'say'"):
         read(folder, drop=["sya"])
 
 
