@@ -463,6 +463,8 @@ class RunRecord(Callback):
         """Write the files once the checkpoint, if any, has been read."""
         if not trainer.is_global_zero:
             return
+        if self.logger is not None:
+            self.logger.start()  # a store that does not answer ends this before there is a run
         self.directory.mkdir(parents=True, exist_ok=True)
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)
@@ -470,7 +472,6 @@ class RunRecord(Callback):
         made_by: dict[str, Any] = {"versions": versions(), "git": git, "command": sys.argv}
         made_by["processes"] = trainer.world_size
         if self.logger is not None:
-            self.logger.start()
             made_by["mlflow"] = {"run_id": self.logger.run_id, "uri": self.logger.tracking_uri}
         record.write_text(json.dumps(made_by, indent=2) + "\n")
         if self.logger is not None:

@@ -16,10 +16,12 @@ import logging
 import os
 import pydoc
 import re
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -617,12 +619,19 @@ class TrainingCLI(LightningCLI):
     # -- running -------------------------------------------------------------------------------------------
 
     def _run_subcommand(self, subcommand: str) -> None:
+        ours = [path for path in (self.run_dir, *self.run_dir.parents) if not path.exists()]
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit as left:  # so Lightning ends after Ctrl-C, without a word
-            if self.trainer.state.status != "interrupted":
-                raise
-            raise KeyboardInterrupt from left
+        except BaseException as error:
+            if ours and not (self.run_dir / "config.yaml").exists():  # it ended before it began
+                shutil.rmtree(self.run_dir / "replay", ignore_errors=True)
+                for folder in (self.run_dir / "checkpoints", *ours):
+                    with suppress(OSError):  # there is something in it
+                        folder.rmdir()
+            # So Lightning ends after Ctrl-C, without a word.
+            if isinstance(error, SystemExit) and self.trainer.state.status == "interrupted":
+                raise KeyboardInterrupt from error
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -55,6 +55,7 @@ WRONG = {
         [*CARTPOLE, "--trainer.accumulate_grad_batches", "2"],
         ["refused", "data.batch_size"],
     ),
+    "a seed of evaluation near the training's": ([*CARTPOLE, "--evaluate.seed", "5"], ["evaluate.seed 5"]),
     "another strategy": ([*CARTPOLE, "--trainer.strategy", "fsdp"], ["fsdp is refused", "auto"]),
     "an unknown environment": ([*CARTPOLE, "--data.env", "CartPol-v1"], ["CartPol-v1", "CartPole"]),
     "an unknown game": ([*CARTPOLE, "--data.env", "atari:pongg"], ["pongg", "pong"]),
@@ -108,6 +109,7 @@ def test_a_wrong_input_is_explained_in_a_few_lines(mistake, capfd):
     assert status == 1
     assert "Traceback" not in printed
     assert len(error.strip().splitlines()) <= 5, error
+    assert not Path("runs").exists()  # a start that was refused leaves nothing
     for part in expected:
         assert part in error
     words = error.partition("Known there: ")[2].split("\n")[0].split(", ")

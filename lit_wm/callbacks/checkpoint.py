@@ -181,8 +181,8 @@ class ResumableCheckpoint(ModelCheckpoint):
         self._signals.__exit__()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Save ``last`` if an evaluation has failed, or collecting was interrupted; elsewhere it may be between
-        two optimizers' steps.
+        """Save ``last`` if an evaluation has failed, or collecting was interrupted; elsewhere it may be
+        between two optimizers' steps.
 
         Several processes save nothing: the others wait for what the failed one would have said.
         """
