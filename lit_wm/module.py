@@ -183,10 +183,6 @@ class WorldModelModule(pl.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing, as in :meth:`validation_step`."""
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Tickets pass through; what they draw is on the device already."""
-        return batch.to(device) if isinstance(batch, Batch) else batch
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a lone file needs to be used: class, environment and precision, in plain values."""
         trainer, kind = self._trainer, type(self)  # none, if a file of others has been converted

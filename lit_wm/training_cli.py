@@ -107,7 +107,6 @@ EXPECTED_WARNINGS = (
     ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs fewer of them
     ".*The dirpath has changed from.*",
     ".*Checkpoint directory .* exists and is not empty.*",
-    ".*You have overridden `transfer_batch_to_device` in `LightningModule`.*",
     ".*predict returned None.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # the evaluation gathers by itself
     "LightningCLI's args parameter.*",

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import warning_cache
 
 from datamodules import ReplayDataModule
 from datamodules.collect import Collector
@@ -178,3 +179,10 @@ def test_sigterm_while_the_replay_fills_stops_at_once_and_loses_nothing(tmp_path
     for part in ("state_dict", "optimizer_states", "global_step", "ReplayDataModule"):
         assert differences(whole[part], stopped[part], part) == []
     assert differences(parts, others) == []
+
+
+def test_lightning_finds_no_hook_overridden(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(sys.modules[__name__], "UPDATES", 1)
+    warning_cache.clear()  # it warns once in a process
+    train(tmp_path, "tdmpc2:Pendulum-v1")
+    assert not [w for w in recwarn if "overridden" in str(w.message)]
