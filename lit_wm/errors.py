@@ -41,6 +41,12 @@ class Interrupted(LitWMError):
 def nearest(name: str, known: list[str], count: int = 3) -> str:
     """The part of a message that names the closest ``known`` words: ``"; did you mean 'a' or 'b'?"``."""
     from difflib import get_close_matches
+    from os.path import splitext
 
-    close = get_close_matches(name, list(dict.fromkeys(known)), n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    if name in known:  # something else is wrong
+        return ""
+    ending = splitext(name)[1]  # in common with other files it makes none of them alike
+    ending = ending if any(k.endswith(ending) for k in known) else ""
+    full = {k.removesuffix(ending): k for k in known}
+    close = get_close_matches(name.removesuffix(ending), list(full), n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(full[k]) for k in close)}?" if close else ""

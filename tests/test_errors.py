@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_wm.cli import main
+from lit_wm.errors import nearest
 
 GOLDEN = Path(__file__).parent / "parity" / "data" / "tdmpc2"
 OFFICIAL = str(GOLDEN / "official_checkpoint_old_format_state.pt")
@@ -98,6 +99,14 @@ def _folder(tmp_path, monkeypatch):
     for name, text in FILES.items():
         Path(name).write_text(text)
     torch.save({"weight": torch.zeros(2)}, "weights.ckpt")
+
+
+def test_only_what_is_near_is_suggested():
+    assert nearest("robot.npz", ["demos.npz", "atari.npz"]) == ""
+    assert nearest("demo.npz", ["demos.npz", "atari.npz"]) == "; did you mean 'demos.npz'?"
+    assert nearest("demos", ["demos.npz"]) == "; did you mean 'demos.npz'?"
+    assert nearest("model.presett", ["model.preset"]) == "; did you mean 'model.preset'?"
+    assert nearest("npz", ["npz", "npy"]) == ""
 
 
 @pytest.mark.parametrize("mistake", WRONG)

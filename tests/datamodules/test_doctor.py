@@ -67,7 +67,7 @@ def test_nothing_is_found_where_nothing_is_wrong():
     assert (note.check, note.found, note.fix) == (
         "episodic",
         "6 of 12 episodes terminate",
-        "--model.episodic true",
+        "for TD-MPC2: --model.episodic true",
     )
 
 
