@@ -47,6 +47,9 @@ class DMControl(gym.Env):
         camera: int | None = None,
     ):
         suite = import_suite()
+        from dm_control.rl.control import PhysicsError
+
+        self._broken = PhysicsError
         self._id = f"dmc:{task}"
         known = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
         known["cup_catch"] = known["ball_in_cup_catch"]
@@ -97,7 +100,15 @@ class DMControl(gym.Env):
         """One control step."""
         if self._env._reset_next_step:
             raise EnvError(f"{self._id}: step() after the end of the episode; call reset() first")
-        now = self._env.step(action)
+        try:
+            now = self._env.step(action)
+        except self._broken as error:
+            given = np.array2string(np.asarray(action), precision=3, threshold=8)
+            raise EnvError(
+                f"{self._id}: the simulation broke down in step {self._env._step_count + 1} of an episode: "
+                f"{error}\n  The action was {given}; a policy that has diverged gives NaN.\n"
+                "  Go on from an earlier checkpoint, with smaller learning rates."
+            ) from error
         terminated = now.last() and now.discount == 0
         return self._renamed(now.observation), now.reward, terminated, now.last() and not terminated, {}
 

@@ -104,6 +104,15 @@ def test_an_end_of_the_task_terminates() -> None:
     lqr.close()
 
 
+def test_a_simulation_that_breaks_down_names_environment_and_step() -> None:
+    env = make_env("dmc:cartpole_swingup", seed=0)
+    env.reset()
+    env.step(env.action_space.sample())
+    env.unwrapped._env.physics.data.qvel[0] = np.inf
+    with pytest.raises(EnvError, match=r"dmc:cartpole_swingup: .* in step 2 of an episode: .*\n  The action"):
+        env.step(env.action_space.sample())
+
+
 def test_the_seed_determines_the_task() -> None:
     def first(seed: int | None, again: int | None = None) -> Any:
         env = make_env("dmc:reacher_easy", seed=seed)
