@@ -217,6 +217,8 @@ def update_memory(module: DreamerV3Module | TDMPC2Module, batch: int, length: in
 class _Inspection(TrainingCLI):
     """Builds what ``fit`` would train, on ``meta`` or for real, and runs nothing."""
 
+    writes_run = False
+
     def __init__(self, argv: list[str], device: str):
         self.device = device
         super().__init__(read_command(["fit", *argv]))

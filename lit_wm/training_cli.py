@@ -474,6 +474,8 @@ class QuietParser(LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """LightningCLI with the run directory, the loggers and the callbacks of this project."""
 
+    writes_run = True  # False for a look at what would be done
+
     def __init__(self, command: Command):
         self.command, self.verb = command, command.verb
         args = [self.verb, "--config", json.dumps(command.config), *command.flags]
@@ -578,7 +580,7 @@ class TrainingCLI(LightningCLI):
             name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             chosen = RUNS / folder_name(self.experiment) / name
         taken = (chosen / "config.yaml").exists() and chosen.resolve() != run
-        if self.verb == "fit" and taken and not is_later_process():
+        if self.verb == "fit" and self.writes_run and taken and not is_later_process():
             raise ConfigError(
                 f"the run directory '{chosen}' already holds a run\n"
                 "Go on with it: --ckpt_path last. Begin another: --name NEW_NAME"

@@ -177,6 +177,15 @@ def test_live_bytes_follow_the_storages():
     assert live.now == 0
 
 
+def test_the_name_of_a_run_that_exists_is_no_hindrance(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "CartPole-v1" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed_everything: 0\n")
+    assert explained(capsys, *CARTPOLE, "--name", "first")["replay"]["in"] == str(run)
+    assert [p.name for p in run.iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.parametrize(("words", "part"), [
     (["--measure", "few"], "--measure few: expected the number of updates"),
     (["--measure"], "expected the number of updates"),
