@@ -266,6 +266,7 @@ def open_envs(env_id: str, num_envs: int, options: dict[str, Any], render: bool)
     env.close()
     if "rgb_array" not in env.envs[0].metadata.get("render_modes", ()):
         raise EnvError(f"--video: {env_id} shows no image and has no rendering as 'rgb_array'")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and asks for no screen
     return make_vector_env(env_id, num_envs, list(range(num_envs)), **options, render_mode="rgb_array")
 
 

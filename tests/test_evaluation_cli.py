@@ -18,7 +18,7 @@ from PIL import Image
 import lit_wm
 from lit_wm import DreamerV3Module
 from lit_wm.cli import main
-from lit_wm.evaluation_cli import Stage, load_module
+from lit_wm.evaluation_cli import Stage, load_module, open_envs
 from lit_wm.types import Spaces, Spec, State
 
 DEBUG = ["--config", "overlay/debug", "--trainer.logger", "false", "--name", "one"]
@@ -259,3 +259,13 @@ def test_other_lengths_of_an_episode_are_noted(at, capsys):
     assert "decisions here" not in capsys.readouterr().err
     evaluate("--env-options", "{time_limit: 7}")
     assert "has 7 decisions here, the checkpoint's had 500" in capsys.readouterr().err
+
+
+def test_a_rendering_needs_no_screen(monkeypatch, capfd):
+    for name in ("SDL_VIDEODRIVER", "XDG_RUNTIME_DIR", "DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    env = open_envs("CartPole-v1", 1, {}, render=True)
+    env.reset(seed=0)
+    assert env.envs[0].render().shape == (400, 600, 3)
+    env.close()
+    assert capfd.readouterr().err == ""
