@@ -796,6 +796,22 @@ class ReplayDataModule(LightningDataModule):
         self.held_out.draws["report"] = 0
         return self.report_batch(self.local_batch, self.batch_length, module.device)
 
+    def held_out_episodes(self, module: Any, number: int = 8, length: int = 256) -> Batch:
+        """Of up to ``number`` held-out episodes (one of each source at least) the last ``length`` steps, the
+        same each time. Shorter ones are filled up: ``info["valid"]`` says which steps exist. (B, T)
+        """
+        from datamodules.rows import nested
+
+        assert self.held_out is not None
+        columns, valid = self.held_out.last_rows(number, length)
+        rows = nested(columns)
+        batch = tdmpc2_view(rows, self._multitask).to(module.device)
+        if self._time_limit_is_terminal and not self.within_episodes:
+            over = rows["next"]["truncated"].squeeze(-1).roll(1, 1).to(module.device)
+            over[:, 0] = False
+            batch.is_terminal |= over
+        return replace(batch, info={"valid": valid.to(module.device)})
+
     def test_dataloader(self) -> DataLoader:
         """One item; the episodes live in the evaluator."""
         return _loader([0])

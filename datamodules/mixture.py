@@ -109,11 +109,41 @@ class Mixture:
             start += share
         if len(drawn) == 1:
             return drawn[0]
+        return self._join(drawn, out)
+
+    @staticmethod
+    def _join(drawn: list[dict[Key, Tensor]], out: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """All rows in one; those in ``out`` are that already."""
         if any(("fake_last",) in columns for columns in drawn):  # which environments never have
             for columns in drawn:
                 columns.setdefault(("fake_last",), torch.zeros_like(columns["valid",]))
         joined = {key: torch.cat([columns[key] for columns in drawn]) for key in drawn[0] if key not in out}
-        return joined | out
+        return joined | dict(out)
+
+    def last_rows(self, number: int, length: int) -> tuple[dict[Key, Tensor], Tensor]:
+        """The last rows of about ``number`` episodes of datasets, evenly spread over each of the parts.
+
+        Returns:
+            Columns without lead rows, (B, T, ...) with T of up to ``length``, short episodes filled up with
+            their last row; and which rows those are not. (B, T)
+        """
+        found = []
+        for part in self.parts:
+            assert part.storage.episodes is not None
+            starts, stops = part.storage.episodes
+            chosen = np.unique(np.linspace(0, len(stops) - 1, max(1, number // len(self.parts))).astype(int))
+            found.append((part.storage, np.maximum(starts, stops - length)[chosen], stops[chosen]))
+        longest = max(int((stops - begins).max()) for _, begins, stops in found)
+        drawn, exist = [], []
+        for n, (storage, begins, stops) in enumerate(found):
+            rows = torch.from_numpy(begins[:, None] + np.arange(longest))
+            last, lead = torch.from_numpy(stops[:, None] - 1), storage.lead
+            exist.append(rows <= last)
+            index = rows.minimum(last)
+            columns = storage.gather(torch.cat([index[:, :1].expand(-1, lead), index], 1))
+            drawn.append({k: v if k[0] == "observation" else v[:, lead:] for k, v in columns.items()})
+            drawn[-1]["source",] = torch.full((len(begins),), n)
+        return self._join(drawn, {}), torch.cat(exist)
 
     def _memory(self, part: RowReplay, batch_size: int, steps: int) -> dict[Key, Tensor]:
         """Where the parts put their observations. (B, T, ...)"""

@@ -743,6 +743,10 @@ class DreamerV3(WorldModel):
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         return dream.rewards[:, 0] + gamma * dream.continues[:, 0] * self.value(dream.states[-1])
 
+    def gamma(self, task: Tensor | None = None) -> float:
+        """Discount, 1 - 1/horizon."""
+        return 1 - 1 / self.horizon
+
     def zero_action(self, batch_size: int) -> Tensors:
         """Zeros of every action key."""
         return {

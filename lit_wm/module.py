@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_wm import __version__
 from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.heldout import foresee
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
@@ -160,16 +161,21 @@ class WorldModelModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Losses on windows of held-out episodes, if there are any; ``Evaluate`` plays the episodes.
+        """Losses on windows of held-out episodes, and how well the first process foresees whole ones, if there
+        are any; ``Evaluate`` plays the episodes.
 
         Args:
             batch: a ticket that draws the same windows each time, or anything else for none.
         """
         if not callable(batch):
             return
+        whole = getattr(getattr(self.trainer, "datamodule", None), "held_out_episodes", None)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             losses = self.held_out_losses(self.draw(batch), NoiseStreams(self.seed, 0, self.device))
-        metrics = {f"val/loss/{name}": float(loss) for name, loss in losses.items()}
+            metrics = {f"val/loss/{name}": float(loss) for name, loss in losses.items()}
+            if whole is not None and self.trainer.is_global_zero:
+                found = foresee(self.model, whole(self), NoiseStreams(self.seed, 0, self.device))
+                metrics |= {f"val/{name}": value for name, value in found.items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.axis)
 

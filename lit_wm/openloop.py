@@ -50,7 +50,7 @@ def posterior(
         now = {k: v[:, t] for k, v in obs.items()}
         action = {k: v[:, t] for k, v in prev_action.items()}
         state = model.encode(now, state, action, is_first[:, t], **extra)
-        states.append(State(state.deter, state.stoch))
+        states.append(State(state.deter, state.stoch, task=state.task))
     return stack(states)
 
 
@@ -67,10 +67,12 @@ def run_imagination(model: Any, obs: Any, actions: Any) -> Trajectory:
 
 def stack(states: Sequence[State]) -> State:
     """Stack T states (B, ...) along a new time axis to one state (B, T, ...)."""
-    stoch = None
-    if states[0].stoch is not None:
-        stoch = torch.stack([s.stoch for s in states], 1)  # type: ignore[misc]
-    return State(torch.stack([s.deter for s in states], 1), stoch)
+
+    def joined(name: str) -> Any:
+        parts = [getattr(s, name) for s in states]
+        return None if parts[0] is None else torch.stack(parts, 1)
+
+    return State(joined("deter"), joined("stoch"), task=joined("task"))
 
 
 def dream(model: Any, start: State, actions: Tensors, noise: Any = None) -> State:

@@ -24,9 +24,13 @@ class WorldModel(nn.Module, ABC):
         noise: default source of random numbers of the verbs.
         normalizer: puts vectors into units of their spread in the data, with ``normalize``; else None.
         decodes: whether ``decode`` gives observations; without it there are no dream errors and videos.
+        reward_scale: what a reward of 1 in the data is in the model's rewards and values.
+        contdisc: whether ``continues`` holds the discount.
     """
 
     decodes: bool = True
+    reward_scale: float = 1.0
+    contdisc: bool = False
 
     def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
@@ -76,6 +80,10 @@ class WorldModel(nn.Module, ABC):
     @abstractmethod
     def q(self, state: State, action: Tensors | Tensor) -> Tensor:
         """Predicted return of taking ``action`` in ``state`` and following the policy. (B,)"""
+
+    @abstractmethod
+    def gamma(self, task: Tensor | None) -> Tensor | float:
+        """Discount of a step; of each row of a multi-task batch."""
 
     @abstractmethod
     def act(

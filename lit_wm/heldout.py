@@ -1,0 +1,209 @@
+"""How well a world model foresees episodes that it was not trained on.
+
+Plain functions on the verbs ``encode``, ``imagine``, ``decode`` and ``q``, so that every world model gets the
+same figures. Nothing here needs Lightning, and no other random numbers are drawn than those handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_wm.noise import Noise
+from lit_wm.openloop import posterior
+from lit_wm.types import Batch, State, Tensors
+
+HORIZONS = (1, 5, 15)
+CONTEXT = 5  # frames that are filtered before a dream may begin
+CHUNK = 256  # roll-outs at a time
+DECODED = 256  # roll-outs whose observations are decoded, evenly spread over all
+SAMPLE = 512  # frames that the spread of an observation is taken from
+
+
+@torch.no_grad()
+def foresee(
+    model: Any,
+    episodes: Batch,
+    noise: Noise | None = None,
+    horizons: Sequence[int] = HORIZONS,
+    context: int = CONTEXT,
+) -> dict[str, float]:
+    """Errors of dreams along recorded actions, and how well the values fit what happened.
+
+    Every episode is filtered from its first step on. A dream begins at each step that has ``context`` frames
+    (fewer, if the episode is shorter) behind it and one before it; horizon h is the h-th dreamed step.
+
+    Args:
+        model: with the verbs, ``decodes``, ``reward_scale``, ``contdisc`` and ``gamma``, see
+            :class:`~lit_wm.world_model.WorldModel`.
+        episodes: one in each row, filled up at its end; ``info["valid"]`` says which steps exist. (B, T)
+        noise: source of all random numbers; None takes the model's own.
+        horizons: those beyond the episodes are left out.
+        context: see above.
+
+    Returns:
+        Means over all dreams that reach so far, in the data's units. What is relative is so to the error of
+        the best constant guess: 1 is no better than knowing nothing, 0 is perfect.
+
+        - ``open_loop/KEY@h``: mean squared error of an observation. Of images relative to the variance of all
+          pixels together, of vectors to that of each entry; of class indices the share that is wrong.
+        - ``open_loop/latent@h`` instead, of a model that does not decode: mean squared distance of the
+          imagined latent state from the encoded one, relative to the variance of the encoded ones.
+        - ``reward/error@h``: mean absolute error, in units of reward. ``reward/relative@h``: relative to the
+          mean distance of the rewards from their median; left out where all are equal.
+        - ``continue/error@h``: Brier score of the predicted probability, without the discount, that the
+          episode goes on after the step.
+        - ``value/bias``, ``value/correlation``: see :func:`calibration`.
+    """
+    valid, device = episodes.info["valid"], episodes.reward.device
+    lengths, (_, T) = valid.sum(1), valid.shape
+    horizons = [h for h in horizons if h < T]
+    begin = lengths.sub(1).clamp(max=context) - 1
+    time = torch.arange(T, device=device)
+    rows, times = ((time >= begin[:, None]) & (time < lengths[:, None] - 1)).nonzero(as_tuple=True)
+    if not horizons or not len(rows):
+        return {}
+    steps = torch.tensor(horizons, device=device)
+    target = (times[:, None] + steps).clamp(max=T - 1)  # (S, h)
+    exists = times[:, None] + steps < lengths[rows, None]
+    genuine = valid if episodes.fake is None else valid & ~episodes.fake
+    gamma = torch.as_tensor(model.gamma(episodes.task), device=device).double().expand(len(lengths))
+
+    with drawing_from(model, noise):
+        start = None if episodes.task is None else replace(model.initial(len(lengths)), task=episodes.task)
+        first = episodes.is_first | (time == 0)
+        states = posterior(model, episodes.obs, episodes.prev_action, first, start)
+        latents = None if model.decodes else _vector(states)
+        chosen = torch.arange(len(rows), device=device) % -(-len(rows) // DECODED) == 0
+        heads: list[Tensor] = []
+        missed: list[Tensors] = []
+        for e, t, goal, some in zip(*(x.split(CHUNK) for x in (rows, times, target, chosen)), strict=True):
+            later = (t[:, None] + torch.arange(1, max(horizons) + 1, device=device)).clamp(max=T - 1)
+            actions = {k: v[e[:, None], later] for k, v in episodes.prev_action.items()}
+            dream = model.imagine(states[e, t], actions, max(horizons))
+            q = model.q(states[e, t], {k: v[:, 0] for k, v in actions.items()})
+            heads.append(
+                torch.cat([q[:, None], dream.rewards[:, steps - 1], dream.continues[:, steps - 1]], 1)
+            )
+            dreamed = dream.states.stacked.map(lambda x: x[:, steps])
+            if latents is not None:
+                missed.append({"latent": (_vector(dreamed) - latents[e[:, None], goal]) ** 2})
+            elif some.any():
+                seen = {k: v[e[some][:, None], goal[some]] for k, v in episodes.obs.items()}
+                missed.append(_misses(seen, model.decode(dreamed[some])))
+
+    result: dict[str, float] = {}
+
+    def add(name: str, error: Tensor, keep: Tensor) -> None:  # both (S, h)
+        for i, h in enumerate(horizons):
+            if keep[:, i].any():
+                result[f"{name}@{h}"] = float(error[keep[:, i], i].double().mean())
+
+    reached = exists & genuine[rows[:, None], target]
+    for key in missed[0]:
+        error = torch.cat([m[key] for m in missed])  # (S, h, ...)
+        true = latents if latents is not None else episodes.obs[key]
+        unit = _spread(true[genuine], pooled=latents is not None)
+        mean = (error / unit).flatten(2).mean(-1) if error.ndim > 2 else error / unit
+        add(f"open_loop/{key}", mean, reached if latents is not None else reached[chosen])
+
+    q, rewards, goes_on = torch.cat(heads).double().split([1, len(horizons), len(horizons)], 1)
+    happened = (~episodes.is_terminal[rows[:, None], target]).double()
+    if model.contdisc:
+        goes_on = (goes_on / gamma[rows, None]).clamp(max=1)
+    add("continue/error", (goes_on - happened) ** 2, exists)
+    given = getattr(episodes, "rewarded", None)
+    rewarded = valid.any(1) if given is None else given
+    known, scale = exists & rewarded[rows, None], model.reward_scale
+    error = (rewards / scale - episodes.reward[rows[:, None], target]).abs()
+    add("reward/error", error, known)
+    received = episodes.reward[valid & rewarded[:, None] & (time > 0)].double()
+    if len(received) and (spread := (received - received.median()).abs().mean()) > 0:
+        add("reward/relative", error / spread, known)
+    keep = rewarded[rows]
+    return result | calibration(q[keep, 0] / scale, rows[keep], times[keep], episodes, gamma)
+
+
+def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: Tensor) -> dict[str, float]:
+    """How predicted values compare with the discounted rewards that followed, in units of reward.
+
+    A terminated episode shows the whole return of the recorded behaviour. One that was cut shows n steps of
+    it: there the prediction for those steps, ``q - gamma^n * q_last`` with the last value that the model
+    gives itself, is compared with their rewards. As a value that is wrong by b everywhere is then wrong by
+    ``(1 - gamma^n) * b``, the differences are weighed by that.
+
+    Args:
+        q: predicted values of the recorded actions at the steps (rows, times).    (S,)
+        episodes: as for :func:`foresee`.
+        gamma: discount of each episode.                                           (B,)
+
+    Returns:
+        ``value/bias``: mean of predicted minus observed returns. Above 0 the model is optimistic, or its
+        policy better than the recorded one. ``value/correlation`` of the two; left out where one of them does
+        not vary.
+    """
+    lengths = episodes.info["valid"].sum(1)
+    last = lengths - 1
+    ended = episodes.is_terminal.gather(1, last[:, None]).squeeze(1)
+    stop = torch.where(ended, last, last - 1)  # a cut episode's last value is that of its last action
+    reward, value = episodes.reward.double(), torch.zeros_like(episodes.reward, dtype=torch.float64)
+    value[rows, times] = q.double()
+    returns = torch.zeros_like(reward)
+    for t in range(reward.shape[1] - 2, -1, -1):
+        returns[:, t] = torch.where(t < stop, reward[:, t + 1] + gamma * returns[:, t + 1], 0)
+    unseen = torch.where(ended[rows], 0, gamma[rows] ** (stop[rows] - times))
+    keep = times < stop[rows]
+    observed = returns[rows, times][keep]
+    predicted = (q.double() - unseen * value[rows, stop[rows]])[keep]
+    weight = float((1 - unseen)[keep].sum())
+    result = {}
+    if weight > 1e-6:
+        result["value/bias"] = float((predicted - observed).sum()) / weight
+    if len(observed) > 1 and min(predicted.std(), observed.std()) > 0:
+        result["value/correlation"] = float(torch.corrcoef(torch.stack([predicted, observed]))[0, 1])
+    return result
+
+
+@contextmanager
+def drawing_from(model: Any, noise: Noise | None) -> Iterator[None]:
+    """All verbs of ``model`` draw from ``noise`` in here, and its own streams stay as they are."""
+    before = model.noise
+    model.noise = before if noise is None else noise
+    try:
+        yield
+    finally:
+        model.noise = before
+
+
+def _vector(state: State) -> Tensor:
+    parts = [state.deter] if state.stoch is None else [state.deter, state.stoch.flatten(-2)]
+    return torch.cat([p.float() for p in parts], -1)
+
+
+def _misses(seen: Tensors, decoded: Tensors) -> Tensors:
+    """Squared errors, of images in 0 ... 1; 1 for each wrong class index. (S, h, ...)"""
+    result = {}
+    for key, true in seen.items():
+        if true.dtype == torch.uint8:
+            true = true.float() / 255
+        floats = true.is_floating_point()
+        result[key] = (decoded[key].float() - true) ** 2 if floats else (decoded[key] != true).float()
+    return result
+
+
+def _spread(x: Tensor, pooled: bool) -> Tensor:
+    """Variance of each entry, of images and if ``pooled`` their mean; 1 of class indices and of what never
+    changes. (N, ...)
+    """
+    image = x.dtype == torch.uint8
+    if not image and not x.is_floating_point():
+        return torch.ones((), device=x.device)
+    x = x[:: -(-len(x) // SAMPLE)].float() / (255 if image else 1)
+    variance = x.var(0, correction=0)
+    variance = variance.mean() if image or pooled else variance
+    return torch.where(variance < 1e-12, 1, variance)
