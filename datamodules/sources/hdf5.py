@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class HDF5(FlatSource):
             episodes = _episodes(file)
             for name in episodes:
                 for role, found in specs.items():
-                    for key, column in self._entries(file, name, role).items():
+                    for key, column in self._entries(child(file, name), name, role).items():
                         where = f"{self.files[0]}, {name}: {role} {key!r}"
                         # The type is the first episode's; only the number of classes needs all of them.
                         if key not in found or found[key].is_discrete:
@@ -142,21 +142,20 @@ class HDF5(FlatSource):
             self.meta |= {"no_reward": "rewards" not in first}
         self.schema = Schema(Spaces(specs["observations"], specs["actions"]))
 
-    def _entries(self, file: Any, name: str, role: str) -> dict[str, Column]:
-        group = file[name]
-        if role not in group:
-            raise DataError(f"{self.files[0]}, {name} has no {role!r}; found: {', '.join(group)}.")
+    def _entries(self, group: Any, name: str, role: str) -> dict[str, Column]:
+        where = f"{self.files[0]}, {name}"
+        if (found := child(group, role, where)) is None:
+            raise DataError(f"{where} has no {role!r}; found: {', '.join(group)}.")
         root = "obs" if role == "observations" else "action"
-        leaves = {
-            re.sub(r"_index_(\d+)", r"\1", k) or root: c for k, c in _leaves(group[role], str(self.files[0]))
-        }
+        leaves = {re.sub(r"_index_(\d+)", r"\1", k) or root: c for k, c in _leaves(found, where)}
         return {k: c for k, c in leaves.items() if role == "actions" or k not in self.drop}
 
     def _groups(self) -> Iterator[Episode]:
         with open_hdf5(self.files[0]) as file:
             for name in _episodes(file):
-                episode, group = f"{self.files[0]}, episode {name.removeprefix('episode_')}", file[name]
-                inputs, outputs = (self._entries(file, name, k) for k in ("observations", "actions"))
+                episode = f"{self.files[0]}, episode {name.removeprefix('episode_')}"
+                group = child(file, name)
+                inputs, outputs = (self._entries(group, name, k) for k in ("observations", "actions"))
                 steps = (*next(iter(outputs.values())).shape, 0)[0]
                 cuts = pieces(steps, sum(map(row_bytes, inputs.values())), episode, self.report)
                 for start, stop in cuts:
@@ -181,7 +180,7 @@ class HDF5(FlatSource):
                 f"{where} has {min(extra)!r}, which the first episode lacks.\n  Expected the same "
                 "entries in all episodes; drop= leaves observations out."
             )
-        columns = {k: _Dataset(group[k], where) for k in names if k in group}
+        columns = {k: c for k in names if (c := child(group, k, where)) is not None}
         if "rewards" not in columns and not self.meta["no_reward"]:
             raise DataError(f"{where} has no 'rewards'; found: {', '.join(group)}.")
         steps = len(next(iter(done.values())))
@@ -236,8 +235,10 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             raise DataError(f"{path} is damaged ({what}).\n  Delete it and fetch it again.") from error
 
 
-class _Dataset:
-    """A dataset whose unreadable blocks are named."""
+class Dataset:
+    """A column of an open file. Whole ones are read past h5py's own objects, which cost more time than the
+    numbers of an episode; blocks that cannot be read are named.
+    """
 
     def __init__(self, data: Any, where: str):
         self._data, self._where, self.shape, self.dtype = data, where, data.shape, data.dtype
@@ -246,34 +247,68 @@ class _Dataset:
         return self.shape[0]
 
     def __getitem__(self, rows: slice, /) -> np.ndarray:
-        if not self.shape:
-            raise DataError(f"{self._where}: {self._data.name} is a single value; expected one per step.")
+        import h5py
+
+        every = bool(self.shape) and rows.indices(len(self)) == (0, len(self), 1)
+        if not every or self.dtype.kind not in "biuf" or 0 in self.shape:
+            return self.values(lambda data: data[rows])
+        out = np.empty(self.shape, self.dtype)
+        self._try(lambda: self._data.read(h5py.h5s.ALL, h5py.h5s.ALL, out))
+        return out
+
+    def values(self, take: Callable[[Any], Any]) -> Any:
+        """What ``take`` finds in the h5py dataset."""
+        import h5py
+
+        return self._try(lambda: take(h5py.Dataset(self._data)))
+
+    def _try(self, read: Callable[[], Any]) -> Any:
+        import h5py
+
         try:
-            return self._data[rows]
+            if self.shape:
+                return read()
+            what, fix, cause = "is a single value", "Expected one per step.", None
         except OSError as error:
-            raise DataError(
-                f"{self._where}: {self._data.name} cannot be read ({str(error).splitlines()[0][:90]}).\n"
-                "  The file is damaged; delete it and download it again."
-            ) from error
+            what, cause = f"cannot be read ({str(error).splitlines()[0][:90]})", error
+            fix = "The file is damaged; delete it and download it again."
+        raise DataError(f"{self._where}: {h5py.Dataset(self._data).name} {what}.\n  {fix}") from cause
+
+
+def child(group: Any, key: str, where: str = "") -> Any:
+    """What lies at ``key`` of a group: a :class:`Dataset`, a group, or None.
+
+    Raises:
+        KeyError: if it is there but cannot be opened.
+    """
+    import h5py
+
+    try:
+        found = h5py.h5o.open(group.id, key.encode())
+    except KeyError:
+        if key in group:
+            raise
+        return None
+    if isinstance(found, h5py.h5d.DatasetID):
+        return Dataset(found, where)
+    return h5py.Group(found) if isinstance(found, h5py.h5g.GroupID) else None
 
 
 def _leaves(node: Any, where: str) -> list[tuple[str, Any]]:
-    if hasattr(node, "shape"):  # a dataset
-        return [("", _Dataset(node, where))]
-    return [
-        (f"{k}/{inner}".rstrip("/"), column)
-        for k, child in node.items()
-        for inner, column in _leaves(child, where)
-    ]
+    if isinstance(node, Dataset):
+        return [("", node)]
+    inside = [(k, pair) for k in node or () for pair in _leaves(child(node, k, where), where)]
+    return [(f"{k}/{inner}".rstrip("/"), column) for k, (inner, column) in inside]
 
 
 def _columns(file: Any, where: str) -> dict[str, Column]:
     """Flat columns by name; of groups only observations and actions, the rest is no business of ours."""
+    found = {name: child(file, name, where) for name in file}
     return {
         f"{name}/{inner}".rstrip("/"): column
-        for name in file
-        if hasattr(file[name], "shape") or name in _GROUPS
-        for inner, column in _leaves(file[name], where)
+        for name, node in found.items()
+        if isinstance(node, Dataset) or name in _GROUPS
+        for inner, column in _leaves(node, where)
     }
 
 
