@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
-from tensordict import MemoryMappedTensor, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 
 from datamodules._torchrl import Storage
 from datamodules.files import checked_file, crc32, read_json, write_json
-from datamodules.rows import (
-    _FLAT,
-    Key,
-    RowStorage,
-    _dtype,
-    _raw,
-    _Record,
-    _remove,
-    row_files,
-    row_specs,
-)
+from datamodules.rows import _FLAT, Key, RowStorage, row_files, row_specs
 from datamodules.selection import RewardTransform, SourceSpec
 from datamodules.views import NO_LATENT
 from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported
@@ -63,20 +51,10 @@ class CacheRows(RowStorage):
     """
 
     def __init__(
-        self,
-        cache: Cache,
-        directory: Path,
-        spaces: Spaces,
-        episodes: np.ndarray,
-        spec: SourceSpec,
-        latents: Mapping[str, Spec] | None = None,
-        lead: int = 1,
-        pin: bool = False,
-        stack: int = 1,
-        source: int = 0,
-        task: int | np.ndarray | None = None,
-        rescale: bool = True,
-    ):
+        self, cache: Cache, directory: Path, spaces: Spaces, episodes: np.ndarray, spec: SourceSpec,
+        latents: Mapping[str, Spec] | None = None, lead: int = 1, pin: bool = False, stack: int = 1,
+        source: int = 0, task: int | np.ndarray | None = None, rescale: bool = True,
+    ):  # fmt: skip
         lengths = cache.episodes["length"][episodes]
         self.ring = int(lengths.sum())
         Storage.__init__(self, self.ring, compilable=True)
@@ -85,43 +63,24 @@ class CacheRows(RowStorage):
         if cache.episodes["fake_last"][episodes].any():
             self.specs["fake_last",] = Spec("bool", (1,))
         if stack > 1 and not any(s.is_image for s in spaces.obs.values()):
-            raise ConfigError(
-                f"data.stack is {stack}, but {spec.uri} has no images: {', '.join(spaces.obs)}."
-            )
+            has = ", ".join(spaces.obs)
+            raise ConfigError(f"data.stack is {stack}, but {spec.uri} has no images: {has}.")
         self._stops = np.cumsum(lengths)  # of the episodes, in rows of this storage
         self.episodes = (self._stops - lengths, self._stops)
         self._shift = cache.episodes["start"][episodes] - self.episodes[0]  # to rows of the cache
         self._moved = bool(self._shift.any())
         self.head, self.floor = np.array([self.ring]), np.zeros(1, np.int64)
-        self._buffers = {}
-        self._blocks, self._handles, self.files, self.columns = {}, {}, {}, {}
         self._written = np.zeros(self.ring if latents else 0, np.bool_)  # rows that have latents
-        own = {k: s for k, s in self.specs.items() if k[0] != "observation"}
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, size in row_files(own).items():
-            file = directory / f"{quote(name, safe='')}.rows"
-            file.unlink(missing_ok=True)
-            block = MemoryMappedTensor.empty((self.ring, size), dtype=torch.uint8, filename=str(file))
-            self._blocks[name], self.files[name] = block.as_subclass(Tensor), file
-            self._handles[name] = open(file, "rb")  # noqa: SIM115
-        self._record = _Record(self.specs)
-        self.columns = self._record.unpack(self._blocks["row"].numpy())
+        self._map(directory, {k: s for k, s in self.specs.items() if k[0] != "observation"})
+        self._fill(spaces, spec, source, task, rescale)
+        self.data = TensorDict(self.columns, [self.ring])
         for key, entry in self.specs.items():
-            if key[0] == "latent":
-                self.columns[key] = self._blocks[".".join(key)].view(_dtype(entry)).view(-1, *entry.shape)
-                if entry.is_discrete:
-                    self.columns[key].fill_(NO_LATENT)
-        self.arrays = {k: _raw(v)[:, 0] if k[0] in _FLAT else _raw(v) for k, v in self.columns.items()}
-        for key in self.specs:
             if key[0] == "observation":
                 self.columns[key] = cache.rows[key].as_subclass(Tensor)
-        self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))
-        self._fill(spaces, spec, source, task, rescale)
-        self.data = TensorDict({k: v for k, v in self.columns.items() if k[0] != "observation"}, [self.ring])
+            elif key[0] == "latent" and entry.is_discrete:
+                self.columns[key].fill_(NO_LATENT)
 
-    def _fill(
-        self, spaces: Spaces, spec: SourceSpec, source: int, task: int | np.ndarray | None, rescale: bool
-    ) -> None:
+    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: Any, rescale: bool) -> None:
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
         scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if rescale and s.classes is None}
@@ -171,9 +130,8 @@ class CacheRows(RowStorage):
         if spec.action_low is not None and spec.action_high is not None:
             low, high = (np.asarray(x, np.float64) for x in (spec.action_low, spec.action_high))
         elif key in self.cache.schema.low:
-            low, high = (
-                np.asarray(x[key], np.float64) for x in (self.cache.schema.low, self.cache.schema.high)
-            )
+            schema = self.cache.schema
+            low, high = (np.asarray(x[key], np.float64) for x in (schema.low, schema.high))
             finite = np.isfinite(low) & np.isfinite(high)  # as environments do: others pass unscaled
             low, high = np.where(finite, low, -1.0), np.where(finite, high, 1.0)
         else:
@@ -205,9 +163,8 @@ class CacheRows(RowStorage):
         found = self.data[rows]
         for key in self.specs:
             if key[0] == "observation":
-                found[key] = self._observe(key, rows.reshape(1, -1), None)[0].reshape(
-                    *rows.shape, *self.specs[key].shape
-                )
+                value = self._observe(key, rows.reshape(1, -1), None)
+                found[key] = value.reshape(*rows.shape, *self.specs[key].shape)
         return found
 
     def _observe(self, key: Key, index: Tensor, out: Tensor | None) -> Tensor:
@@ -254,15 +211,12 @@ class CacheRows(RowStorage):
         manifest = read_json(path / "manifest.json", ("dataset", "files"))
         if manifest["dataset"] != self._identity():
             raise CheckpointError(
-                f"{path} belongs to other data: {manifest['dataset']}\n"
-                f"  but this run has {self._identity()}.\n"
-                "  Resume with the same data.sources and seed."
+                f"{path} belongs to other data: {manifest['dataset']}\n  but this run has "
+                f"{self._identity()}.\n  Resume with the same data.sources and seed."
             )
         names = {"index": "index.rows"} | {k: f.name for k, f in self.files.items() if k != "row"}
-        data = {
-            entry["name"]: checked_file(path / names[entry["name"]], entry["bytes"], entry["crc32"])
-            for entry in manifest["files"]
-        }
+        data = {f["name"]: checked_file(path / names[f["name"]], f["bytes"], f["crc32"])
+                for f in manifest["files"]}  # fmt: skip
         rows = data.pop("index").view(np.int64)
         self._written[:] = False
         self._written[rows] = True

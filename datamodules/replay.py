@@ -12,9 +12,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from datamodules._torchrl import ImmutableDatasetWriter, ReplayBuffer, Writer
-from datamodules.files import read_json, write_folder, write_json
+from datamodules.files import read_json, write_folder
 from datamodules.rows import Array, Key, RowStorage, _raw, nested, require_disk, row_bytes, row_key, row_specs
-from datamodules.sampling import EpisodeSampler, WindowSampler
+from datamodules.sampling import EpisodeSampler, Kept, WindowSampler
 from datamodules.views import NO_LATENT
 from lit_wm.errors import ConfigError, DataError, NotSupported
 from lit_wm.types import Spaces, Spec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datamodules.offline import CacheRows
 
 
-class RingWriter(Writer):
+class RingWriter(Kept, Writer):
     """Appends rows to their streams and numbers the episodes."""
 
     file = "writer.json"
@@ -65,14 +65,6 @@ class RingWriter(Writer):
         self.episode[:], self.step[:] = state_dict["episode"], state_dict["step"]
         self.episodes = state_dict["episodes"]
 
-    def dumps(self, path: Any) -> None:
-        """Write the state to its file in a snapshot."""
-        write_json(Path(path) / self.file, self.state_dict())
-
-    def loads(self, path: Any) -> None:
-        """Read :meth:`dumps`."""
-        self.load_state_dict(read_json(Path(path) / self.file, self.state_dict()))
-
 
 class RowReplay:
     """Replay of rows behind TorchRL's ``ReplayBuffer`` (``self.buffer``).
@@ -100,23 +92,11 @@ class RowReplay:
     """
 
     def __init__(
-        self,
-        spaces: Spaces,
-        capacity: int,
-        streams: int,
-        directory: Path | str,
-        latents: Mapping[str, Spec] | None = None,
-        window: int = 65,
-        context: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        online: bool = True,
-        reachable: int | None = None,
-        sharers: int = 1,
-        pin: bool = False,
-        within_episodes: bool = False,
-        by: str = "episodes",
-    ):
+        self, spaces: Spaces, capacity: int, streams: int, directory: Path | str,
+        latents: Mapping[str, Spec] | None = None, window: int = 65, context: int = 1, seed: int = 0,
+        rank: int = 0, online: bool = True, reachable: int | None = None, sharers: int = 1, pin: bool = False,
+        within_episodes: bool = False, by: str = "episodes",
+    ):  # fmt: skip
         if within_episodes:
             latents, context, lead = None, 0, 0
         else:
@@ -131,26 +111,16 @@ class RowReplay:
         rows = capacity if reachable is None else min(capacity, reachable)
         require_disk(directory, rows * sharers, row_bytes(specs))
         storage = RowStorage(specs, capacity, streams, directory, lead, pin)
-        sampler = (
-            EpisodeSampler(storage, window, seed, rank, by)
-            if within_episodes
-            else WindowSampler(storage, window, context, seed, rank, online)
-        )
+        sampler = WindowSampler(storage, window, context, seed, rank, online)
+        if within_episodes:
+            sampler = EpisodeSampler(storage, window, seed, rank, by)
         self._assemble(spaces, storage, sampler, RingWriter(streams))
 
     @classmethod
     def of_dataset(
-        cls,
-        storage: CacheRows,
-        spaces: Spaces,
-        window: int,
-        context: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        within_episodes: bool = False,
-        by: str = "episodes",
-        name: str = "replay",
-    ) -> RowReplay:
+        cls, storage: CacheRows, spaces: Spaces, window: int, context: int = 1, seed: int = 0, rank: int = 0,
+        within_episodes: bool = False, by: str = "episodes", name: str = "replay",
+    ) -> RowReplay:  # fmt: skip
         """A replay of the rows of a dataset, which only draws and keeps latents.
 
         Args:
@@ -163,11 +133,9 @@ class RowReplay:
             DataError: if no window fits.
         """
         replay = cls.__new__(cls)
-        sampler = (
-            EpisodeSampler(storage, window, seed, rank, by, name)
-            if within_episodes
-            else WindowSampler(storage, window, context, seed, rank, False, name)
-        )
+        sampler = WindowSampler(storage, window, context, seed, rank, False, name)
+        if within_episodes:
+            sampler = EpisodeSampler(storage, window, seed, rank, by, name)
         sampler.rebuild()
         replay._assemble(spaces, storage, sampler, None)
         if replay.num_windows == 0:
@@ -180,20 +148,14 @@ class RowReplay:
             )
         return replay
 
-    def _assemble(
-        self, spaces: Spaces, storage: RowStorage, sampler: WindowSampler, writer: RingWriter | None
-    ) -> None:
+    def _assemble(self, spaces: Spaces, storage: RowStorage, sampler: WindowSampler, writer: Any) -> None:
         self.spaces, self.storage, self.sampler = spaces, storage, sampler
         self.latents = {key[1]: spec for key, spec in storage.specs.items() if key[0] == "latent"}
         self.window, self.context = sampler.window, sampler.context
         self.within_episodes = isinstance(sampler, EpisodeSampler)
-        self.writer = writer
-        self.buffer = ReplayBuffer(
-            storage=storage,
-            sampler=sampler,
-            writer=writer or ImmutableDatasetWriter(),
-            collate_fn=_identity,
-        )
+        self.writer: RingWriter | None = writer
+        parts = {"storage": storage, "sampler": sampler, "writer": writer or ImmutableDatasetWriter()}
+        self.buffer = ReplayBuffer(**parts, collate_fn=lambda x: x)
         self.stale_rows = 0  # write-backs that came too late
 
     def __len__(self) -> int:
@@ -205,14 +167,9 @@ class RowReplay:
         return self.sampler.num_windows
 
     def append(
-        self,
-        streams: np.ndarray,
-        obs: Mapping[str, Array],
-        is_init: np.ndarray,
-        valid: np.ndarray,
-        action: Mapping[str, Array] | None = None,
-        latent: Mapping[str, Array] | None = None,
-    ) -> None:
+        self, streams: np.ndarray, obs: Mapping[str, Array], is_init: np.ndarray, valid: np.ndarray,
+        action: Mapping[str, Array] | None = None, latent: Mapping[str, Array] | None = None,
+    ) -> None:  # fmt: skip
         """Append one row to each stream.
 
         Args:
@@ -238,12 +195,7 @@ class RowReplay:
         arrays, rows = self.storage.arrays, self.storage.newest(streams)
         open_ = arrays["valid",][rows] & (self.storage.head[streams] > self.storage.floor[streams])
         if not open_.all():
-            rows, reward, terminated, truncated = (
-                rows[open_],
-                reward[open_],
-                terminated[open_],
-                truncated[open_],
-            )
+            rows, reward, terminated, truncated = (x[open_] for x in (rows, reward, terminated, truncated))
         arrays["next", "reward"][rows] = reward
         arrays["next", "terminated"][rows] = terminated
         arrays["next", "truncated"][rows] = truncated
@@ -289,13 +241,9 @@ class RowReplay:
         return TensorDict(nested(columns), [batch_size])
 
     def sample_columns(
-        self,
-        batch_size: int,
-        length: int | None = None,
-        mode: str = "train",
-        out: Mapping[Key, Tensor] | None = None,
-        latents: bool = True,
-    ) -> dict[Key, Tensor]:
+        self, batch_size: int, length: int | None = None, mode: str = "train",
+        out: Mapping[Key, Tensor] | None = None, latents: bool = True,
+    ) -> dict[Key, Tensor]:  # fmt: skip
         """As :meth:`sample`, as a plain dict by column, which takes less time to make.
 
         Args:
@@ -372,15 +320,8 @@ class RowReplay:
             CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of
                 streams.
         """
-        small = [
-            (part, read_json(Path(directory) / part.file, part.state_dict()))
-            for part in (self.sampler, self.writer)
-            if part is not None
-        ]
+        parts = [part for part in (self.sampler, self.writer) if part is not None]
+        small = [(part, read_json(Path(directory) / part.file, part.state_dict())) for part in parts]
         self.storage.loads(directory)
         for part, state in small:
             part.load_state_dict(state)
-
-
-def _identity(x: Any) -> Any:
-    return x

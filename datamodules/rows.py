@@ -38,7 +38,6 @@ from lit_wm.types import Spaces, Spec
 Key = tuple[str, ...]
 Array = np.ndarray | Tensor
 
-
 LAYOUT = 1  # version of the snapshot files
 _FLAT = ("next", "is_init", "valid")  # columns of shape [1] that are written and read here as numbers
 _WIDE = ("observation", "latent")  # columns with a file of their own
@@ -104,17 +103,12 @@ class _Record:
     """Where the small columns lie in the bytes of a row; wide types come first, so that all are aligned."""
 
     def __init__(self, specs: Mapping[Key, Spec]):
-        self.names: dict[Key, str] = {}
-        formats: list[tuple[str, tuple[int, ...]]] = []
-        offsets, at = list[int](), 0
-        for key, spec in sorted(specs.items(), key=lambda item: -_dtype(item[1]).itemsize):
-            if key[0] not in _WIDE:
-                self.names[key] = str(len(formats))
-                formats.append((spec.dtype, spec.shape))
-                offsets.append(at)
-                at += _bytes(spec)
-        names: Any = {"names": list(self.names.values()), "formats": formats, "offsets": offsets}
-        self.dtype = np.dtype(names | {"itemsize": row_files(specs)["row"]})
+        small = [(k, s) for k, s in specs.items() if k[0] not in _WIDE]
+        small.sort(key=lambda item: -_dtype(item[1]).itemsize)
+        self.names = {key: str(i) for i, (key, _) in enumerate(small)}
+        ends = np.cumsum([0, *(_bytes(spec) for _, spec in small)]).tolist()
+        fields: Any = {"names": list(self.names.values()), "formats": [(s.dtype, s.shape) for _, s in small]}
+        self.dtype = np.dtype(fields | {"offsets": ends[:-1], "itemsize": row_files(specs)["row"]})
 
     def unpack(self, record: np.ndarray, without: frozenset[Key] = frozenset()) -> dict[Key, Tensor]:
         """The columns as views of the bytes. (..., bytes) uint8 -> (..., *shape) each."""
@@ -144,44 +138,38 @@ class RowStorage(Storage):
     """
 
     def __init__(
-        self,
-        specs: dict[Key, Spec],
-        capacity: int,
-        streams: int,
-        directory: Path,
-        lead: int = 1,
+        self, specs: dict[Key, Spec], capacity: int, streams: int, directory: Path, lead: int = 1,
         pin: bool = False,
-    ):
+    ):  # fmt: skip
         self.ring = capacity // streams
         super().__init__(self.ring * streams, compilable=True)  # plain counters instead of shared semaphores
         self.specs, self.streams, self.lead, self.pin = specs, streams, lead, pin
         self.episodes: tuple[np.ndarray, np.ndarray] | None = None  # first row and end of each, of a dataset
         self.head = np.zeros(streams, np.int64)  # rows ever written
         self.floor = np.zeros(streams, np.int64)  # first row that was ever here: not 0 after a restore
+        self._map(directory, specs)
+        self.data = TensorDict(self.columns, [self.max_size])
+
+    def _map(self, directory: Path, specs: Mapping[Key, Spec]) -> None:
+        """Make the files of columns, and look at them as ``columns`` and, to write faster, ``arrays``."""
         directory.mkdir(parents=True, exist_ok=True)
         self.files = {name: directory / f"{quote(name, safe='')}.rows" for name in row_files(specs)}
         self._blocks: dict[str, Tensor] = {}  # by file: the bytes of each row
         self._handles: dict[str, Any] = {}
+        self._buffers: dict[Any, list[Tensor]] = {}
         for name, size in row_files(specs).items():
-            self.files[name].unlink(missing_ok=True)  # whoever still maps it keeps what was there
-            block = MemoryMappedTensor.empty(
-                (self.max_size, size), dtype=torch.uint8, filename=str(self.files[name])
-            )
-            # The subclass costs microseconds per call.
-            self._blocks[name] = block.as_subclass(Tensor)
+            file, shape = self.files[name], (self.max_size, size)
+            file.unlink(missing_ok=True)  # whoever still maps it keeps what was there
+            block = MemoryMappedTensor.empty(shape, dtype=torch.uint8, filename=str(file))
+            self._blocks[name] = block.as_subclass(Tensor)  # the subclass costs microseconds per call
             # Stays ours even if another run replaces the name.
-            self._handles[name] = open(self.files[name], "rb")  # noqa: SIM115
+            self._handles[name] = open(file, "rb")  # noqa: SIM115
         self._record = _Record(specs)
         self.columns = self._record.unpack(self._blocks["row"].numpy())
         for key, spec in specs.items():
             if key[0] in _WIDE:
                 self.columns[key] = self._blocks[".".join(key)].view(_dtype(spec)).view(-1, *spec.shape)
-        self.data = TensorDict({}, [self.max_size])
-        self.arrays: dict[Key, np.ndarray] = {}  # writing through NumPy is faster
-        for key, column in self.columns.items():
-            self.data[key] = column
-            self.arrays[key] = _raw(column)[:, 0] if key[0] in _FLAT else _raw(column)
-        self._buffers: dict[Any, list[Tensor]] = {}
+        self.arrays = {k: _raw(v)[:, 0] if k[0] in _FLAT else _raw(v) for k, v in self.columns.items()}
         # They are large: gone with the process, unless it is killed; then the next run replaces them.
         self.close = weakref.finalize(self, _remove, list(self._handles.values()), list(self.files.values()))
 
@@ -204,14 +192,8 @@ class RowStorage(Storage):
             self.arrays[key][cursor] = _raw(value) if isinstance(value, Tensor) else value
 
     def get(self, index: Any) -> TensorDict:
-        """Rows by number.
-
-        Args:
-            index: (B, lead + T) row numbers of windows, or any index of single rows.
-
-        Returns:
-            For windows what :meth:`gather` and :meth:`carried` return, as a TensorDict of batch size B. For
-            single rows a TensorDict with every column.
+        """Windows by row numbers (B, lead + T), as of :meth:`gather` and :meth:`carried`; for any
+        other index single rows with every column.
         """
         if not isinstance(index, Tensor) or index.ndim != 2:
             return self.data[index]
@@ -317,8 +299,7 @@ class RowStorage(Storage):
             files.append({"name": name, "bytes": len(self) * size, "crc32": crc})
         columns = [{"key": list(key), **spec.to_plain()} for key, spec in self.specs.items()]
         manifest = {"layout": LAYOUT, "rows": len(self), "columns": columns, "files": files}
-        manifest |= self.state_dict()
-        write_json(Path(path) / "manifest.json", manifest)
+        write_json(Path(path) / "manifest.json", manifest | self.state_dict())
 
     def loads(self, path: Any) -> None:
         """Read :meth:`dumps` of the same columns and streams; a smaller ring keeps the newest rows.
@@ -329,28 +310,22 @@ class RowStorage(Storage):
         """
         path = Path(path)
         manifest = read_json(path / "manifest.json", ("layout", "head", "tail", "columns", "files"))
-        if manifest.get("layout") != LAYOUT:
-            raise CheckpointError(
-                f"replay snapshot {path} has layout {manifest.get('layout')}, this version reads {LAYOUT}."
-            )
+        what = f"replay snapshot {path}"
+        if manifest["layout"] != LAYOUT:
+            raise CheckpointError(f"{what} has layout {manifest['layout']}, this version reads {LAYOUT}.")
         if len(manifest["head"]) != self.streams:
             raise CheckpointError(
-                f"replay snapshot {path} has {len(manifest['head'])} environments per process, this run has "
-                f"{self.streams}.\n  Resume with the same num_envs and number of processes."
+                f"{what} has {len(manifest['head'])} environments per process, this run has {self.streams}.\n"
+                "  Resume with the same num_envs and number of processes."
             )
         stored = {tuple(c["key"]): Spec.from_plain(c) for c in manifest["columns"]}
-        if stored != self.specs:
-            differ = sorted(
-                ".".join(k) for k in stored.keys() | self.specs.keys() if stored.get(k) != self.specs.get(k)
-            )
+        if differ := [k for k in stored | self.specs if stored.get(k) != self.specs.get(k)]:
             raise CheckpointError(
-                f"replay snapshot {path} differs from this run in the columns {', '.join(differ)}.\n"
+                f"{what} differs from this run in the columns {', '.join(sorted(map('.'.join, differ)))}.\n"
                 "  Resume with the same environment, model size and precision."
             )
-        sources = {
-            f["name"]: checked_file(path / self.files[f["name"]].name, f["bytes"], f["crc32"])
-            for f in manifest["files"]
-        }
+        sources = {f["name"]: checked_file(path / self.files[f["name"]].name, f["bytes"], f["crc32"])
+                   for f in manifest["files"]}  # fmt: skip
         for name, size in row_files(self.specs).items():
             rows, source, end = self._blocks[name].numpy(), sources[name].reshape(-1, size), 0
             for stream, (head, tail) in enumerate(zip(manifest["head"], manifest["tail"], strict=True)):
@@ -364,14 +339,8 @@ class RowStorage(Storage):
 
 
 def require_disk(directory: Path, rows: int, bytes_per_row: int) -> None:
-    """Refuse a replay that cannot fit.
-
-    Raises:
-        ConfigError: with all figures.
-    """
-    parent = directory.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    """Refuse a replay that cannot fit, by a ConfigError with all figures."""
+    parent = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
     replaced = sum(f.stat().st_blocks * 512 for f in directory.glob("*.rows")) if directory.is_dir() else 0
     free, need = shutil.disk_usage(parent).free + replaced, rows * bytes_per_row
     if need > free:

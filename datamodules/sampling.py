@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,23 @@ def counter_rng(seed: int, rank: int, name: str, count: int) -> np.random.Genera
     return generator
 
 
-class WindowSampler(Sampler):
+class Kept:
+    """A small state that a snapshot keeps as JSON in ``file``."""
+
+    file: str
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[dict[str, Any]], None]
+
+    def dumps(self, path: Any) -> None:
+        """Write the state into a folder."""
+        write_json(Path(path) / self.file, self.state_dict())
+
+    def loads(self, path: Any) -> None:
+        """Read :meth:`dumps`."""
+        self.load_state_dict(read_json(Path(path) / self.file, self.state_dict()))
+
+
+class WindowSampler(Kept, Sampler):
     """Draws windows of consecutive rows of one stream, every complete window being equally likely.
 
     Windows run across the ends of episodes. In train mode every ``window``-th window of a stream, which
@@ -65,15 +82,9 @@ class WindowSampler(Sampler):
     file = "sampler.json"
 
     def __init__(
-        self,
-        storage: RowStorage,
-        window: int,
-        context: int,
-        seed: int,
-        rank: int,
-        online: bool,
+        self, storage: RowStorage, window: int, context: int, seed: int, rank: int, online: bool,
         name: str = "replay",
-    ):
+    ):  # fmt: skip
         self.storage, self.window, self.context, self.name = storage, window, context, name
         self.seed, self.rank, self.online = seed, rank, online
         self.before = int(context == 0)  # rows that come with a window and stand before it
@@ -109,11 +120,7 @@ class WindowSampler(Sampler):
         self.extend(np.array([index]))
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """Row numbers and positions of ``batch_size`` windows of ``length`` rows, as TorchRL wants them.
-
-        Raises:
-            DataError: if there is no complete window yet.
-        """
+        """As :meth:`draw`, in the form that TorchRL wants."""
         index, position = self.draw(batch_size)
         return index, {"generation": position}
 
@@ -152,9 +159,8 @@ class WindowSampler(Sampler):
         """``count`` uniform draws from things of which stream s has ``sizes[s]``: stream, number in it."""
         ends = np.cumsum(sizes)
         if not ends[-1]:
-            raise DataError(
-                f"the replay has no complete window of {self.length} rows yet: collect more steps first."
-            )
+            what = f"the replay has no complete window of {self.length} rows yet"
+            raise DataError(f"{what}: collect more steps first.")
         draw = rng.integers(ends[-1], size=count)
         if len(ends) == 1:
             return np.zeros(count, np.int64), draw
@@ -179,14 +185,6 @@ class WindowSampler(Sampler):
         self.queue = deque((s, p) for s, p in state_dict["queue"])
         self.rebuild()
 
-    def dumps(self, path: Any) -> None:
-        """Write the state to its file in a snapshot."""
-        write_json(Path(path) / self.file, self.state_dict())
-
-    def loads(self, path: Any) -> None:
-        """Read :meth:`dumps`."""
-        self.load_state_dict(read_json(Path(path) / self.file, self.state_dict()))
-
 
 class EpisodeSampler(WindowSampler):
     """Draws windows that lie within one finished episode, as TD-MPC2 does.
@@ -202,14 +200,9 @@ class EpisodeSampler(WindowSampler):
     """
 
     def __init__(
-        self,
-        storage: RowStorage,
-        window: int,
-        seed: int,
-        rank: int,
-        by: str = "episodes",
+        self, storage: RowStorage, window: int, seed: int, rank: int, by: str = "episodes",
         name: str = "replay",
-    ):
+    ):  # fmt: skip
         super().__init__(storage, window, 0, seed, rank, False, name)
         self.before, self.by = 0, by
         most = storage.ring // window if storage.episodes is None else len(storage.episodes[0])
@@ -299,8 +292,8 @@ class EpisodeSampler(WindowSampler):
             slot = (self._oldest[stream] + self._count[stream]) % self._pieces.shape[1]
             self._pieces[stream, slot] = start, stop, self._ever[stream]
             self._count[stream] += 1
-            self._windows[stream] += stop - start - self.window + 1
-            self._ever[stream] += stop - start - self.window + 1
+            for total in (self._windows, self._ever):
+                total[stream] += stop - start - self.window + 1
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         if self.by == "episodes":
@@ -320,12 +313,9 @@ class EpisodeSampler(WindowSampler):
     def _locate(self, stream: int, number: np.ndarray) -> np.ndarray:
         """Position of windows by their number among all that the stream ever had."""
         pieces, oldest = self._pieces[stream], int(self._oldest[stream])
-        wrapped = max(0, oldest + int(self._count[stream]) - len(pieces))
-        slot = (
-            oldest
-            - 1
-            + np.searchsorted(pieces[oldest : oldest + int(self._count[stream]), 2], number, side="right")
-        )
+        end = oldest + int(self._count[stream])
+        wrapped = max(0, end - len(pieces))
+        slot = oldest - 1 + np.searchsorted(pieces[oldest:end, 2], number, side="right")
         if wrapped:
             later = number >= pieces[0, 2]
             slot[later] = np.searchsorted(pieces[:wrapped, 2], number[later], side="right") - 1
