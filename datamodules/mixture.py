@@ -17,6 +17,7 @@ from datamodules.replay import RowReplay
 from datamodules.rows import Key
 from datamodules.sampling import counter_rng
 from lit_wm.errors import CheckpointError, DataError
+from lit_wm.types import Tensors
 
 _STATE = "mixture.json"
 
@@ -24,9 +25,8 @@ _STATE = "mixture.json"
 class Mixture:
     """Replays of the same entries, each with a share of every batch.
 
-    A share may be any number: a batch of 16 with shares of 0.3 and 0.7 has 4 or 5 windows of the first,
-    4.8 on average. Which of the two depends on seed, rank and the number of the draw alone. A replay without
-    a complete window, as that of an environment at first, has no share.
+    Of 16 windows a share of 0.3 has 4 or 5, 4.8 on average; which depends on seed, rank and the number of the
+    draw alone. A replay without a complete window, as that of an environment at first, has no share.
 
     Args:
         parts: the replays, by name; the parts of a batch stand in this order.
@@ -36,12 +36,9 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        parts: Mapping[str, RowReplay],
-        weights: Callable[[int], list[float]] | None = None,
-        seed: int = 0,
-        rank: int = 0,
-    ):
+        self, parts: Mapping[str, RowReplay], weights: Callable[[int], list[float]] | None = None,
+        seed: int = 0, rank: int = 0,
+    ):  # fmt: skip
         self.names, self.parts = list(parts), list(parts.values())
         self.weights, self.seed, self.rank = weights, seed, rank
         self.draws = {"train": 0, "report": 0}
@@ -69,9 +66,8 @@ class Mixture:
         """
         update = self.draws["train"]
         windows = [part.num_windows for part in self.parts]
-        weights = np.array(self.weights(update) if self.weights else windows, np.float64) * (
-            np.array(windows) > 0
-        )
+        weights = np.array(self.weights(update) if self.weights else windows, np.float64)
+        weights[np.array(windows) == 0] = 0
         if not weights.sum():
             raise DataError(
                 f"update {update} has nothing to draw from: {', '.join(self.names)} have {windows} windows.\n"
@@ -87,8 +83,7 @@ class Mixture:
     ) -> dict[Key, Tensor]:
         """As :meth:`RowReplay.sample_columns`, with ``source``, the number of the part.            (B,)"""
         shares = self.shares(batch_size, mode)
-        count = self.draws[mode]
-        self.draws[mode] += 1
+        count, self.draws[mode] = self.draws[mode], self.draws[mode] + 1
         if mode == "train":
             self.last_shares = {n: s / batch_size for n, s in zip(self.names, shares, strict=True)}
         drawn: list[dict[Key, Tensor]] = []
@@ -98,12 +93,11 @@ class Mixture:
             part.sampler.draws[mode] = count  # whether or not it had a share before
             if not share:
                 continue
-            if share == batch_size:
-                columns = part.sample_columns(share, length, mode, latents=latents)
-            else:
+            mine = None
+            if share < batch_size:
                 out = out or self._memory(part, batch_size, (length or part.window) - part.context)
                 mine = {key: value[start : start + share] for key, value in out.items()}
-                columns = part.sample_columns(share, length, mode, mine, latents)
+            columns = part.sample_columns(share, length, mode, mine, latents)
             columns["source",] = torch.full((share,), number)
             drawn.append(columns)
             start += share
@@ -165,9 +159,7 @@ class Mixture:
                     found.setdefault(key, []).append(value)
         columns |= {key: torch.cat(values) for key, values in found.items()}
 
-    def write_back(
-        self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor], source: Tensor
-    ) -> None:
+    def write_back(self, index: Tensor, generation: Tensor, latents: Tensors, source: Tensor) -> None:
         """As :meth:`RowReplay.write_back`, each row to its part."""
         for number, rows in self._split(source):
             mine = {key: value[rows] for key, value in latents.items()}

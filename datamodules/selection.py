@@ -150,9 +150,8 @@ class SourceSpec:
 
 def uniform_hash(seed: int, name: str, ids: np.ndarray) -> np.ndarray:
     """Numbers in [0, 1) that depend on seed, name and id alone: a split survives growing data. (n,)"""
-    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
-        stream_seed(seed, 0, name) & (2**64 - 1)
-    )
+    x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(stream_seed(seed, 0, name) & (2**64 - 1))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
@@ -206,18 +205,15 @@ def model_spaces(cache: Cache, stack: int = 1) -> Spaces:
 
     Without a known time limit the longest episode stands for it.
     """
-    spaces = cache.schema.spaces
-    if spaces.episode_length is None:
-        spaces = replace(spaces, episode_length=int(cache.episodes["length"].max()) - 1)
-    if stack == 1:
-        return spaces
-    obs = {}
+    spaces, obs = cache.schema.spaces, {}
     for key, spec in spaces.obs.items():
         shape = list(spec.shape)
         if spec.is_image:
             shape[0 if spec.channels_first else 2] *= stack
         obs[key] = replace(spec, shape=tuple(shape))
-    return replace(spaces, obs=obs)
+    length = spaces.episode_length
+    length = int(cache.episodes["length"].max()) - 1 if length is None else length
+    return replace(spaces, obs=obs, episode_length=length)
 
 
 def common_spaces(named: Mapping[str, Spaces], pad: bool = False) -> Spaces:
@@ -261,17 +257,11 @@ def _wider(a: Spec, b: Spec, pad: bool) -> Spec | None:
 
 def _differ(named: Mapping[str, Spaces], pad: bool) -> DataError:
     entries = {name: spaces.obs | spaces.action for name, spaces in named.items()}
-    shown = [
-        f"  {name}: " + ", ".join(f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in own.items())
-        for name, own in entries.items()
-    ]
+    shown = [f"  {name}: " + ", ".join(f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in own.items())
+             for name, own in entries.items()]  # fmt: skip
     first, *others = entries.values()
-    bad = next(
-        k for own in [*others, first] for k in [*first, *own] if any(first.get(k) != o.get(k) for o in others)
-    )
-    fix = "Leave entries out with the reader's option drop" + (
-        "." if pad else "; for several tasks pad: true fills vectors up."
-    )
-    return DataError(
-        f"the sources have different spaces, first in {bad!r}:\n" + "\n".join(shown[:3]) + f"\n  {fix}"
-    )
+    bad = next(k for own in entries.values() for k in own if any(first.get(k) != o.get(k) for o in others))
+    more = "" if pad else "; for several tasks pad: true fills vectors up"
+    lines = (f"the sources have different spaces, first in {bad!r}:", *shown[:3],
+             f"  Leave entries out with the reader's option drop{more}.")  # fmt: skip
+    return DataError("\n".join(lines))
