@@ -50,15 +50,9 @@ class ReplayBuffer:
     """
 
     def __init__(
-        self,
-        capacity: int = 100_000,
-        obs_shape: Iterable[int] | None = None,
-        action_dim: int | None = None,
-        *,
-        spaces: Spaces | None = None,
-        directory: str | Path | None = None,
-        seed: int = 0,
-    ):
+        self, capacity: int = 100_000, obs_shape: Iterable[int] | None = None, action_dim: int | None = None,
+        *, spaces: Spaces | None = None, directory: str | Path | None = None, seed: int = 0,
+    ):  # fmt: skip
         self.capacity, self.seed, self._said = capacity, seed, (obs_shape, action_dim)
         self.cache: Cache | None = None  # of a loaded buffer
         self._schema = None if spaces is None else Schema(spaces)
@@ -74,15 +68,9 @@ class ReplayBuffer:
 
     @classmethod
     def load(
-        cls,
-        source: str | Path,
-        *,
-        cache_dir: str | Path | None = None,
-        on_bad: str = "error",
-        directory: str | Path | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> ReplayBuffer:
+        cls, source: str | Path, *, cache_dir: str | Path | None = None, on_bad: str = "error",
+        directory: str | Path | None = None, seed: int = 0, **options: Any,
+    ) -> ReplayBuffer:  # fmt: skip
         """Open a dataset, or what :meth:`save` wrote; it is written as rows once and never held in memory.
 
         Args:
@@ -119,11 +107,7 @@ class ReplayBuffer:
 
     @property
     def spaces(self) -> Spaces:
-        """Observation and action entries.
-
-        Raises:
-            DataError: if they are not known yet.
-        """
+        """Observation and action entries; a DataError if they are not known yet."""
         if self._schema is None:
             raise DataError("the buffer is empty: its spaces are known from the first transition on.")
         return self._schema.spaces
@@ -140,14 +124,9 @@ class ReplayBuffer:
         return sum(spec.size for spec in self.spaces.action.values())
 
     def add(
-        self,
-        obs: Any,
-        action: Any,
-        reward: float,
-        terminated: bool,
-        truncated: bool = False,
+        self, obs: Any, action: Any, reward: float, terminated: bool, truncated: bool = False,
         next_obs: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Append one transition; it can be drawn once its episode has ended.
 
         Args:
@@ -244,11 +223,9 @@ class ReplayBuffer:
             sampler = EpisodeSampler(replay.storage, sequence_length + 1, self.seed, 0, "windows", name)
             sampler.rebuild()
         if sampler is None or not sampler.num_windows:
-            longest = int(np.diff(replay.sampler.pieces()).max()) - 1
-            raise DataError(
-                f"sequence_length is {sequence_length}; expected 1 to {longest:,}, the transitions of the "
-                f"longest of {self.num_episodes:,} finished episodes."
-            )
+            longest, count = int(np.diff(replay.sampler.pieces()).max()) - 1, self.num_episodes
+            raise DataError(f"sequence_length is {sequence_length}; expected 1 to {longest:,}, the "
+                            f"transitions of the longest of {count:,} finished episodes.")  # fmt: skip
         self._samplers[sequence_length] = sampler  # the last one used stands last
         if len(self._samplers) > _SAMPLERS:
             del self._samplers[next(iter(self._samplers))]
@@ -258,8 +235,7 @@ class ReplayBuffer:
         def part(x: Any, steps: slice) -> Any:
             return {k: v[:, steps] for k, v in x.items()} if isinstance(x, dict) else x[:, steps]
 
-        flat = {**rows["next"], "is_first": rows["is_init"]}
-        batch = {k: v[:, :-1, 0] for k, v in flat.items()}
+        batch = {k: v[:, :-1, 0] for k, v in (rows["next"] | {"is_first": rows["is_init"]}).items()}
         batch |= {k: part(rows[k], slice(-1)) for k in ("observation", "action", "task")}
         batch["next_observation"] = part(rows["observation"], slice(1, None))
         found = TensorDict(batch, [batch_size, sequence_length])
@@ -293,12 +269,10 @@ class ReplayBuffer:
                 rows = storage.rows(0, np.arange(start, stop))
                 obs = {k: column[row_key("observation", k, spaces.obs)][rows] for k in spaces.obs}
                 acts = {k: column[row_key("action", k, spaces.action)][rows[:-1]] for k in spaces.action}
-                reward, ended, cut = (
-                    column["next", k][rows[:-1]] for k in ("reward", "terminated", "truncated")
-                )
+                r, end, cut = (column["next", k][rows[:-1]] for k in ("reward", "terminated", "truncated"))
                 number = int(column["episode",][rows[0]])
                 fake = number in self._fake
-                yield Episode(obs, acts, reward, ended, cut, f"episode {number}", fake_last=fake)
+                yield Episode(obs, acts, r, end, cut, f"episode {number}", fake_last=fake)
         if self._steps:
             obs, acts, reward = self._stacked()
             no = np.zeros(len(reward), np.bool_)
@@ -323,11 +297,7 @@ class ReplayBuffer:
             raise ConfigError(f"{path}: expected NAME.npz, or a new folder, whose name has no dot.")
         if not steps:
             raise DataError("the buffer is empty: there is nothing to save.")
-        source = self._source(self.episodes)
-        if path.suffix:
-            write_npz(source, path)
-        else:
-            write_rows(source, path)
+        (write_npz if path.suffix else write_rows)(self._source(self.episodes), path)
 
     def _source(self, episodes: Callable[[], Iterable[Episode]]) -> Source:
         assert self._schema is not None
@@ -336,16 +306,13 @@ class ReplayBuffer:
     def _open(self, obs: Arrays, action: Arrays) -> RowReplay:
         """The ring, made for the first transition. (1 or more, ...) each"""
         if self.cache is not None:
-            raise NotSupported(
-                "a loaded buffer does not grow.\n  Make a new one, ReplayBuffer(spaces=loaded.spaces), and "
-                "give it the old episodes by add_episode."
-            )
+            raise NotSupported("a loaded buffer does not grow.\n  Make a new one, ReplayBuffer(spaces=loaded."
+                               "spaces), and give it the old episodes by add_episode.")  # fmt: skip
         if self._replay is None:
             self._schema = self._schema or Schema(self._infer(obs, action))
+            how: dict[str, Any] = {"window": 2, "within_episodes": True, "by": "windows"}
             try:
-                self._replay = RowReplay(
-                    self.spaces, self.capacity, 1, self._folder, window=2, within_episodes=True, by="windows"
-                )
+                self._replay = RowReplay(self.spaces, self.capacity, 1, self._folder, **how)
             except ConfigError as error:
                 text = str(error).replace("data.replay_dir", "directory").replace("data.capacity", "capacity")
                 raise ConfigError(text) from None

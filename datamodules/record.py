@@ -37,22 +37,14 @@ _WRAPPING = {"repeat", "size", "gray", "stack", "pixels", "drop"}  # options tha
 
 @dataclass
 class Take:
-    """One episode of T steps.
+    """One episode of T steps."""
 
-    Attributes:
-        number: from 0; the environment was reset with ``seed``, the first one plus ``number``.
-        observation: arrays (T+1, ...) in the structure and the types of the space.
-        action: arrays (T, ...) likewise.
-        reward: in the environment's units.                                                       (T,)
-        terminated, truncated: exactly one of them is True, at the last step.                (T,) bool
-    """
-
-    number: int
-    seed: int
-    observation: Any
-    action: Any
-    reward: np.ndarray
-    terminated: np.ndarray
+    number: int  # from 0
+    seed: int  # of the reset: that of the first one plus the number
+    observation: Any  # arrays (T+1, ...) in the structure and the types of the space
+    action: Any  # arrays (T, ...) likewise
+    reward: np.ndarray  # in the environment's units (T,)
+    terminated: np.ndarray  # (T,) bool; exactly one of these two is True, at the last step
     truncated: np.ndarray
 
 
@@ -75,8 +67,7 @@ class _Tap(gym.Wrapper):
         where = f"episode {number}"
         actions, reward, terminated, _ = zip(*self._steps, strict=True)
         ended = np.array(terminated)
-        cut = np.zeros_like(ended)
-        cut[-1] = not ended[-1]
+        cut = ~ended & (np.arange(len(ended)) == len(ended) - 1)
         seen = _stack(self.observation_space, self._seen, f"{where}: observation")
         done = _stack(self.action_space, actions, f"{where}: action")
         return Take(number, seed, seen, done, np.array(reward), ended, cut)
@@ -118,18 +109,10 @@ def portable(env: StandardEnv, options: Iterable[str]) -> tuple[gym.Env, EnvSpec
 
 
 def play(
-    envs: Sequence[StandardEnv],
-    policy: Policy | None,
-    episodes: int,
-    seed: int,
-    *,
-    raw: bool = False,
-    device: torch.device | str = "cpu",
-    max_steps: int | None = None,
-    epsilon: float = 0.0,
-    stop: Callable[[], bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Take]:
+    envs: Sequence[StandardEnv], policy: Policy | None, episodes: int, seed: int, *, raw: bool = False,
+    device: torch.device | str = "cpu", max_steps: int | None = None, epsilon: float = 0.0,
+    stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Take]:  # fmt: skip
     """Play whole episodes and hand out each as it ends.
 
     Environment i of n plays the episodes i, i + n, i + 2n ...: a fixed share, since the first to end would
@@ -138,8 +121,7 @@ def play(
     Args:
         envs: of one id and the same options; the policy sees them as one batch.
         policy: ``policy(obs, state, is_first) -> (action, state)``, None for uniformly random actions.
-        episodes: how many.
-        seed: of episode 0.
+        episodes, seed: how many, and of episode 0.
         raw: hand out what the environments inside show and take, instead of the wrapped entries.
         device: where the policy wants its observations.
         max_steps: truncate an episode after so many decisions.
@@ -165,14 +147,18 @@ def play(
                 action, state = policy(seen, state, torch.as_tensor(first, device=device))
             random = [epsilon > 0 and coins[i].random() < epsilon for i in range(n)]
             if any(random):
-                action, state = _replaced(action, state, envs, random)
+                action = {k: v.clone() for k, v in action.items()}
+                for i in [i for i, yes in enumerate(random) if yes]:
+                    for k, v in envs[i].action_space.sample().items():
+                        action[k][i] = torch.as_tensor(v).to(action[k])
+                if state.action is not None:  # it remembers the executed one
+                    state = replace(state, action={k: action[k].to(v) for k, v in state.action.items()})
             executed = {k: v.cpu().numpy() for k, v in action.items()}
             chosen = [{k: v[i] for k, v in executed.items()} for i in range(n)]
         first = np.zeros(n, np.bool_)
         for i in active:
             obs[i], _, terminated, truncated, _ = stage[i].step(chosen[i])
-            length[i] += 1
-            steps += 1
+            length[i], steps = length[i] + 1, steps + 1
             if not (terminated or truncated or length[i] == max_steps):
                 continue
             yield inner[i].take(int(number[i]), seed + int(number[i]))
@@ -185,28 +171,8 @@ def play(
             progress(complete, steps)
 
 
-def _replaced(
-    action: Tensors, state: State, envs: Sequence[StandardEnv], random: Sequence[bool]
-) -> tuple[Tensors, State]:
-    """Random actions where ``random``; a state that remembers its action remembers the executed one."""
-    action = {k: v.clone() for k, v in action.items()}
-    for i in [i for i, yes in enumerate(random) if yes]:
-        for k, v in envs[i].action_space.sample().items():
-            action[k][i] = torch.as_tensor(v).to(action[k])
-    if state.action is not None:
-        state = replace(state, action={k: action[k].to(v) for k, v in state.action.items()})
-    return action, state
-
-
 class Played(Source):
-    """Wrapped episodes as a source, which can be read once.
-
-    Args:
-        env: one of the environments.
-        takes: from :func:`play`.
-        meta: see :class:`~datamodules.episodes.Source`.
-        episodes: how many there will be.
-    """
+    """Wrapped episodes of :func:`play`, so many of them, as a source, which can be read once."""
 
     def __init__(self, env: StandardEnv, takes: Iterator[Take], meta: dict[str, Any], episodes: int):
         found = spaces_from_gym(env.observation_space, env.action_space, env.name)
@@ -284,19 +250,14 @@ def replacing(final: Path, beside: Path) -> Iterator[Path]:
 
 
 def write_minari(
-    takes: Iterable[Take],
-    folder: Path,
-    dataset_id: str,
-    env: gym.Env,
-    metadata: dict[str, Any],
+    takes: Iterable[Take], folder: Path, dataset_id: str, env: gym.Env, metadata: dict[str, Any],
     env_spec: EnvSpec | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write episodes as a Minari dataset (HDF5, images without loss), complete or not at all.
 
     Args:
         takes: read one by one; each is on disk before the next one.
-        folder: ``ROOT/ID``, from :func:`minari_folder`.
-        dataset_id: its id.
+        folder, dataset_id: ``ROOT/ID``, from :func:`minari_folder`, and the id.
         env: has the spaces of the takes. Names with ``/`` become nested Dicts, as HDF5 reads them, and our
             wrapper's Dict of a single unnamed entry becomes this entry.
         metadata: more entries of ``metadata.json``.
@@ -323,8 +284,8 @@ def write_minari(
         for take in takes:
             columns: dict[str, Any] = {"rewards": take.reward, "seed": take.seed}
             columns |= {"terminations": take.terminated, "truncations": take.truncated}
-            trees = _stored(take.observation, wrapped), _stored(take.action, wrapped)
-            columns |= {"observations": trees[0], "actions": trees[1]}
+            columns["observations"] = _stored(take.observation, wrapped)
+            columns["actions"] = _stored(take.action, wrapped)
             try:
                 storage.update_episodes([EpisodeBuffer(**columns)])
             except OSError as error:  # of HDF5: a full disk, for example
@@ -366,12 +327,10 @@ def _nested(tree: Any) -> Any:
         return tree
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        at, (*path, last) = out, key.split("/")
-        for name in path:
-            at = at.setdefault(name, {})
-        at[last] = _nested(value)
-    return _dict_space(out) if isinstance(tree, spaces.Dict) else out
-
-
-def _dict_space(tree: dict[str, Any]) -> spaces.Dict:
-    return spaces.Dict({k: _dict_space(v) if isinstance(v, dict) else v for k, v in tree.items()})
+        first, *rest = key.split("/", 1)
+        if rest:
+            out.setdefault(first, {})[rest[0]] = value
+        else:
+            out[first] = value
+    found = {k: _nested(type(tree)(v) if isinstance(v, dict) else v) for k, v in out.items()}
+    return spaces.Dict(found) if isinstance(tree, spaces.Dict) else found

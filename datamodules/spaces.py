@@ -56,13 +56,9 @@ class Columns:
     """
 
     def __init__(
-        self,
-        space: spaces.Space,
-        root: str,
-        where: str,
-        drop: Sequence[str] = (),
+        self, space: spaces.Space, root: str, where: str, drop: Sequence[str] = (),
         words: Mapping[str, Sequence[str]] | None = None,
-    ):
+    ):  # fmt: skip
         words, known = words or {}, [leaf.name for leaf in leaves(space, root)]
         self._ids = {name: {word: i for i, word in enumerate(texts)} for name, texts in words.items()}
         drop = [name for name in drop if name in known]

@@ -47,14 +47,10 @@ class DreamerChunks(Source):
     """
 
     def __init__(
-        self,
-        files: Sequence[str | Path],
-        tolerate: bool = False,
-        classes: int | Mapping[str, int] | None = None,
-        discrete: bool = False,
-        actions: str | Sequence[str] = ("action",),
-        drop: str | Sequence[str] = (),
-    ):
+        self, files: Sequence[str | Path], tolerate: bool = False,
+        classes: int | Mapping[str, int] | None = None, discrete: bool = False,
+        actions: str | Sequence[str] = ("action",), drop: str | Sequence[str] = (),
+    ):  # fmt: skip
         self._discrete, self._tolerate = discrete, tolerate
         self._actions = [actions] if isinstance(actions, str) else list(actions)
         self.files = self._unique([Path(path) for path in files])

@@ -55,19 +55,11 @@ class NPZ(FlatSource):
     """
 
     def __init__(
-        self,
-        rest: str,
-        last_obs: str | None = None,
-        dones_are: str = "ends",
-        episode_length: int | None = None,
-        split: str | None = None,
-        classes: int | None = None,
-        discrete: bool | None = None,
-        drop: str | Sequence[str] = (),
-        form: str | None = None,
-        tolerate: bool = False,
-        actions: str | Sequence[str] | None = None,
-    ):
+        self, rest: str, last_obs: str | None = None, dones_are: str = "ends",
+        episode_length: int | None = None, split: str | None = None, classes: int | None = None,
+        discrete: bool | None = None, drop: str | Sequence[str] = (), form: str | None = None,
+        tolerate: bool = False, actions: str | Sequence[str] | None = None,
+    ):  # fmt: skip
         files, pattern = expand("npz", rest, (".npz",))
         if pattern and "-val" not in Path(rest).name:
             train = [file for file in files if not file.stem.endswith("-val")]

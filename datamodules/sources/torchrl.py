@@ -78,13 +78,9 @@ class TorchRL(Source):
     """
 
     def __init__(
-        self,
-        rest: str,
-        last_obs: str = "error",
-        dones_are: str = "ends",
-        classes: int | None = None,
+        self, rest: str, last_obs: str = "error", dones_are: str = "ends", classes: int | None = None,
         drop: str | Sequence[str] = (),
-    ):
+    ):  # fmt: skip
         if dones_are not in ("terminals", "ends"):
             raise ConfigError(f"dones_are is {dones_are!r}; expected terminals or ends.")
         self.last_obs, self._dones_are, self.name = last_obs, dones_are, Path(rest).name
