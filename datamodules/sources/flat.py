@@ -355,24 +355,25 @@ class _Following:
             return
         n = len(next(iter(after.values())))
         last = np.isin(np.arange(n), ends)
-        inside = ~last & (np.arange(n) + 1 < min(len(seen[k]) for k in after))
-        at = np.flatnonzero(inside)
-        copy, differs, moved = np.ones(n, np.bool_), *np.zeros((2, len(at)), np.bool_)
+        at = np.flatnonzero(~last & (np.arange(n) + 1 < min(len(seen[k]) for k in after)))
+        ends = np.flatnonzero(last)
         # A true image may be all black, and a single number zero.
         vectors = [k for k, v in after.items() if v.dtype.kind == "f" and v[0].size > 1]
-        zero = last & bool(vectors)
+        zero, differs = np.full(len(ends), bool(vectors)), np.zeros(n, np.bool_)
+        copy, moved = np.full(n, self.copies == self.rows), np.zeros(len(at), np.bool_)
         for k, value in after.items():
             here, there = (x.reshape(len(x), -1) for x in (seen[k], value))
-            copied = (here[:n] == there).all(1)
-            copy &= copied
-            zero &= ~there.any(1) & here[:n].any(1) if k in vectors else True
+            if copy.any():  # else it does not matter any more
+                copy &= (here[:n] == there).all(1)
+                moved |= (here[at + 1] != here[at]).any(1)
+            if k in vectors:
+                zero &= ~there[ends].any(1) & here[ends].any(1)
+            odd = at[~(here[1 : n + 1] == there[: len(here) - 1]).all(1)[at]]
             if there.dtype.kind == "f":
-                differs |= ~np.isclose(here[at + 1], there[at], 1e-3, 1e-5, True).all(1)
-            else:
-                differs |= (here[at + 1] != there[at]).any(1)
-            moved |= (here[at + 1] != here[at]).any(1)
+                odd = odd[~np.isclose(here[odd + 1], there[odd], 1e-3, 1e-5, True).all(1)]
+            differs[odd] = True
         self.rows += n
-        self.ends, self.inside = self.ends + int(last.sum()), self.inside + len(at)
+        self.ends, self.inside = self.ends + len(ends), self.inside + len(at)
         for name, rows in (("zero", zero), ("differs", differs), ("moved", moved), ("copies", copy)):
             setattr(self, name, getattr(self, name) + int(rows.sum()))
 
