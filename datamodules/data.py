@@ -248,6 +248,11 @@ class ReplayDataModule(LightningDataModule):
                 f"data.replay_context is {self.replay_context}, but data.windows: episode keeps no latents.\n"
                 "  Leave replay_context out, or set it to 0."
             )
+        if self.utd is not None and self.train_ratio != 32:  # the default, which older runs wrote down
+            raise ConfigError(
+                f"data.train_ratio is {self.train_ratio:g}, but data.utd, {self.utd:g}, counts the updates.\n"
+                "  Leave train_ratio out; with windows: stream you may leave utd out instead."
+            )
         if self.env is None:
             return
         # Each stream needs its first window, then one more row per window; in episodes one window will do.

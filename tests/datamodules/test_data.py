@@ -201,9 +201,11 @@ def test_another_number_of_processes_is_refused(tmp_path):
         ({"train_ratio": float("nan")}, "data.train_ratio is nan"),
         ({"vectorization": "thread"}, "expected 'sync' or 'async'"),
         ({"windows": "episodes"}, "expected 'stream' or 'episode'"),
-        ({"windows": "episode", "replay_context": 1}, "Leave replay_context out"),
-        ({"windows": "episode", "capacity": 15}, "Raise capacity to 16 or more"),
+        ({"windows": "episode", "replay_context": 1, "train_ratio": 32}, "Leave replay_context out"),
+        ({"windows": "episode", "capacity": 15, "train_ratio": 32}, "Raise capacity to 16 or more"),
         ({"utd": 0}, "data.utd is 0"),
+        ({"utd": 0.5}, "train_ratio is 16, but data.utd, 0.5, counts"),
+        ({"windows": "episode"}, "train_ratio is 16, but data.utd, 1, .*\n  Leave train_ratio out"),
         ({"first_updates": 0}, "data.first_updates is 0"),
         ({"capacity": 49}, "Raise capacity to 50 or more"),
         ({"max_env_steps": 20}, "training begins after about 50"),
@@ -269,7 +271,7 @@ class Planner(Module):
 
 def plan_of(tmp_path, module, **options):
     defaults = {"windows": "episode", "utd": 1, "prefill": 40, "num_envs": 1, "batch_length": 4}
-    defaults |= {"capacity": 600, "env_options": {"time_limit": 12}}
+    defaults |= {"capacity": 600, "env_options": {"time_limit": 12}, "train_ratio": 32}
     data = data_of(tmp_path, **(defaults | options))
     return data, trainer_of(tmp_path)
 
