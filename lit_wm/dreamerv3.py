@@ -33,6 +33,7 @@ from lit_wm.nets.layers import stacked_linear
 from lit_wm.nets.rssm import RSSM
 from lit_wm.noise import Noise
 from lit_wm.optim import LaProp
+from lit_wm.planners import Planner
 from lit_wm.presets import DREAMERV3, dreamerv3_sizes
 from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
@@ -100,6 +101,10 @@ class DreamerV3Module(WorldModelModule):
         betas: decay of momentum and second moment.
         eps: added to the second moment's root.
         weight_decay: decoupled decay of the kernels.
+        planner: ``policy`` acts as the reference does; ``mppi``, ``cem``, ``gradient`` or ``random`` search
+            from it (docs/planning.md).
+        planner_options: merged over the planner's defaults, e.g. ``{num_samples: 256}``; ``policy`` has none
+            and does not read them.
         train_world_model: False freezes encoder, dynamics, decoder, reward and continue heads.
         train_actor: False freezes the policy.
         train_critic: False freezes the critic.
@@ -154,6 +159,8 @@ class DreamerV3Module(WorldModelModule):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-20,
         weight_decay: float = 0.0,
+        planner: str = "policy",
+        planner_options: dict[str, Any] | None = None,
         train_world_model: bool = True,
         train_actor: bool = True,
         train_critic: bool = True,
@@ -335,7 +342,7 @@ class DreamerV3(WorldModel):
 
         feat = o.deter + o.stoch * o.classes
         self.enc = Encoder(spaces.obs, o.depth, o.units, o.strided, o.outer, o.squash, depths["enc"])
-        action = sum(s.size for s in spaces.action.values())
+        action = self.action_dim
         self.dyn = RSSM(self.enc.token_size, action, o.deter, o.hidden, o.stoch, o.classes, o.blocks, o.mix)
         self.dec = Decoder(
             spaces.obs,
@@ -356,6 +363,7 @@ class DreamerV3(WorldModel):
         self.slowval.requires_grad_(False)
         self.retnorm = ReturnNorm(o.return_norm)
         self.register_buffer("bins", symexp_bins(255), persistent=False)
+        self.planner = self.planner_of(o.planner, o.planner_options)
 
     bins: Tensor
 
@@ -614,6 +622,62 @@ class DreamerV3(WorldModel):
             carry = State(pick(last.deter, carry.deter), pick(last.stoch, carry.stoch))  # type: ignore[arg-type]
         return carry
 
+    # --- What planners need -------------------------------------------------------------------------
+
+    def action_mask_of(self, state: State) -> Tensor | None:
+        """None: there are no tasks that lack entries."""
+        return None
+
+    @torch.no_grad()
+    def propose(self, state: State, n: int, horizon: int, noise: Noise) -> Tensor:
+        """Roll out the policy ``n`` times from each state, its actions cut to -1 ... 1. (N, n, H, A)"""
+        start = State(state.deter, state.stoch).map(lambda x: x.repeat_interleave(n, 0))
+        feats = self.feat(start).to(self.compute_dtype).expand(horizon, -1, -1).clone()
+        taken = []
+
+        def policy(feat: Tensor, t: int) -> tuple[Tensors, Tensor]:
+            action = sample_actions(self.pol(feat), noise, "plan/propose", t)
+            taken.append(flat_action(action, self.spaces.action, torch.float32).clamp(-1, 1))
+            return action, taken[-1].to(feat.dtype)
+
+        self.dyn.imagine_into(feats, start, policy, noise, "plan/proposed")
+        policy(feats[-1], horizon - 1)
+        return torch.stack(taken, 1).view(len(state.deter), n, horizon, -1)
+
+    def value(
+        self, state: State, actions: Tensor, noise: Noise, t: int = 0, deterministic: bool = False
+    ) -> Tensor:
+        """Predicted return of sequences of actions: discounted rewards, and the critic's value of where they
+        end, in units of :attr:`reward_scale`.
+
+        Args:
+            state: where all sequences of a row start. (N, ...)
+            actions: (N, S, H, A).
+            noise: stream ``plan/prior``; ``t`` is the planner's iteration.
+            deterministic: the most likely latents instead of drawn ones, whose gradient is that of their
+                probabilities; differentiable in the actions.
+
+        Returns:
+            (N, S)
+        """
+        N, S, H, _ = actions.shape
+        shape = (N, S, self.dyn.stoch, self.dyn.classes)
+
+        def race(step: int) -> Tensor:
+            if deterministic:
+                return torch.ones(shape[2:], device=actions.device)
+            return noise.exponential("plan/prior", shape, t * H + step).flatten(0, 1)
+
+        total = actions.new_zeros(())
+        weight: float | Tensor = 1.0
+        gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
+        for step, feat in enumerate(self.dyn.branch(state, actions.to(self.compute_dtype), race), 1):
+            heads = [self.rew, self.con] + [self.val] * (step == H)
+            rew, con, *val = batched_heads(feat, heads)
+            total = total + weight * two_hot_mean(rew.softmax(-1), self.bins)
+            weight = weight * gamma * con.squeeze(-1).sigmoid()
+        return (total + weight * two_hot_mean(val[0].softmax(-1), self.bins)).view(N, S)
+
     # --- The verbs ----------------------------------------------------------------------------------
 
     def initial(self, batch_size: int) -> State:
@@ -676,15 +740,21 @@ class DreamerV3(WorldModel):
         is_first: Tensor | None = None,
         mode: str = "eval",
         noise: Noise | None = None,
+        planner: Planner | str | None = None,
+        max_ms: float | None = None,
     ) -> tuple[Tensors, State]:
-        """Filter ``obs`` and sample an action; evaluation samples too, as the reference does. Actions (B,
-        ...) by key.
+        """Filter ``obs`` and sample an action of the policy, in evaluation too, as the reference does; or
+        plan one. Actions (B, ...) by key; arguments as :meth:`WorldModel.act`'s.
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
-        state = self.encode(obs, state, None, is_first, noise)
-        action = sample_actions(self.pol(self.feat(state)), self.source(noise), "act/policy")
-        return action, State(state.deter, state.stoch, action)
+        now, noise = self.encode(obs, state, None, is_first, noise), self.source(noise)
+        found = self.search(now, state, is_first, mode, noise, planner, max_ms)
+        if found is None:
+            action, plan = sample_actions(self.pol(self.feat(now)), noise, "act/policy"), None
+        else:
+            action, plan = self.action_keys(found[0]), found[1]
+        return action, State(now.deter, now.stoch, action, plan)
 
     def imagine(
         self,
@@ -732,7 +802,7 @@ class DreamerV3(WorldModel):
                 out[k] = symexp(out[k])
         return out if self.normalizer is None else self.normalizer.inverse(out)
 
-    def value(self, state: State) -> Tensor:
+    def v(self, state: State) -> Tensor:
         """Critic's value. (...)"""
         return two_hot_mean(self.val(self.feat(state)).softmax(-1), self.bins)
 
@@ -741,7 +811,7 @@ class DreamerV3(WorldModel):
         actions = {k: v.unsqueeze(1) for k, v in self.action_dict(action, len(state.deter)).items()}
         dream = self.imagine(state, actions)
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
-        return dream.rewards[:, 0] + gamma * dream.continues[:, 0] * self.value(dream.states[-1])
+        return dream.rewards[:, 0] + gamma * dream.continues[:, 0] * self.v(dream.states[-1])
 
     def gamma(self, task: Tensor | None = None) -> float:
         """Discount, 1 - 1/horizon."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -68,7 +69,7 @@ def evaluate_parser() -> Parser:
         ("episodes", int, 20, "N", "number of episodes (20)"),
         ("seed", int, 0, "S", "of everything; never a seed of the training (0)"),
         ("num-envs", int, 8, "K", "environments side by side (8)"),
-        ("planner", str, None, "P", "TD-MPC2: mppi, cem, gradient or policy; the checkpoint's by default"),
+        ("planner", str, None, "P", "mppi, cem, gradient, random or policy; the checkpoint's by default"),
         ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
         ("max-episode-steps", int, 30_000, "M", "cut longer episodes (30000)"),
         ("obs-noise", float, 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
@@ -119,10 +120,10 @@ def load_module(
     if not (isinstance(kind, type) and issubclass(kind, WorldModelModule)):
         raise CheckpointError(f"{path}: its class {about['class_path']!r} is no world model known here")
     options = {k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")}
-    if (planner or task) and "planner" not in options:
-        raise ConfigError(
-            f"--planner and --task are of TD-MPC2, {path} is of a {kind.__name__}: leave them out"
-        )
+    known = inspect.signature(kind).parameters  # more than an older file has options
+    for flag, value in {"planner": planner, "task": task}.items():
+        if value is not None and flag not in known:
+            raise ConfigError(f"--{flag}: {path} is of a {kind.__name__}, which has none: leave it out")
     if planner not in (None, options.get("planner")):
         options |= {"planner": planner, "planner_options": None}
     if task not in (None, options.get("task")):

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from lit_wm.dreamerv3 import DreamerV3, DreamerV3Module
 from lit_wm.errors import ConfigError
 from lit_wm.nets.normed import PixelEncoder
-from lit_wm.planners import MPPI, Gradient
+from lit_wm.planners import MPPI, Gradient, Random
 from lit_wm.planners.mppi import MANY_ACTIONS, MORE_ITERATIONS
 from lit_wm.tdmpc2 import TDMPC2, TDMPC2Module
 from lit_wm.training_cli import TrainingCLI, guarded, read_command
@@ -112,8 +112,9 @@ def tdmpc2_flops(model: TDMPC2, batch: int, drawn: int = 2) -> tuple[int, int]:
     if isinstance(planner, Gradient):  # with all critics; all evaluations but the last go backwards too
         value = 2 * (h * (R + D + T) + Pi + KQ)
         return batch * update, plan + planner.num_candidates * (3 * planner.steps + 1) * value
-    assert isinstance(planner, MPPI)
-    laps = planner.iterations + MORE_ITERATIONS * (A >= MANY_ACTIONS)
+    assert isinstance(planner, MPPI | Random)
+    more = MORE_ITERATIONS * (A >= MANY_ACTIONS)
+    laps = planner.iterations + more if isinstance(planner, MPPI) else 1
     return batch * update, plan + laps * planner.num_samples * 2 * (h * (R + D + T) + Pi + Q)
 
 
@@ -353,6 +354,7 @@ def _algorithm(model: DreamerV3 | TDMPC2, batch: int, length: int) -> dict[str, 
         return {
             "discount": f"gamma = 1 - 1/{model.horizon:g} = {1 - 1 / model.horizon:.6f}",
             "imagination": f"{model.imag_length} steps from {starts:,} states",
+            **({"planning": str(model.planner)} if model.planner else {}),
             "TFLOP per update": update_flops(model, batch, length) / 1e12,
         }
     update, plan = tdmpc2_flops(model, batch)

@@ -31,7 +31,7 @@ from lit_wm.nets.coders import discrete_one_hot
 from lit_wm.nets.heads import flat_action
 from lit_wm.nets.normed import Layers, PixelEncoder
 from lit_wm.noise import Noise
-from lit_wm.planners import make_planner
+from lit_wm.planners import Planner
 from lit_wm.presets import TDMPC2 as TDMPC2_PRESETS
 from lit_wm.presets import tdmpc2_sizes
 from lit_wm.returns import gather_values
@@ -80,7 +80,7 @@ class TDMPC2Module(WorldModelModule):
         start_from: checkpoint whose weights a new run begins with; all but a further task's embedding.
         task_embedding_policy_grad: ``official`` adds what the policy loss says of the task embedding to the
             next update of the model, as the reference does; ``none`` leaves it out.
-        planner: ``mppi``, ``cem``, ``gradient``, or ``policy`` to act without planning.
+        planner: ``mppi``, ``cem``, ``gradient``, ``random``, or ``policy`` to act without planning.
         planner_options: merged over the planner's defaults, e.g. ``{num_samples: 256}``; ``policy`` has none
             and does not read them.
         train_world_model: False freezes encoder, dynamics, reward, termination and task embedding.
@@ -310,7 +310,7 @@ class TDMPC2(WorldModel):
             )
         self.task_embedding_policy_grad = o.task_embedding_policy_grad
         self.image_keys = [k for k, s in spaces.obs.items() if s.is_image]
-        self.discrete = self._check_spaces()
+        self._check_spaces()
 
         # Tasks: sizes are those of the largest, the others are filled up with zeros.
         self.tasks, self.task_index = list_tasks(o.tasks, o.task, spaces)
@@ -379,27 +379,15 @@ class TDMPC2(WorldModel):
     rhos: Tensor
     action_mask: Tensor
 
-    def _check_spaces(self) -> bool:
-        """Whether actions are discrete."""
-        obs, action = self.spaces.obs, self.spaces.action
+    def _check_spaces(self) -> None:
+        obs = self.spaces.obs
         if self.image_keys and len(self.image_keys) < len(obs):
             others = sorted(obs.keys() - set(self.image_keys))
             raise ConfigError(
                 f"TD-MPC2 encodes vectors or images, not both: {self.image_keys} and {others}\n"
                 "Leave some out, e.g. data.env_options.drop: [NAME]"
             )
-        if self.spaces.unbounded:
-            raise ConfigError(
-                f"TD-MPC2 searches actions between bounds; {', '.join(self.spaces.unbounded)} has none\n"
-                "Give the environment a finite Box as action space, e.g. by gymnasium's ClipAction wrapper"
-            )
-        discrete = [k for k, s in action.items() if s.is_discrete]
-        if discrete and (len(action) > 1 or action[discrete[0]].shape):
-            raise ConfigError(
-                f"TD-MPC2 acts by vectors or by one discrete choice, not by {sorted(action)} with discrete "
-                f"{discrete}"
-            )
-        return bool(discrete)
+        _ = self.discrete  # refuses actions that cannot be searched
 
     def _pixel_encoder(self, channels: int) -> PixelEncoder:
         """The encoder of images, if its output has the size of the latent state."""
@@ -420,11 +408,10 @@ class TDMPC2(WorldModel):
             )
         return PixelEncoder((sum(s[2] for s in sizes.values()), height, width), channels, self.simnorm_dim)
 
-    def planner_of(self, name: str, options: dict[str, Any] | None = None) -> Any:
-        """A planner by name; None for ``policy``."""
-        if name == "gradient" and self.discrete:
-            raise ConfigError("model.planner: gradient needs continuous actions\nUse mppi or cem")
-        return None if name == "policy" else make_planner(name, {"horizon": self.horizon} | (options or {}))
+    @property
+    def planner_defaults(self) -> dict[str, Any]:
+        """It looks as far ahead as it was trained to."""
+        return {"horizon": self.horizon}
 
     def group(self, name: str) -> list[nn.Parameter]:
         """Parameters of ``model`` (all that the first optimizer steps) or ``policy``."""
@@ -645,16 +632,6 @@ class TDMPC2(WorldModel):
             F.pad(flat, (0, self.action_dim - flat.shape[-1])) if flat.shape[-1] < self.action_dim else flat
         )
 
-    def action_keys(self, flat: Tensor) -> Tensors:
-        """Inverse of :meth:`actions`: what the environment takes."""
-        specs = self.spaces.action
-        if self.discrete:
-            return {k: flat.argmax(-1) for k in specs}
-        keys = sorted(specs)
-        parts = flat[..., : sum(specs[k].size for k in keys)].split([specs[k].size for k in keys], -1)
-        split = {k: p.reshape(*p.shape[:-1], *specs[k].shape) for k, p in zip(keys, parts, strict=True)}
-        return {k: split[k] for k in specs}
-
     def task_of(self, task: Tensor | None, rows: int) -> Tensor | None:
         """Task of each row: that of the data, or the environment's; None with a single task. (rows,)"""
         if not self.tasks:
@@ -793,36 +770,24 @@ class TDMPC2(WorldModel):
         is_first: Tensor | None = None,
         mode: str = "eval",
         noise: Noise | None = None,
-        planner: Any = None,
+        planner: Planner | str | None = None,
         max_ms: float | None = None,
         task: Tensor | None = None,
     ) -> tuple[Tensors, State]:
-        """Encode ``obs`` and plan from there; without a planner the policy acts.
-
-        Args:
-            mode: ``train`` adds the planner's exploration noise (or samples the policy), ``eval`` does not.
-            planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
-            max_ms: time for planning, in milliseconds; the best plan so far is taken.
+        """Encode ``obs`` and plan from there; without a planner the policy acts, in ``eval`` by its mean. The
+        other arguments are :meth:`WorldModel.act`'s and, ``task``, :meth:`encode`'s.
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
-        noise, planner = self.source(noise), self.planner if planner is None else planner
-        planner = self.planner_of(planner) if isinstance(planner, str) else planner
+        noise = self.source(noise)
         now = self.encode(obs, state, None, is_first, noise, task)
-        B, plan = len(now.deter), None
-        if planner is None:
-            eps = self.policy_noise(noise, "act/policy", (B,))
+        found = self.search(now, state, is_first, mode, noise, planner, max_ms)
+        if found is None:
+            eps = self.policy_noise(noise, "act/policy", (len(now.deter),))
             pi = self.pi(now.deter, self.embed(now.task), now.task, eps)
-            flat = pi.action if mode == "train" else pi.mean
-        else:
-            first = torch.full((B,), True, device=self.device)
-            before = None if state is None else state.plan
-            if before is not None:
-                first = torch.zeros_like(first) if is_first is None else is_first.to(self.device)
-            done = planner.plan(self, now, before, first, mode == "train", noise, max_ms)
-            flat, plan = done.action, done.mean
-        action = self.action_keys(flat)
-        return action, State(now.deter, None, action, plan, now.task)
+            found = (pi.action if mode == "train" else pi.mean), None
+        action = self.action_keys(found[0])
+        return action, State(now.deter, None, action, found[1], now.task)
 
     def imagine(
         self,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_wm.errors import ConfigError
 from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
+from lit_wm.planners import Planner, make_planner
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
 
@@ -26,11 +29,13 @@ class WorldModel(nn.Module, ABC):
         decodes: whether ``decode`` gives observations; without it there are no dream errors and videos.
         reward_scale: what a reward of 1 in the data is in the model's rewards and values.
         contdisc: whether ``continues`` holds the discount.
+        planner: what ``act`` plans with; None: the policy acts.
     """
 
     decodes: bool = True
     reward_scale: float = 1.0
     contdisc: bool = False
+    planner: Planner | None = None
 
     def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
@@ -93,12 +98,106 @@ class WorldModel(nn.Module, ABC):
         is_first: Tensor | None = None,
         mode: str = "eval",
         noise: Noise | None = None,
+        planner: Planner | str | None = None,
+        max_ms: float | None = None,
     ) -> tuple[Tensors, State]:
-        """Action for each environment and the state to hand in next time."""
+        """Action for each environment and the state to hand in next time.
+
+        Args:
+            mode: ``train`` explores, ``eval`` does not.
+            planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
+            max_ms: time for planning, in milliseconds; the best plan so far is taken.
+        """
 
     @abstractmethod
     def latent_specs(self) -> dict[str, Spec]:
         """Entries of a state as the replay stores them; empty for models that need none."""
+
+    # --- Planning -----------------------------------------------------------------------------------
+
+    @cached_property
+    def action_dim(self) -> int:
+        """Flat size A of an action."""
+        return sum(spec.size for spec in self.spaces.action.values())
+
+    @cached_property
+    def discrete(self) -> bool:
+        """Whether actions are one discrete choice, for planners a one-hot vector.
+
+        Raises:
+            ConfigError: they are neither that nor vectors between bounds.
+        """
+        action = self.spaces.action
+        if self.spaces.unbounded:
+            raise ConfigError(
+                "TD-MPC2 and planners search actions between bounds; "
+                f"{', '.join(self.spaces.unbounded)} has none\nGive the environment a finite Box as action "
+                "space, e.g. by gymnasium's ClipAction wrapper, or let DreamerV3's policy act "
+                "(model.planner: policy)"
+            )
+        discrete = [k for k, s in action.items() if s.is_discrete]
+        if discrete and (len(action) > 1 or action[discrete[0]].shape):
+            raise ConfigError(
+                "TD-MPC2 and planners act by vectors or by one discrete choice, not by "
+                f"{sorted(action)} with discrete {discrete}\nDreamerV3's policy can (model.planner: policy)"
+            )
+        return bool(discrete)
+
+    def planner_of(self, name: str, options: dict[str, Any] | None = None) -> Planner | None:
+        """A planner by name; None for ``policy``.
+
+        Raises:
+            ConfigError: unknown name or option, or actions that it cannot search.
+        """
+        if name == "policy":
+            return None
+        planner = make_planner(name, self.planner_defaults | (options or {}))
+        if self.discrete and name == "gradient":
+            raise ConfigError("model.planner: gradient needs continuous actions\nUse mppi, cem or random")
+        return planner
+
+    @property
+    def planner_defaults(self) -> dict[str, Any]:
+        """Options of a planner that differ from its own defaults."""
+        return {}
+
+    def search(
+        self,
+        now: State,
+        before: State | None,
+        is_first: Tensor | None,
+        mode: str,
+        noise: Noise,
+        planner: Planner | str | None,
+        max_ms: float | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Flat action (B, A) and plan (B, H, A) at ``now``, starting from the plan of the state ``before``;
+        None: the policy is to act. Arguments as those of :meth:`act`.
+        """
+        if isinstance(planner, str):
+            planner = self.planner_of(planner)
+        elif planner is None:
+            planner = self.planner
+        if planner is None:
+            return None
+        plan = None if before is None else before.plan
+        first = torch.full((len(now.deter),), plan is None, device=self.device)
+        if plan is not None and is_first is not None:
+            first = is_first.to(self.device)
+        done = planner.plan(self, now, plan, first, mode == "train", noise, max_ms)  # type: ignore[arg-type]
+        return done.action, done.mean
+
+    def action_keys(self, flat: Tensor) -> Tensors:
+        """What the environment takes, from flat actions (..., A); entries beyond its own are left out."""
+        specs = self.spaces.action
+        if self.discrete:
+            return {k: flat.argmax(-1) for k in specs}
+        keys = sorted(specs)
+        parts = flat[..., : sum(specs[k].size for k in keys)].split([specs[k].size for k in keys], -1)
+        split = {k: p.reshape(*p.shape[:-1], *specs[k].shape) for k, p in zip(keys, parts, strict=True)}
+        return {k: split[k] for k in specs}
+
+    # --- Inputs -------------------------------------------------------------------------------------
 
     def action_dict(self, actions: Any, batch: int, steps: bool = False) -> Tensors:
         """Actions for the networks, checked; a bare tensor or array stands for the only key.

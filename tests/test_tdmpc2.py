@@ -653,7 +653,7 @@ def test_an_action_space_without_bounds_is_refused(
     argv = ["fit", "--config", "tdmpc2_pendulum", "--data.env", "endless:Endless-v0"]
     assert main(argv) == 1
     error = capsys.readouterr().err
-    assert "TD-MPC2 searches actions between bounds; action has none" in error
+    assert "TD-MPC2 and planners search actions between bounds; action has none" in error
     assert len(error.strip().splitlines()) <= 5
 
 

@@ -153,7 +153,7 @@ def test_q_is_reward_plus_continued_value_of_the_next_state() -> None:
     model.noise = NoiseStreams(5)
     q = model.q(state, action)
     dream = model.imagine(state, {k: v.unsqueeze(1) for k, v in action.items()}, noise=NoiseStreams(5))
-    torch.testing.assert_close(q, dream.rewards[:, 0] + dream.continues[:, 0] * model.value(dream.states[1]))
+    torch.testing.assert_close(q, dream.rewards[:, 0] + dream.continues[:, 0] * model.v(dream.states[1]))
 
 
 def test_decoding_is_in_the_environments_units_and_layout() -> None:

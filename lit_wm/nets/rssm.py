@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -116,13 +116,16 @@ class RSSM(nn.Module):
         states = State(torch.stack(deters, 1), torch.stack(stochs, 1).unflatten(-1, (S, C)))
         return states, torch.stack(logits, 1)
 
-    def imagine_into(self, feats: Tensor, start: State, policy: Policy, noise: Noise) -> list[Tensors]:
+    def imagine_into(
+        self, feats: Tensor, start: State, policy: Policy, noise: Noise, stream: str = "prior"
+    ) -> list[Tensors]:
         """Roll out ``policy`` for H steps without autograd, writing features in place.
 
         Args:
             feats: receives concat(deter, stoch) of the start and of every imagined state. (H+1, N, F)
             start: (N, ...) states.
             policy: (feat (N, F), t) -> (action dict, flat action (N, A)).
+            stream: of the latents' noise.
 
         Returns:
             The H action dicts.
@@ -139,9 +142,37 @@ class RSSM(nn.Module):
             deter = self._core(w, deter, feats[t, :, D:], self.action_input(flat), feats[t, :, :D])
             feats[t + 1, :, :D].view(N, self.blocks, -1).copy_(deter.transpose(0, 1))
             logit = self.prior(feats[t + 1, :, :D])
-            race = noise.exponential("prior", (N, S, C), t)
+            race = noise.exponential(stream, (N, S, C), t)
             feats[t + 1, :, D:] = straight_through(unimix(logit, self.mix), race, feats.dtype).flatten(-2)
         return actions
+
+    def branch(self, start: State, actions: Tensor, race: Callable[[int], Tensor]) -> Iterator[Tensor]:
+        """Follow K action sequences from each state. What the state adds to the first step is computed once.
+
+        Args:
+            start: (N, ...) states.
+            actions: (N, K, H, A) in the compute dtype.
+            race: step -> Exp(1) noise; ones give the most likely classes.              (N*K, S, C)
+
+        Yields:
+            Features concat(deter, stoch) after each of the H steps, with autograd. (N*K, F)
+        """
+        N, K, H, _ = actions.shape
+        dtype, h = actions.dtype, 2 * self.hidden
+        w, inputs = self.core_weights(dtype), self.action_input(actions).movedim(2, 0)  # (H, N, K, h)
+        flat, stoch = start.deter.to(dtype), start.stoch.to(dtype).flatten(-2)  # type: ignore[union-attr]
+        deter = to_blocks(flat, self.blocks)
+        for t in range(H):
+            if t:
+                deter = self._core(w, deter, stoch, inputs[t].flatten(0, 1), flat)
+            else:
+                x = torch.cat(self._core_inputs(w, stoch, flat), -1) @ w.hid_shared[:h] + w.hid_bias
+                x = x + from_blocks(deter @ w.hid_deter)  # (N, D)
+                x = x.unsqueeze(1) + inputs[0] @ w.hid_shared[h:]
+                deter = self._gates(w, x.flatten(0, 1), deter.repeat_interleave(K, 1))
+            flat = from_blocks(deter)
+            stoch = self.sample(self.prior(flat), race(t), dtype).flatten(-2)
+            yield torch.cat([flat, stoch], -1)
 
     # --- Single steps ------------------------------------------------------------------------------
 
@@ -203,12 +234,19 @@ class RSSM(nn.Module):
         product; only the deterministic part is block-wise.
         """
         matmul = DeferredWeights.matmul
-        x0 = _NormSiLU.apply(matmul(flat, w.in0) + w.in0_bias, self.dynin0norm.scale)
-        x1 = _NormSiLU.apply(matmul(stoch, w.in1) + w.in1_bias, self.dynin1norm.scale)
+        x0, x1 = self._core_inputs(w, stoch, flat)
         x = matmul(torch.cat([x0, x1, action_in], -1), w.hid_shared) + w.hid_bias  # (N, D)
         x = x + from_blocks(matmul(deter, w.hid_deter))
+        return self._gates(w, x, deter)
+
+    def _core_inputs(self, w: CoreWeights, stoch: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
+        matmul = DeferredWeights.matmul
+        x0 = _NormSiLU.apply(matmul(flat, w.in0) + w.in0_bias, self.dynin0norm.scale)
+        return x0, _NormSiLU.apply(matmul(stoch, w.in1) + w.in1_bias, self.dynin1norm.scale)
+
+    def _gates(self, w: CoreWeights, x: Tensor, deter: Tensor) -> Tensor:
         x = _NormSiLU.apply(x, self.dynhid0norm.scale)
-        gates = matmul(to_blocks(x, self.blocks), w.gru) + w.gru_bias  # (G, N, 3D/G)
+        gates = DeferredWeights.matmul(to_blocks(x, self.blocks), w.gru) + w.gru_bias  # (G, N, 3D/G)
         reset, cand, update = gates.chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         return torch.lerp(deter, cand, torch.sigmoid(update - 1))

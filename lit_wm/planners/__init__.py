@@ -10,14 +10,15 @@ from lit_wm.errors import ConfigError, nearest
 from lit_wm.planners.gradient import Gradient
 from lit_wm.planners.mppi import CEM, MPPI
 from lit_wm.planners.protocol import Plan, Planner, PlanningModel
+from lit_wm.planners.random import Random
 
-__all__ = ["CEM", "MPPI", "Gradient", "Plan", "Planner", "PlanningModel", "make_planner"]
+__all__ = ["CEM", "MPPI", "Gradient", "Plan", "Planner", "PlanningModel", "Random", "make_planner"]
 
-PLANNERS: dict[str, type[Planner]] = {"mppi": MPPI, "cem": CEM, "gradient": Gradient}
+PLANNERS: dict[str, type[Planner]] = {"mppi": MPPI, "cem": CEM, "gradient": Gradient, "random": Random}
 
 
 def make_planner(name: str, options: Mapping[str, Any] | None = None) -> Planner:
-    """``mppi``, ``cem`` or ``gradient`` with the given ``options``, arguments of its class.
+    """``mppi``, ``cem``, ``gradient`` or ``random`` with the given ``options``, arguments of its class.
 
     Raises:
         ConfigError: unknown name or option, or an impossible value.

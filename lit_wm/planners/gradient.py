@@ -44,7 +44,7 @@ class Gradient(Planner):
         if model.discrete:
             raise ConfigError(
                 "planner gradient: discrete actions have no gradient; expected continuous ones: choose the "
-                "planner mppi, cem or policy"
+                "planner mppi, cem, random or policy"
             )
         # Tensors made in inference mode cannot take part in a graph; their copies can.
         state, best, mask = state.map(torch.clone), mean.clone(), None if mask is None else mask.clone()
