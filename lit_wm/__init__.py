@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DreamerV3Module": "lit_wm.dreamerv3",
     "TDMPC2Module": "lit_wm.tdmpc2",
+    "create_world_model": "lit_wm.create",
+    "run_imagination": "lit_wm.openloop",
     "State": "lit_wm.types",
     "Trajectory": "lit_wm.types",
     "Batch": "lit_wm.types",
@@ -21,7 +23,8 @@ _EXPORTS = {
     "Spaces": "lit_wm.types",
 }
 
-__all__ = ["Batch", "DreamerV3Module", "Spaces", "Spec", "State", "TDMPC2Module", "Trajectory", "__version__"]
+__all__ = ["Batch", "DreamerV3Module", "Spaces", "Spec", "State", "TDMPC2Module", "Trajectory", "__version__",
+           "create_world_model", "run_imagination"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

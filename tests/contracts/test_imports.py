@@ -38,6 +38,8 @@ def test_the_public_names():
         "TDMPC2Module",
         "Trajectory",
         "__version__",
+        "create_world_model",
+        "run_imagination",
     ]
     for name in lit_wm.__all__:
         assert getattr(lit_wm, name) is not None

@@ -1,0 +1,201 @@
+"""One call from a name and two shapes to a model, for scripts and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from lit_wm.envs import read_spaces, spaces_from_gym
+from lit_wm.envs.wrappers import Entries
+from lit_wm.errors import CheckpointError, ConfigError, nearest
+from lit_wm.module import WorldModelModule, arguments_of
+from lit_wm.noise import NoiseStreams
+from lit_wm.presets import DREAMERV3, TDMPC2
+from lit_wm.types import Spaces, Spec
+
+PRESETS = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2}
+
+
+def create_world_model(
+    name: str | Path,
+    obs_shape: Any = None,
+    action_dim: Any = None,
+    *,
+    discrete: bool | None = None,
+    data: Any = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> WorldModelModule:
+    """A :class:`~lit_wm.DreamerV3Module` or :class:`~lit_wm.TDMPC2Module` with the five verbs on a device.
+
+    The same call gives the same weights; ``seed=1`` others.
+
+    Args:
+        name: ``dreamerv3:size50m``, ``tdmpc2:19m`` and so on (``lit-wm presets`` lists them), ``dreamerv3``
+            or ``tdmpc2`` for the reference's size; or a checkpoint of ours, a file or run directory, which
+            knows its spaces: :func:`lit_wm.training.train` goes on where it stood.
+        obs_shape: shape of one observation: three axes are an image of uint8, (C, H, W) or (H, W, C), others
+            float32; a mapping of names to shapes, or a Gymnasium space. Without names it is called ``obs``.
+        action_dim: how many numbers an action has, each in -1 ... 1, or how many classes; a mapping of names
+            to these, or a Gymnasium space. Without names it is called ``action``.
+        discrete: whether an ``action_dim`` counts classes; None: for DreamerV3 with an image, as in Atari.
+        data: a dataset (path or URI), a ``ReplayBuffer`` or an environment id that says both instead.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None is a GPU if there is one.
+        options: arguments of the module, e.g. ``lr=1e-4``.
+
+    Raises:
+        ConfigError: for an unknown name, option or device, for spaces said twice or not at all.
+        CheckpointError: for a file that is no checkpoint.
+        DataError, EnvError: for data or an environment that cannot be read.
+    """
+    place, (kind, _, preset) = _device(device), str(name).partition(":")
+    if kind not in PRESETS and (isinstance(name, Path) or name.endswith(".ckpt") or Path(name).exists()):
+        if options:
+            raise ConfigError(
+                f"{name} is a checkpoint, with options of its own: leave out {', '.join(options)}"
+            )
+        return _of_checkpoint(Path(name), place, obs_shape, action_dim, discrete, data)
+    known = [f"{k}:{size}" for k, sizes in PRESETS.items() for size in sizes]
+    if kind not in PRESETS or (preset or "debug") not in PRESETS[kind] or str(name).endswith(":"):
+        raise ConfigError(
+            f"no world model {str(name)!r}{nearest(str(name), [*PRESETS, *known])}\n"
+            f"  Known: {', '.join(known)}, and checkpoints"
+        )
+    said = _said(obs_shape, action_dim, discrete, data, kind == "dreamerv3")
+    if not said.obs or not said.action:
+        missing = "data, or both of obs_shape and action_dim"
+        raise ConfigError(
+            f"{name}: what does it see and do? Give {missing}, e.g. obs_shape=(39,), action_dim=6"
+        )
+    from lit_wm.dreamerv3 import DreamerV3Module
+    from lit_wm.tdmpc2 import TDMPC2Module
+
+    module_class: type = {"dreamerv3": DreamerV3Module, "tdmpc2": TDMPC2Module}[kind]
+    takes = arguments_of(module_class, {})
+    if wrong := [k for k in options if k not in takes or (k == "preset" and preset)]:
+        told = (
+            "is part of the name"
+            if wrong[0] == "preset"
+            else "is no option of it" + nearest(wrong[0], [*takes])
+        )
+        raise ConfigError(f"{name}: {wrong[0]!r} {told}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.get("seed", 0))
+        module = module_class(said.to_plain(), **({"preset": preset} if preset else {}), **options)
+    return module.to(place)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(wanted or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
+        has = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "no GPU"
+        raise ConfigError(
+            f"device={str(wanted)!r}: PyTorch finds {has} here; expected cpu, cuda, cuda:N or None"
+        )
+    return device
+
+
+def _said(obs_shape: Any, action_dim: Any, discrete: bool | None, data: Any, dreamer: bool = False) -> Spaces:
+    """The spaces that the arguments say; entries that they do not are left out."""
+    if data is not None:
+        if not (obs_shape is action_dim is discrete is None):
+            raise ConfigError(
+                "data says what obs_shape, action_dim and discrete would: give one or the other"
+            )
+        return _of_data(data)
+    obs = {} if obs_shape is None else _entries("obs_shape", obs_shape, "obs", _obs)
+    if discrete is None:
+        discrete = dreamer and any(s.is_image for s in obs.values())
+
+    def act(value: Any) -> Spec:
+        (size,) = _shape("action_dim", value, axes=1)
+        return Spec("int32", (), size) if discrete else Spec("float32", (size,))
+
+    action = {} if action_dim is None else _entries("action_dim", action_dim, "action", act)
+    leaves = Entries(action_dim, "action", "action_dim").leaves if isinstance(action_dim, gym.Space) else []
+    return Spaces(obs, action, unbounded=tuple(e.name for _, e in leaves if not getattr(e, "bounded", True)))
+
+
+def _of_data(data: Any) -> Spaces:
+    """Spaces of a dataset, a buffer or an environment."""
+    if isinstance(data, Spaces):
+        return data
+    from lit_wm.training import is_source, spaces_of
+
+    if isinstance(data, str) and not is_source(data):
+        return read_spaces(data)
+    return spaces_of(data)
+
+
+def _entries(argument: str, value: Any, alone: str, make: Any) -> dict[str, Spec]:
+    """Specs by name, of a space, of a mapping of names, or of what stands alone."""
+    if isinstance(value, gym.Space):
+        unit = gym.spaces.Discrete(2)
+        if alone == "obs":
+            return spaces_from_gym(value, unit, argument).obs
+        return spaces_from_gym(unit, value, argument).action
+    named = value if isinstance(value, Mapping) else {alone: value}
+    return {str(k): v if isinstance(v, Spec) else make(v) for k, v in named.items()}
+
+
+def _obs(value: Any) -> Spec:
+    shape = _shape("obs_shape", value)
+    return Spec("uint8" if len(shape) == 3 else "float32", shape)
+
+
+def _shape(argument: str, value: Any, axes: int | None = None) -> tuple[int, ...]:
+    shape = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not shape or any(type(n) is not int or n < 1 for n in shape) or axes not in (None, len(shape)):
+        form = "a whole number, such as 6" if axes else "a shape, such as (39,) or (3, 64, 64)"
+        raise ConfigError(
+            f"{argument} is {value!r}; expected {form}, a mapping of names, or a Gymnasium space"
+        )
+    return shape
+
+
+def describe(specs: Mapping[str, Spec]) -> str:
+    """Entries in words: ``obs: uint8 (3, 64, 64); action: 18 classes``."""
+    words = []
+    for name, spec in specs.items():
+        shape = f"({', '.join(map(str, spec.shape))}{',' * (len(spec.shape) == 1)})"
+        classes = f"{spec.classes} classes{f' {shape}' * bool(spec.shape)}"
+        words.append(f"{name}: {classes if spec.classes else f'{spec.dtype} {shape}'}")
+    return "; ".join(words)
+
+
+def _of_checkpoint(
+    path: Path, device: torch.device, obs_shape: Any, action_dim: Any, discrete: bool | None, data: Any
+) -> WorldModelModule:
+    """The module of a checkpoint, with what :func:`lit_wm.training.train` goes on from."""
+    from lit_wm.evaluation_cli import load_module
+    from lit_wm.training_cli import find_checkpoint
+
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such checkpoint; expected a .ckpt or a run directory")
+    file = find_checkpoint("fit", str(path), {})
+    assert file is not None
+    module, _ = load_module(file, str(device))
+    own = module.model.spaces
+    if discrete is None and action_dim is not None:
+        discrete = any(spec.is_discrete for spec in own.action.values())
+    said = _said(obs_shape, action_dim, discrete, data)
+    for name, mine, given in (("obs_shape", own.obs, said.obs), ("action_dim", own.action, said.action)):
+        if given and mine != given:
+            raise ConfigError(
+                f"{file} has {describe(mine)}; the arguments say {describe(given)}\n"
+                f"  Leave out {name} and data."
+            )
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    module.optimizer_states = loaded.get("optimizer_states")
+    if "of_train" in loaded:
+        module.noise = module.model.noise = NoiseStreams(module.seed, 0, module.device)
+        module.load_rank_state_dict(loaded["of_train"])
+    return module.train()
