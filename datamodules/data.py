@@ -528,6 +528,8 @@ class ReplayDataModule(LightningDataModule):
         from datamodules.offline import observation_statistics
 
         normalizer = getattr(getattr(module, "model", None), "normalizer", None)
+        if normalizer is not None:
+            module.begin()  # the weights that a run begins with may bring them
         if normalizer is None or normalizer.fitted:
             return
         if not train or self.pad:

@@ -108,6 +108,9 @@ class DreamerV3Module(WorldModelModule):
         train_world_model: False freezes encoder, dynamics, decoder, reward and continue heads.
         train_actor: False freezes the policy.
         train_critic: False freezes the critic.
+        start_from: checkpoint whose weights a new run begins with; optimisers and replay begin anew.
+        start_partial: take from it what fits by name and shape; else all has to.
+        freeze: names of parts that are not trained, of enc, dyn, dec, rew, con, pol and val.
         log_every: updates between two lines of metrics.
         seed: seed of the noise streams.
     """
@@ -164,6 +167,9 @@ class DreamerV3Module(WorldModelModule):
         train_world_model: bool = True,
         train_actor: bool = True,
         train_critic: bool = True,
+        start_from: str | None = None,
+        start_partial: bool = False,
+        freeze: list[str] | None = None,
         log_every: int = 100,
         seed: int = 0,
     ):
@@ -172,7 +178,9 @@ class DreamerV3Module(WorldModelModule):
         options = arguments_of(DreamerV3Module, self.hparams, exact=False)
         sizes = dreamerv3_sizes(preset, **{k: options[k] for k in DREAMERV3["size200m"]})
         self.model = DreamerV3(Spaces.from_plain(spaces), **options | sizes)
-        self.trained = {"world_model": train_world_model, "actor": train_actor, "critic": train_critic}
+        self.trained = self.freeze_parts(
+            freeze, world_model=train_world_model, actor=train_actor, critic=train_critic
+        )
         rates = {"lr": lr, "actor_lr": lr if actor_lr is None else actor_lr}
         rates["critic_lr"] = lr if critic_lr is None else critic_lr
         for name, rate in rates.items():
@@ -193,10 +201,6 @@ class DreamerV3Module(WorldModelModule):
         self.grad_clip = grad_clip
         if grad_clip is not None and not grad_clip > 0:
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
-        if not any(self.trained.values()):
-            raise ConfigError(
-                "train_world_model, train_actor and train_critic are all false: nothing would be trained"
-            )
         self.last_carry: State | None = None
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -289,6 +293,8 @@ class DreamerV3(WorldModel):
     :class:`DreamerV3Module`; sizes must be given.
     """
 
+    policy_part, critic_part, slow_part = "pol", "val", "slowval"
+
     def __init__(self, spaces: Spaces, **options: Any):
         super().__init__(spaces, options.get("normalize", False))
         o = SimpleNamespace(**arguments_of(DreamerV3Module, options))
@@ -368,13 +374,8 @@ class DreamerV3(WorldModel):
     bins: Tensor
 
     def group(self, name: str) -> list[torch.nn.Parameter]:
-        """Parameters of ``world_model``, ``actor`` or ``critic``."""
-        modules = {
-            "world_model": (self.enc, self.dyn, self.dec, self.rew, self.con),
-            "actor": (self.pol,),
-            "critic": (self.val,),
-        }[name]
-        return [p for m in modules for p in m.parameters()]
+        """Parameters of ``world_model``, ``actor`` or ``critic``, or of one sub-module."""
+        return [p for part in self.parts().get(name, [name]) for p in self.get_submodule(part).parameters()]
 
     def follow_schedules(self, updates: int) -> None:
         """Set what changes with the number of ``updates`` done; with the defaults nothing does."""

@@ -183,7 +183,9 @@ def update_memory(module: DreamerV3Module | TDMPC2Module, batch: int, length: in
             flag.clone(),
             flag.clone(),
         )
-        groups = [sum(p.nbytes for p in model.group(k)) for k, on in module.trained.items() if on]
+        groups = [
+            sum(p.nbytes for p in model.group(k) if p.requires_grad) for k, on in module.trained.items() if on
+        ]
         if isinstance(model, DreamerV3):
             model.follow_schedules(2**62)  # imagination at its full length
             out = model.loss(data, model.initial(batch), noise, module.trained)

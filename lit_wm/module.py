@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Self, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +19,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lit_wm import __version__
-from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.errors import CheckpointError, ConfigError, nearest
 from lit_wm.heldout import foresee
 from lit_wm.noise import Noise, NoiseStreams
-from lit_wm.types import Batch, Spec, State, Tensors, Trajectory
+from lit_wm.pretrained import LoadReport, read_weights
+from lit_wm.types import Batch, Spaces, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
 
@@ -46,11 +49,96 @@ class WorldModelModule(pl.LightningModule):
         self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
         self.updates = 0  # host mirror of updates_done: reading the buffer would synchronise with the device
         self.noise = NoiseStreams(seed)
+        self.load_report: LoadReport | None = None  # what became of the weights that it began with
         self.latest: dict[str, float] = {}  # last metrics, for the progress bar and callbacks
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     updates_done: Tensor
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, spaces: Spaces | Mapping[str, Any] | None = None, **overrides: Any
+    ) -> Self:
+        """A module with the arguments and the weights of a checkpoint, for a new run.
+
+        Weights are taken where name and shape fit; the rest, such as first layers and heads of other spaces,
+        begins fresh, see :attr:`load_report`. Counters and optimisers begin anew, phases of pretraining are
+        over. Statistics of observations are kept if the observations are the same.
+
+        Args:
+            path: the file, whole or exported.
+            spaces: observations and actions; those of the checkpoint by default.
+            overrides: arguments of the module instead of the checkpoint's; ``task_like`` as there.
+
+        Raises:
+            CheckpointError: the file is none, or of another model.
+            ConfigError: for an argument that the module does not have.
+        """
+        found, known = read_weights(path), inspect.signature(cls).parameters
+        if wrong := sorted(overrides.keys() - known.keys()):
+            raise ConfigError(f"{cls.__name__} has no argument {wrong[0]!r}{nearest(wrong[0], list(known))}")
+        if not found.hparams or (other := sorted(found.hparams.keys() - known.keys())):
+            kind = str(found.about.get("class_path", "another model")).rpartition(".")[2]
+            what = f"a checkpoint of {kind}, with {other[0]}" if found.hparams else "without arguments"
+            raise CheckpointError(
+                f"{path} is {what}: {cls.__name__} cannot be built from it\n"
+                "Use a checkpoint of the same model and version"
+            )
+        once = {k: None for k in ("start_from", "task_like", "pretrain") if k in known}
+        options = {**found.hparams, **once, "start_partial": False, **overrides}
+        like = options.pop("task_like", None)
+        if spaces is not None:
+            options["spaces"] = spaces.to_plain() if isinstance(spaces, Spaces) else dict(spaces)
+        module = cls(**options)
+        module.load_report = module.model.load_weights(found, like, partial=True)
+        half = str(found.about.get("precision", "")).startswith("bf16")
+        module.model.compute_dtype = torch.bfloat16 if half else torch.float32
+        return module
+
+    def begin(self) -> None:
+        """Begin a new run with the weights of ``start_from``, once. The data module, which is set up first,
+        asks for them if they bring the statistics of the observations.
+        """
+        start, fitting = self.hparams.get("start_from"), self.trainer.state.fn == "fit"
+        if not start and (needing := [k for k in ("start_partial", "task_like") if self.hparams.get(k)]):
+            raise ConfigError(f"model.{needing[0]} needs model.start_from, a checkpoint")
+        if start and fitting and self.trainer.ckpt_path is None and not self.updates and not self.load_report:
+            like, partial = self.hparams.get("task_like"), self.hparams.get("start_partial", False)
+            self.load_report = self.model.load_weights(start, like, partial)
+
+    def freeze_parts(self, freeze: Sequence[str] | str | None, **train: bool) -> dict[str, bool]:
+        """Give gradients to the parts of the model that are trained, and to no others.
+
+        What has no gradient never changes: the optimizers list it, keep no state of it, and pass over it.
+
+        Args:
+            freeze: names of sub-modules of the model.
+            train: ``world_model``, ``actor``, ``critic``: False freezes all of its parts.
+
+        Returns:
+            Which of the three still have anything to train.
+
+        Raises:
+            ConfigError: for an unknown name, or if nothing is left.
+        """
+        names, parts = [freeze] if isinstance(freeze, str) else freeze or [], self.model.parts()
+        known = [name for group in parts.values() for name in group]
+        if wrong := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"model.freeze: {wrong[0]!r} is no part of {type(self.model).__name__}"
+                f"{nearest(wrong[0], known)}\nIts parts: {', '.join(known)}"
+            )
+        for group, own in parts.items():
+            for name in own:
+                self.model.get_submodule(name).requires_grad_(train[group] and name not in names)
+        left = {group: train[group] and not set(own) <= set(names) for group, own in parts.items()}
+        if not any(left.values()):
+            raise ConfigError(
+                "train_world_model, train_actor and train_critic are all false, or model.freeze has what is "
+                "left: nothing would be trained"
+            )
+        return left
 
     # --- One update --------------------------------------------------------------------------------
 
@@ -135,6 +223,7 @@ class WorldModelModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the compute dtype from the Trainer and give every process its own noise."""
         self._take_precision()
+        self.begin()
         # A second fit goes on with the streams of the first.
         if not self.noise.used or self.noise.rank != self.trainer.global_rank:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
@@ -150,10 +239,14 @@ class WorldModelModule(pl.LightningModule):
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
     def on_fit_start(self) -> None:
-        """Move the noise to the device once that is known; streams of another device begin anew."""
+        """Move the noise to the device once that is known; streams of another device begin anew. Say which
+        weights a new run begins with.
+        """
         if self.noise.device != self.device:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
             self.model.noise = self.noise
+        if self.load_report and not self.updates and self.trainer.is_global_zero:
+            print(self.load_report, file=sys.stderr)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the budget of environment steps is used up."""

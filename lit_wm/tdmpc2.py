@@ -34,6 +34,7 @@ from lit_wm.noise import Noise
 from lit_wm.planners import Planner
 from lit_wm.presets import TDMPC2 as TDMPC2_PRESETS
 from lit_wm.presets import tdmpc2_sizes
+from lit_wm.pretrained import Weights
 from lit_wm.returns import gather_values
 from lit_wm.tasks import action_masks, list_tasks, task_list
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
@@ -77,7 +78,9 @@ class TDMPC2Module(WorldModelModule):
         tasks: ``mt30``, ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
         task: the one of ``tasks`` that the environment is; a name that is not there is a further task.
         task_like: the task whose embedding a further one begins with; None = small random numbers.
-        start_from: checkpoint whose weights a new run begins with; all but a further task's embedding.
+        start_from: checkpoint whose weights a new run begins with; all but a further task's embedding and
+            the value scale.
+        start_partial: take from it what fits by name and shape; else all has to.
         task_embedding_policy_grad: ``official`` adds what the policy loss says of the task embedding to the
             next update of the model, as the reference does; ``none`` leaves it out.
         planner: ``mppi``, ``cem``, ``gradient``, ``random``, or ``policy`` to act without planning.
@@ -86,6 +89,8 @@ class TDMPC2Module(WorldModelModule):
         train_world_model: False freezes encoder, dynamics, reward, termination and task embedding.
         train_actor: False freezes the policy.
         train_critic: False freezes the critics.
+        freeze: names of parts that are not trained, of encoder, dynamics, reward, termination,
+            task_embedding, policy and critic.
         log_every: updates between two lines of metrics.
         seed: seed of the noise streams.
     """
@@ -132,12 +137,14 @@ class TDMPC2Module(WorldModelModule):
         task: str | None = None,
         task_like: str | None = None,
         start_from: str | None = None,
+        start_partial: bool = False,
         task_embedding_policy_grad: str = "official",
         planner: str = "mppi",
         planner_options: dict[str, Any] | None = None,
         train_world_model: bool = True,
         train_actor: bool = True,
         train_critic: bool = True,
+        freeze: list[str] | None = None,
         log_every: int = 100,
         seed: int = 0,
     ):
@@ -150,17 +157,11 @@ class TDMPC2Module(WorldModelModule):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"model.{name} is {value}; expected more than 0")
         self.grad_clip, self.episodic = grad_clip, episodic
-        parts = {"world_model": train_world_model, "critic": train_critic}
-        self.model.trained = parts
-        self.trained = {"model": any(parts.values()), "policy": train_actor}
-        critic = set(self.model.critic.parameters())
-        for param in self.model.group("model"):
-            param.requires_grad_(parts["critic" if param in critic else "world_model"])
-        self.model.policy.requires_grad_(train_actor)
-        if not any(self.trained.values()):
-            raise ConfigError(
-                "train_world_model, train_actor and train_critic are all false: nothing would be trained"
-            )
+        left = self.freeze_parts(
+            freeze, world_model=train_world_model, actor=train_actor, critic=train_critic
+        )
+        self.trained = {"policy": left.pop("actor")}
+        self.model.trained, self.trained = left, {"model": any(left.values())} | self.trained
 
     @classmethod
     def from_official(cls, path: str | Path, **overrides: Any) -> TDMPC2Module:
@@ -178,16 +179,11 @@ class TDMPC2Module(WorldModelModule):
         return module_from_official(path, **overrides)
 
     def setup(self, stage: str) -> None:
-        """Begin a new run with the weights of ``start_from``."""
+        """Beside what all modules do, ask which of several tasks the environment is."""
         super().setup(stage)
-        start = self.hparams["start_from"]
         env = getattr(getattr(self.trainer, "datamodule", None), "env", None)
         if self.model.tasks and self.model.task_index is None and env:
             raise ConfigError(f"model.tasks names several: say with model.task which one {env} is")
-        if self.hparams["task_like"] and not start:
-            raise ConfigError("model.task_like needs model.start_from, a checkpoint that has this task")
-        if stage == "fit" and start and self.trainer.ckpt_path is None and not self.updates:
-            self.model.load_weights(start, self.hparams["task_like"])
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Model (the encoder at its own rate) and policy."""
@@ -237,7 +233,7 @@ class TDMPC2Module(WorldModelModule):
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`rank_state_dict`."""
         super().load_rank_state_dict(state)
-        if state["task_grad"] is not None:
+        if state["task_grad"] is not None and self.model.task_embedding.weight.requires_grad:
             self.model.task_embedding.weight.grad = state["task_grad"].to(self.device)
 
 
@@ -273,6 +269,8 @@ class TDMPC2(WorldModel):
     """
 
     decodes = False
+    policy_part, critic_part, slow_part = "policy", "critic", "target_critic"
+    anew = ("scale", "action_mask")  # of this run and of this configuration
 
     def __init__(self, spaces: Spaces, **options: Any):
         super().__init__(spaces, options.get("normalize", False))
@@ -651,6 +649,8 @@ class TDMPC2(WorldModel):
         if task is None:
             return None
         weight, rows = self.task_embedding.weight, gather_values(task).long() if training else task
+        if not weight.requires_grad:  # frozen: what is used is shortened, what is kept is not
+            weight = weight.clone()
         torch.embedding_renorm_(weight.detach(), rows, 1.0, 2.0)
         return F.embedding(task, weight)
 
@@ -834,53 +834,36 @@ class TDMPC2(WorldModel):
         values = symlog_two_hot_mean(self.critic(x), self.bins)  # (K, B)
         return values if reduce is None else values.mean(0) if reduce == "mean" else values.amin(0)
 
-    def load_weights(self, path: str | Path, task_like: str | None = None) -> None:
-        """Take the weights of a checkpoint of ours with the same networks, with the same tasks or one less.
-        The value scale begins anew.
+    def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
+        """The tensors of a file with a row for a further task, the last; with ``partial`` rows by task name.
 
         Raises:
-            CheckpointError: if a tensor is missing or of another shape, or if the tasks are others.
+            CheckpointError: if the tasks are others.
+            ConfigError: for a ``task_like`` that is none of the checkpoint's, or without a further task.
         """
-        try:
-            file = torch.load(path, map_location="cpu", weights_only=True)
-            loaded, given = file["state_dict"], file.get("hyper_parameters", {})
-        except Exception as error:  # torch has no one class for these
-            raise CheckpointError(
-                f"model.start_from {path}: not a checkpoint of lit-wm ({error})\n"
-                "One of the authors' becomes one by: lit-wm convert tdmpc2 FILE -o OUT.ckpt"
-            ) from error
-        state = {k.removeprefix("model."): v for k, v in loaded.items() if k.startswith("model.")}
-        own = self.state_dict()
-        state["scale"] = torch.ones_like(own["scale"])
+        state, given = dict(found.tensors), found.hparams
         rows, names = state.get("task_embedding.weight"), [t.name for t in self.tasks]
         further = rows is not None and len(rows) == len(names) - 1  # a new task, the last
-        if self.tasks:
-            before = [t.name for t in task_list(given["tasks"])] if given.get("tasks") else []
-            before += [given["task"]] if given.get("task") not in (None, *before) else []
-            if before and before != names[: len(names) - further]:
-                raise CheckpointError(
-                    f"model.start_from {path} has the tasks {', '.join(before[:4])} ...; expected those of "
-                    "model.tasks, in the same order"
-                )
-            state["action_mask"] = own["action_mask"]
+        before = [t.name for t in task_list(given["tasks"])] if self.tasks and given.get("tasks") else []
+        before += [given["task"]] if self.tasks and given.get("task") not in (None, *before) else []
+        if before and before != names[: len(names) - further] and not partial:
+            raise CheckpointError(
+                f"{found.path} has the tasks {', '.join(before[:4])} ...; expected those of model.tasks, in "
+                "the same order"
+            )
         if task_like is not None and (not further or task_like not in names[:-1]):
             close = nearest(task_like, names[:-1]) if further else "; model.task is no new task"
             raise ConfigError(f"model.task_like is {task_like!r}: no task of the checkpoint{close}")
-        if rows is not None and further and rows.shape[1:] == own["task_embedding.weight"].shape[1:]:
-            new = own["task_embedding.weight"][-1:].cpu()
-            new = new if task_like is None else rows[names.index(task_like)].unsqueeze(0)
-            state["task_embedding.weight"] = torch.cat([rows, new])
-        wrong = sorted(
-            k for k in own.keys() | state.keys()
-            if k not in own or k not in state or own[k].shape != state[k].shape
-        )  # fmt: skip
-        if wrong:
-            raise CheckpointError(
-                f"model.start_from {path}: other networks than this configuration's, in "
-                f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}\n"
-                "Use the same preset, sizes, tasks and kind of observation"
-            )
-        self.load_state_dict(state)
+        if rows is None or not self.tasks or rows.shape[1:] != self.task_embedding.weight.shape[1:]:
+            return state
+        before = before or names[: len(rows)]
+        new = self.task_embedding.weight.detach().cpu().clone()
+        for i, name in enumerate(names):
+            if (source := name if name in before else task_like) in before:
+                new[i] = rows[before.index(source)]
+        if partial or further:
+            state["task_embedding.weight"] = new
+        return state
 
 
 def termination_metrics(logit: Tensor, terminated: Tensor) -> Tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lit_wm.errors import ConfigError
 from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.planners import Planner, make_planner
+from lit_wm.pretrained import LoadReport, Weights, load, read_weights
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
 
@@ -30,12 +32,18 @@ class WorldModel(nn.Module, ABC):
         reward_scale: what a reward of 1 in the data is in the model's rewards and values.
         contdisc: whether ``continues`` holds the discount.
         planner: what ``act`` plans with; None: the policy acts.
+        policy_part, critic_part, slow_part: names of the policy, the critic and the critic's slow copy.
+        anew: tensors that :meth:`load_weights` leaves as they are.
     """
 
     decodes: bool = True
     reward_scale: float = 1.0
     contdisc: bool = False
     planner: Planner | None = None
+    policy_part: str
+    critic_part: str
+    slow_part: str
+    anew: tuple[str, ...] = ()
 
     def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
@@ -57,6 +65,35 @@ class WorldModel(nn.Module, ABC):
         if isinstance(own, NoiseStreams) and own.device != self.device and not own.used:
             self.noise = own = NoiseStreams(own.seed, own.rank, self.device)
         return own
+
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the sub-modules with parameters, of ``world_model``, ``actor`` and ``critic``; the slow
+        copy follows its critic and is in none.
+        """
+        named = [name for name, part in self.named_children() if any(True for _ in part.parameters())]
+        others = (self.policy_part, self.critic_part, self.slow_part, "ensemble")
+        rest = [name for name in named if name not in others]
+        return {"world_model": rest, "actor": [self.policy_part], "critic": [self.critic_part]}
+
+    def load_weights(
+        self, source: str | Path | Weights, task_like: str | None = None, partial: bool = False
+    ) -> LoadReport:
+        """Take the weights of a checkpoint of ours.
+
+        Args:
+            source: the file.
+            task_like: the task whose embedding a further one begins with.
+            partial: take what fits by name and shape; else anything that does not is refused.
+
+        Raises:
+            CheckpointError: if the file is none, of another model, or does not fit.
+        """
+        found = source if isinstance(source, Weights) else read_weights(source, "model.start_from ")
+        return load(self, found, self.adapt_weights(found, task_like, partial), partial)
+
+    def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
+        """The tensors of a file as this model wants them."""
+        return found.tensors
 
     @abstractmethod
     def initial(self, batch_size: int) -> State:

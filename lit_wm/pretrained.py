@@ -1,0 +1,128 @@
+"""Weights of a checkpoint for a new model: all of them or what fits, and what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lit_wm.errors import CheckpointError
+from lit_wm.types import Spaces, Tensors
+
+if TYPE_CHECKING:
+    from lit_wm.world_model import WorldModel
+
+SHOWN = 12  # names in a printed report
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds of a model: tensors by name, arguments of its module, and the file's notes."""
+
+    path: str
+    tensors: Tensors
+    hparams: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+
+@dataclass
+class LoadReport:
+    """What became of the tensors of a file and of those of the model that took them.
+
+    Attributes:
+        path: the file.
+        loaded: names of the tensors that were taken.
+        skipped: those of the file that were not: shape in the file, and in the model if it has one.
+        fresh: those of the model that the file has not given.
+    """
+
+    path: str
+    loaded: list[str]
+    skipped: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
+    fresh: list[str]
+
+    def __str__(self) -> str:
+        counts = f"{len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.fresh)} fresh"
+        lines = [f"{self.path}: {counts}"]
+        for name, (there, here) in [*self.skipped.items()][:SHOWN]:
+            lines.append(f"  skipped {name} {list(there)}: {'not here' if here is None else list(here)}")
+        if (more := len(self.skipped) - SHOWN) > 0:
+            lines.append(f"  ... and {more} more")
+        if alone := [name for name in self.fresh if name not in self.skipped]:
+            more = len(alone) - SHOWN
+            lines.append(f"  fresh {', '.join(alone[:SHOWN])}{f' ... and {more} more' if more > 0 else ''}")
+        return "\n".join(lines)
+
+
+def read_weights(path: str | Path, said_by: str = "") -> Weights:
+    """Read a checkpoint of ours, whole or exported.
+
+    Args:
+        said_by: the option that names the file, for the message.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = {k.removeprefix("model."): v for k, v in file["state_dict"].items() if k[:6] == "model."}
+        hparams = {k: v for k, v in file.get("hyper_parameters", {}).items() if k[0] != "_"}
+    except Exception as error:  # torch has no one class for these
+        raise CheckpointError(
+            f"{said_by}{path}: not a checkpoint of lit-wm ({(str(error) or 'empty').splitlines()[0]})\n"
+            "One of the TD-MPC2 authors' becomes one by: lit-wm convert tdmpc2 FILE -o OUT.ckpt"
+        ) from error
+    return Weights(f"{said_by}{path}", tensors, hparams, file.get("lit_wm", {}))
+
+
+def load(model: WorldModel, weights: Weights, given: Tensors, partial: bool) -> LoadReport:
+    """Copy into ``model`` the tensors ``given``, those of ``weights`` as the model wants them.
+
+    The normaliser of observations is taken as a whole, if the entries are the same; a tensor of the slow
+    critic only together with its critic's, else it is the critic's.
+
+    Args:
+        partial: leave out what does not fit by name and shape, instead of refusing it.
+
+    Raises:
+        CheckpointError: the file is of another model, or something does not fit.
+    """
+    own, named = model.state_dict(), {k: tuple(v.shape) for k, v in given.items() if k not in model.anew}
+    here = {k: tuple(v.shape) for k, v in own.items() if k not in model.anew}
+    if not any(name.startswith(f"{model.critic_part}.") for name in named):
+        kind = str(weights.about.get("class_path", "another model")).rpartition(".")[2]
+        raise CheckpointError(
+            f"{weights.path} is a checkpoint of {kind}, which shares no parts with {type(model).__name__}\n"
+            "Use one of the same model"
+        )
+    fits = {name for name in here.keys() & named.keys() if here[name] == named[name]}
+    if not partial and (wrong := sorted((here.keys() | named.keys()) - fits)):
+        shown = ", ".join(f"{k} {named.get(k, 'missing')}, here {here.get(k, 'none')}" for k in wrong[:4])
+        raise CheckpointError(
+            f"{weights.path}: other networks than this configuration's, in {shown}"
+            f"{' ...' if len(wrong) > 4 else ''}\nUse the same preset, sizes, tasks and kind of observation, "
+            "or take what fits: model.start_partial: true"
+        )
+    statistics = {name for name in here.keys() | named.keys() if name.startswith("normalizer.")}
+    spaces = weights.hparams.get("spaces")
+    if not statistics <= fits or (spaces and Spaces.from_plain(spaces).obs != model.spaces.obs):
+        fits -= statistics
+    alone = {}  # tensors of the slow critic that go without the file's
+    for name in [k for k in here if k.startswith(f"{model.slow_part}.")]:
+        critic = model.critic_part + name.removeprefix(model.slow_part)
+        if not {name, critic} <= fits:
+            fits.discard(name)
+            alone[name] = critic
+    with torch.no_grad():
+        for name in fits:
+            own[name].copy_(given[name])
+        for name, critic in alone.items():
+            own[name].copy_(own[critic])
+    return LoadReport(
+        weights.path,
+        [name for name in own if name in fits],
+        {name: (named[name], here.get(name)) for name in named if name not in fits},
+        [name for name in own if name not in fits],
+    )

@@ -1,0 +1,309 @@
+"""Weights of one model for another, and parts that are not trained: which tensors are whose, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_wm.dreamerv3 import DreamerV3Module
+from lit_wm.errors import CheckpointError, ConfigError
+from lit_wm.tdmpc2 import TDMPC2Module
+from lit_wm.types import Batch, Spaces, Spec
+
+OLD = Spaces({"obs": Spec("float32", (5,))}, {"action": Spec("float32", (3,))})
+NEW = Spaces({"obs": Spec("float32", (7,))}, {"action": Spec("float32", (2,))})
+OPTIONS: dict[type, dict[str, Any]] = {
+    DreamerV3Module: {"deter": 32, "hidden": 16, "stoch": 4, "classes": 4, "depth": 2, "units": 16,
+                      "imag_length": 3, "lr": 1e-2, "warmup": 0, "weight_decay": 0.1, "slow_rate": 0.1},
+    TDMPC2Module: {"planner": "policy", "lr": 1e-2, "tau": 0.1, "episodic": True},
+}  # fmt: skip
+# What other spaces change: first layers, what is put out, and the copies of such.
+CHANGED = {
+    DreamerV3Module: {"enc.mlp0.weight", "dyn.dynin2.weight", "dec.vec.@obs.pred.weight",
+                      "dec.vec.@obs.pred.bias", "pol.head.@action.mean.weight", "pol.head.@action.mean.bias",
+                      "pol.head.@action.stddev.weight", "pol.head.@action.stddev.bias"},
+    TDMPC2Module: {"encoder.0.weight", "dynamics.0.weight", "reward.0.weight", "critic.0.weight",
+                   "target_critic.0.weight", "policy.2.weight", "policy.2.bias"},
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+
+
+def make(kind: type, spaces: Spaces = OLD, seed: int = 0, **options: Any) -> Any:
+    """Random weights and statistics everywhere; each tensor of the slow critic differs from its critic's."""
+    torch.manual_seed(seed)
+    module = kind(spaces.to_plain(), "debug", **OPTIONS[kind] | options)
+    with torch.no_grad():
+        for tensor in module.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand_like(tensor))
+    return module
+
+
+def batches(kind: type, spaces: Spaces, count: int = 3) -> list[Batch]:
+    B, T, result = 3, 4, []
+    for seed in range(count):
+        g = torch.Generator().manual_seed(seed)
+        obs, action = (
+            {k: torch.rand(B, T, *s.shape, generator=g) * 2 - 1 for k, s in own.items()}
+            for own in (spaces.obs, spaces.action)
+        )
+        ends = torch.zeros(B, T, dtype=torch.bool)
+        ends[0, -1] = True
+        off = torch.zeros(B, T, dtype=torch.bool)
+        result.append(Batch(obs, action, torch.randn(B, T, generator=g), off, ends, ends))
+    return result
+
+
+class First(pl.Callback):
+    """The weights before the first update."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if not hasattr(self, "state"):
+            self.state = weights(module)
+
+
+def weights(module: Any) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in module.model.state_dict().items()}
+
+
+def fit(
+    module: Any, folder: Path, spaces: Spaces = OLD, steps: int = 3, ckpt: Any = None
+) -> tuple[pl.Trainer, dict[str, Tensor]]:
+    first = First()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, callbacks=[first], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    loader = DataLoader(batches(type(module), spaces, 3), batch_size=None, collate_fn=lambda x: x)
+    trainer.fit(module, loader, ckpt_path=ckpt, weights_only=True)
+    return trainer, first.state
+
+
+def saved(module: Any, path: Path) -> Path:
+    """As a Trainer would save it."""
+    about: dict[str, Any] = {}
+    module.on_save_checkpoint(about)
+    file = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(file | about, path)
+    return path
+
+
+def parts_of(kind: type) -> list[str]:
+    return [name for own in make(kind).model.parts().values() for name in own]
+
+
+# --- Weights ----------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_module_from_a_checkpoint_is_the_same(kind: type, tmp_path: Path) -> None:
+    module = make(kind)
+    path = saved(module, tmp_path / "a.ckpt")
+    again = kind.from_pretrained(path, lr=0.5)  # type: ignore[attr-defined]
+    assert dict(again.hparams) == dict(module.hparams) | {"lr": 0.5}
+    anew = {"scale"} if kind is TDMPC2Module else set()
+    for name, value in weights(again).items():
+        assert torch.equal(value, module.model.state_dict()[name]) is (name not in anew), name
+    assert set(again.load_report.fresh) == anew
+    assert not again.load_report.skipped
+    assert again.updates == 0
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["call", "option"])
+def test_other_spaces_take_what_fits(kind: type, way: str, tmp_path: Path, capsys: Any) -> None:
+    old = make(kind)
+    path, given = saved(old, tmp_path / "a.ckpt"), weights(old)
+    if way == "call":
+        module = kind.from_pretrained(path, NEW)  # type: ignore[attr-defined]
+        blank = kind(NEW.to_plain(), **{k: v for k, v in old.hparams.items() if k != "spaces"})
+        start = weights(module)
+        fit(module, tmp_path, NEW)
+    else:
+        module = make(kind, NEW, 1, start_from=str(path), start_partial=True)
+        blank, (_, start) = make(kind, NEW, 1), fit(module, tmp_path, NEW)
+    for name, value in start.items():
+        if name in CHANGED[kind]:
+            assert value.shape != given[name].shape, name
+        elif name != "scale":
+            assert torch.equal(value, given[name]), name
+    if (
+        way == "option"
+    ):  # what is fresh is what the new run would have begun with; slow copies are the critic's
+        for name in CHANGED[kind]:
+            same = blank.model.state_dict()[name.replace("target_critic", "critic")]
+            assert torch.equal(start[name], same), name
+    for name in CHANGED[kind]:
+        if name.startswith("target"):
+            assert torch.equal(start[name], start[name.removeprefix("target_")])
+    report = module.load_report
+    assert set(report.skipped) == CHANGED[kind]
+    assert set(report.fresh) == CHANGED[kind] | ({"scale"} if kind is TDMPC2Module else set())
+    assert set(report.loaded) | set(report.fresh) == set(start)
+    one = sorted(CHANGED[kind])[0]
+    assert report.skipped[one] == (tuple(given[one].shape), tuple(start[one].shape))
+    said = capsys.readouterr().err
+    assert said.count("tensors loaded") == 1
+    assert f"skipped {one} {list(given[one].shape)}: {list(start[one].shape)}" in said
+
+
+@BOTH
+def test_what_does_not_fit_is_refused_without_the_option(kind: type, tmp_path: Path) -> None:
+    path = saved(make(kind), tmp_path / "a.ckpt")
+    one = sorted(CHANGED[kind])[0]
+    with pytest.raises(CheckpointError, match=f"in {one} .*\n.*start_partial: true") as error:
+        fit(make(kind, NEW, start_from=str(path)), tmp_path, NEW)
+    assert len(str(error.value).splitlines()) <= 5
+    with pytest.raises(ConfigError, match=r"start_partial needs model.start_from"):
+        fit(make(kind, start_partial=True), tmp_path)
+    _, start = fit(make(kind, start_from=str(path), seed=1), tmp_path)
+    for name, value in weights(make(kind)).items():
+        assert torch.equal(value, start[name]) is (name != "scale"), name
+
+
+@BOTH
+def test_a_checkpoint_of_the_other_model_is_refused(kind: type, tmp_path: Path) -> None:
+    other = TDMPC2Module if kind is DreamerV3Module else DreamerV3Module
+    path = saved(make(other), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=f"of {other.__name__}.*{kind.__name__} cannot be built"):
+        kind.from_pretrained(path)  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=f"is a checkpoint of {other.__name__}, which shares no parts"):
+        fit(make(kind, start_from=str(path), start_partial=True), tmp_path)
+    with pytest.raises(ConfigError, match=r"no argument 'learning'"):
+        kind.from_pretrained(saved(make(kind), path), learning=1)  # type: ignore[attr-defined]
+    path.write_text("")
+    with pytest.raises(CheckpointError, match=r"a.ckpt: not a checkpoint of lit-wm"):
+        kind.from_pretrained(path)  # type: ignore[attr-defined]
+
+
+@BOTH
+def test_statistics_are_kept_for_the_same_observations_alone(kind: type, tmp_path: Path) -> None:
+    old = make(kind, normalize=True)
+    old.model.normalizer.fitted.fill_(True)
+    path = saved(old, tmp_path / "a.ckpt")
+    same = kind.from_pretrained(path, Spaces(OLD.obs, NEW.action))  # type: ignore[attr-defined]
+    assert same.model.normalizer.fitted
+    for ours, theirs in zip(same.model.normalizer.buffers(), old.model.normalizer.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    two = Spaces(OLD.obs | {"more": Spec("float32", (2,))}, OLD.action)
+    for spaces in (NEW, two):
+        other = kind.from_pretrained(path, spaces)  # type: ignore[attr-defined]
+        assert not other.model.normalizer.fitted
+        assert all(
+            bool((m == 0).all()) for k, m in other.model.normalizer.state_dict().items() if "mean" in k
+        )
+
+
+@BOTH
+def test_a_slow_critic_is_never_another_critics(kind: type, tmp_path: Path) -> None:
+    """One tensor of the critic, then of its copy, is missing in the file."""
+    module = make(kind)
+    fast, slow = module.model.critic_part, module.model.slow_part
+    name = [k for k in weights(module) if k.startswith(f"{fast}.")][-1]
+    for missing in (name, name.replace(fast, slow, 1)):
+        file = torch.load(saved(module, tmp_path / "a.ckpt"), weights_only=True)
+        del file["state_dict"][f"model.{missing}"]
+        torch.save(file, tmp_path / "a.ckpt")
+        again = kind.from_pretrained(tmp_path / "a.ckpt")  # type: ignore[attr-defined]
+        state, copy = weights(again), name.replace(fast, slow, 1)
+        assert torch.equal(state[name], state[copy])
+        assert torch.equal(state[name], weights(module)[name]) is (missing != name)
+        assert copy in again.load_report.fresh
+
+
+def test_rows_of_tasks_go_by_their_names(tmp_path: Path) -> None:
+    tasks = [{"name": n, "obs": 5, "action": 3, "episode_length": 100} for n in ("a", "b", "c")]
+    old = make(TDMPC2Module, tasks=tasks, episodic=False)
+    path = saved(old, tmp_path / "a.ckpt")
+    new = TDMPC2Module.from_pretrained(path, tasks=[tasks[2], tasks[0]], task="d")
+    rows, before = (m.model.task_embedding.weight.detach() for m in (new, old))
+    assert torch.equal(rows[:2], before[[2, 0]])
+    assert float(rows[2].abs().max()) <= 0.02
+    like = TDMPC2Module.from_pretrained(path, task="d", task_like="b").model.task_embedding.weight
+    assert torch.equal(like.detach(), before[[0, 1, 2, 1]])
+
+
+# --- Parts that are not trained ---------------------------------------------------------------------------
+
+CASES = [(kind, {"freeze": [name]}) for kind in OPTIONS for name in parts_of(kind)]
+CASES += [(kind, {"train_actor": False, "train_critic": False}) for kind in OPTIONS]
+CASES += [(kind, {"freeze": parts_of(kind)[:2], "train_critic": False}) for kind in OPTIONS]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
+def test_what_is_frozen_never_changes_and_the_rest_does(kind: type, options: dict, tmp_path: Path) -> None:
+    """Bit for bit, through weight decay, clipping, and the movement of the slow critic."""
+    module = make(kind, **options)
+    model, before = module.model, weights(module)
+    frozen = set(options.get("freeze", ()))
+    frozen |= {model.policy_part} if "train_actor" in options else set()
+    frozen |= {model.critic_part} if "train_critic" in options else set()
+    frozen |= {model.slow_part} if model.critic_part in frozen else set()
+    if {model.policy_part, model.critic_part} <= frozen:
+        frozen.add("retnorm")  # of imagined returns, which nobody learns from
+    if model.policy_part in frozen:
+        frozen.add("scale")
+    assert {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad} == (
+        frozen - {"retnorm", "scale"} | {model.slow_part}
+    )
+    trainer, _ = fit(module, tmp_path)
+    assert trainer.global_step == module.updates == 3
+    for name, value in weights(module).items():
+        if name.startswith("retnorm.") and "retnorm" not in frozen:
+            assert not torch.equal(value, before[name])
+        else:
+            assert torch.equal(value, before[name]) is (name.split(".")[0] in frozen), name
+    # The optimizers list every part, and know nothing of the frozen ones.
+    listed = {
+        id(p): p in opt.state for opt in trainer.optimizers for g in opt.param_groups for p in g["params"]
+    }
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        if part != model.slow_part:
+            assert listed[id(p)] is (part not in frozen), name
+
+
+@BOTH
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_with_other_parts_frozen(kind: type, first: bool, tmp_path: Path) -> None:
+    """Frozen first and trained later, and the other way round: with momentum that must not move anything."""
+    name = parts_of(kind)[1]
+    now, later = ({"freeze": [name]}, {}) if first else ({}, {"freeze": [name]})
+    trainer, _ = fit(make(kind, **now), tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = make(kind, seed=1, **later)
+    _, start = fit(module, tmp_path, steps=6, ckpt=tmp_path / "a.ckpt")
+    assert module.updates == 6
+    for key, value in weights(module).items():
+        if key.startswith(f"{name}."):
+            assert torch.equal(value, start[key]) is not first, key
+
+
+def test_a_frozen_task_embedding_is_not_even_shortened() -> None:
+    tasks = [{"name": n, "obs": 5, "action": 3, "episode_length": 100} for n in ("a", "b")]
+    module = make(TDMPC2Module, tasks=tasks, episodic=False, freeze=["task_embedding"])
+    weight = module.model.task_embedding.weight
+    with torch.no_grad():
+        weight.copy_(torch.full_like(weight, 3.0))
+    row = module.model.embed(torch.tensor([1]), training=True)
+    assert float(row.norm()) == pytest.approx(1, abs=1e-5)
+    assert bool((weight == 3).all())
+
+
+@BOTH
+def test_parts_that_do_not_exist_and_all_of_them_are_refused(kind: type) -> None:
+    known = parts_of(kind)
+    with pytest.raises(
+        ConfigError, match=f"model.freeze: '{known[1]}x' is no part .*'{known[1]}'.*\n.*{known[0]}"
+    ):
+        make(kind, freeze=[f"{known[1]}x"])
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        make(kind, freeze=known)
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        make(kind, freeze=[n for n in known if n != make(kind).model.policy_part], train_actor=False)
