@@ -26,7 +26,7 @@ from lit_wm.distributions import (
 )
 from lit_wm.errors import ConfigError
 from lit_wm.functional import symexp
-from lit_wm.module import WorldModelModule, arguments_of
+from lit_wm.module import Pretraining, WorldModelModule, arguments_of
 from lit_wm.nets.coders import Decoder, Encoder, greedy
 from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
@@ -48,6 +48,7 @@ LOSS_SCALES = {
     "policy": 1.0,
     "value": 1.0,
     "repval": 0.3,
+    "bc": 0.0,  # behaviour cloning of recorded actions: our extension
 }
 LAYERS = {"enc": 3, "dec": 3, "rew": 1, "con": 1, "pol": 3, "val": 3}  # of each MLP
 
@@ -86,7 +87,8 @@ class DreamerV3Module(WorldModelModule):
         mix: share of the uniform distribution in the latents.
         kl_warmup: updates over which the weights of dyn and rep rise from 0; 0 = there from the start.
         loss_scales: weights of the losses, merged over the defaults; ``rec`` stands for every observation
-            key. With ``rec: 0`` nothing is reconstructed and the decoder stays untrained.
+            key. With ``rec: 0`` nothing is reconstructed and the decoder stays untrained. ``bc`` lets the
+            policy also imitate the actions of datasets.
         normalize: put vector observations into units of their mean and standard deviation in the training
             rows of ``data.sources``, which are stored with the weights.
         reward_scale: factor on the rewards of the data; the model's rewards and values are in its units.
@@ -108,6 +110,12 @@ class DreamerV3Module(WorldModelModule):
         train_world_model: False freezes encoder, dynamics, decoder, reward and continue heads.
         train_actor: False freezes the policy.
         train_critic: False freezes the critic.
+        pretrain: updates that come first, ``{world_model: n, actor: m}``: n of the world model alone, then m
+            in which the policy learns too, by behaviour cloning.
+        ensemble: networks that predict the next latent state, to notice where the data say little; 0 = none.
+        disagreement: what imagined steps cost, in reward per unit of the ensemble's disagreement beyond its
+            mean in the data, which is 1; below 0 it is a bonus for exploration, as in Plan2Explore.
+        disagreement_limit: imagined roll-outs end where the disagreement is larger; None = nowhere.
         start_from: checkpoint whose weights a new run begins with; optimisers and replay begin anew.
         start_partial: take from it what fits by name and shape; else all has to.
         freeze: names of parts that are not trained, of enc, dyn, dec, rew, con, pol and val.
@@ -167,6 +175,10 @@ class DreamerV3Module(WorldModelModule):
         train_world_model: bool = True,
         train_actor: bool = True,
         train_critic: bool = True,
+        pretrain: dict[str, int] | None = None,
+        ensemble: int = 0,
+        disagreement: float = 0.0,
+        disagreement_limit: float | None = None,
         start_from: str | None = None,
         start_partial: bool = False,
         freeze: list[str] | None = None,
@@ -201,13 +213,18 @@ class DreamerV3Module(WorldModelModule):
         self.grad_clip = grad_clip
         if grad_clip is not None and not grad_clip > 0:
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
+        self.groups = dict(self.trained)
+        self.trained |= {"ensemble": True} if ensemble else {}
+        self.pretraining = Pretraining.of(pretrain, train_world_model)
         self.last_carry: State | None = None
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """World model, actor, critic: together exactly the reference's one joint optimiser."""
+        """World model, actor, critic: together exactly the reference's one joint optimiser; and the
+        ensemble's own.
+        """
         hp = self.hparams
         options = {k: hp[k] for k in ("warmup", "schedule", "anneal", "agc", "betas", "eps", "weight_decay")}
-        own = {"world_model": None, "actor": hp["actor_lr"], "critic": hp["critic_lr"]}
+        own = {"world_model": None, "actor": hp["actor_lr"], "critic": hp["critic_lr"], "ensemble": None}
         rates = {name: hp["lr"] if lr is None else lr for name, lr in own.items()}
         return [LaProp(self.model.group(name), lr=rates[name], **options) for name in self.trained]
 
@@ -221,14 +238,19 @@ class DreamerV3Module(WorldModelModule):
         batch = self.draw(batch)
         carry = self.model.start_carry(batch, self.last_carry)
         self.model.follow_schedules(self.updates)
+        learning = self.learning()  # all groups, but for the first updates of a run that pretrains
 
         # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay
         # float32.
         with torch.autocast(self.device.type, enabled=False):
-            out = self.model.loss(batch, carry, self.noise, self.trained)
+            out = self.model.loss(batch, carry, self.noise, learning, self.phase == "actor")
             # Backward, gradients of all processes, AGC, LaProp.
-            out.metrics["opt/grad_norm"] = self.optimise(out.total)
-        if self.trained["critic"]:
+            out.metrics["opt/grad_norm"] = self.optimise(out.total, *(k for k, on in learning.items() if on))
+            if self.model.ensemble is not None:
+                loss, out.metrics["disagreement/data"] = self.model.ensemble_loss(batch, out)
+                out.metrics["loss/ensemble"] = loss.detach()
+                self.optimise(loss, "ensemble")
+        if learning["critic"]:
             self.model.update_slow_critic()
 
         self.last_carry = out.post.at(-1).detach()
@@ -238,7 +260,7 @@ class DreamerV3Module(WorldModelModule):
 
     def held_out_losses(self, batch: Batch, noise: Noise) -> Tensors:
         """Mean losses of the world model on a batch that is not trained on, by name."""
-        only = dict.fromkeys(self.trained, False) | {"world_model": True}
+        only = {"world_model": True, "actor": False, "critic": False}
         losses = self.model.loss(batch, self.model.start_carry(batch, None), noise, only).losses
         return {name: loss.mean() for name, loss in losses.items()}
 
@@ -270,6 +292,7 @@ class Dream:
     policy: dict[str, ActionDist]  # of the first H steps, with autograd
     weight: Tensor  # (H+1, N)
     returns: Tensor  # (H, N)
+    disagreement: Tensor | None = None  # (H, N)
     advantage: Tensor | None = None  # (H, N)
 
 
@@ -368,6 +391,8 @@ class DreamerV3(WorldModel):
         self.slowval.load_state_dict(self.val.state_dict())
         self.slowval.requires_grad_(False)
         self.retnorm = ReturnNorm(o.return_norm)
+        # Last, so that nothing above depends on whether there is one.
+        self.ensemble = self.make_ensemble(o, feat + action, o.stoch * o.classes, o.units)
         self.register_buffer("bins", symexp_bins(255), persistent=False)
         self.planner = self.planner_of(o.planner, o.planner_options)
 
@@ -390,7 +415,12 @@ class DreamerV3(WorldModel):
     # --- The loss, in the paper's order -------------------------------------------------------------
 
     def loss(
-        self, batch: Batch, carry: State, noise: Noise, trained: dict[str, bool] | None = None
+        self,
+        batch: Batch,
+        carry: State,
+        noise: Noise,
+        trained: dict[str, bool] | None = None,
+        cloning: bool = False,
     ) -> LossOutput:
         """All losses of one batch at the current weights.
 
@@ -398,8 +428,11 @@ class DreamerV3(WorldModel):
             batch: (B, T) steps. carry: latent state before the first step, (B, ...).
             noise: streams ``posterior``, ``prior`` and ``policy/<key>``.
             trained: groups to compute losses for; None = all.
+            cloning: the actor learns from recorded actions alone, and nothing is imagined.
         """
         trained = trained or {"world_model": True, "actor": True, "critic": True}
+        weights = self.loss_scales | {k: self.kl_weight * self.loss_scales[k] for k in ("dyn", "rep")}
+        weights |= {"bc": 1.0} if cloning else {}
         dtype = self.compute_dtype
         losses: Tensors = {}
 
@@ -421,9 +454,11 @@ class DreamerV3(WorldModel):
             rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
             losses["rew"] = two_hot_loss(rew_logits, self.bins, batch.reward * self.reward_scale)
             losses["con"] = bernoulli_loss(con_logit.squeeze(-1), self.continue_target(batch))
+            if batch.rewarded is not None:
+                losses["rew"] = losses["rew"] * batch.rewarded.unsqueeze(1)
         out = LossOutput(torch.zeros(()), losses, metrics, post, post_logit, prior_logit, feat)
 
-        if trained["actor"] or trained["critic"]:
+        if (trained["actor"] or trained["critic"]) and not cloning:
             # 2. Imagination: what could happen? No gradient goes through the roll-out ------------------
             out.dream = dream = self.dream(post.detach(), noise)
             if self.training:
@@ -440,16 +475,17 @@ class DreamerV3(WorldModel):
                 batch, feat, dream.returns[0].view(starts)
             )
             metrics |= self.dream_metrics(dream, offset, scale)
+        if trained["actor"] and weights["bc"]:
+            losses["bc"] = self.cloning_loss(batch, feat.detach())
 
         if not trained["world_model"]:
-            losses = {k: v for k, v in losses.items() if k in ("policy", "value", "repval")}
+            losses = {k: v for k, v in losses.items() if k in ("policy", "value", "repval", "bc")}
         if not trained["actor"]:
             losses.pop("policy", None)
         if not trained["critic"]:
             losses.pop("value", None), losses.pop("repval", None)
         out.losses = losses
         means = {k: v.mean() for k, v in losses.items()}
-        weights = self.loss_scales | {k: self.kl_weight * self.loss_scales[k] for k in ("dyn", "rep")}
         out.total = torch.stack([weights[k] * v for k, v in means.items()]).sum()
         metrics |= {f"loss/{k}": v.detach() for k, v in means.items()} | {"opt/loss": out.total.detach()}
         return out
@@ -508,11 +544,25 @@ class DreamerV3(WorldModel):
         weight = cont.cumprod(0)
         if not self.contdisc:
             weight = weight / (1 - 1 / self.horizon)
+        lam: float | Tensor = self.lam
+        doubt = None
+        if self.doubts:
+            taken = torch.stack([flat_action(a, self.spaces.action, feats.dtype) for a in actions])
+            x = torch.cat([feats[:-1], taken], -1)
+            doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]  # (H, N)
+            reward = torch.cat([reward[:1], reward[1:] - self.disagreement * (doubt - 1)])
+            if self.disagreement_limit is not None:
+                # Where a step is not trusted the return falls back on the value there, and what comes from
+                # then on does not count.
+                trusted = (doubt <= self.disagreement_limit).float()
+                lam = torch.cat([trusted, trusted[-1:]]).T * self.lam
+                weight = weight * torch.cat([trusted.cumprod(0), trusted[-1:]])
         boot = slow_value if self.slowtar else value
-        returns = lambda_return(reward.T, cont.T, boot.T, self.lam).T  # (H, N)
+        returns = lambda_return(reward.T, cont.T, boot.T, lam).T  # (H, N)
         return Dream(
-            feats, actions, reward, cont, value, slow_value, value_logits, log_probs, dist, weight, returns
-        )
+            feats, actions, reward, cont, value, slow_value, value_logits, log_probs, dist, weight, returns,
+            doubt,
+        )  # fmt: skip
 
     def policy_loss(self, dream: Dream) -> Tensor:
         """REINFORCE with the scaled advantage and an entropy bonus, for discrete and continuous actions
@@ -553,7 +603,27 @@ class DreamerV3(WorldModel):
         with torch.no_grad():
             slow = two_hot_mean(self.slowval(feat).softmax(-1), self.bins)
         loss = self.critic_loss(self.val(feat)[:, :-1], returns, slow[:, :-1])
+        if batch.rewarded is not None:
+            loss = loss * batch.rewarded.unsqueeze(1)
         return (1 - last[:, :-1]) * loss, returns
+
+    def cloning_loss(self, batch: Batch, feat: Tensor) -> Tensor:
+        """-log p of the recorded actions, of datasets where the batch holds other rows too. (B, T-1)"""
+        taken = {k: v[:, 1:] for k, v in batch.prev_action.items()}  # a[t] lies beside o[t+1]
+        log_prob = sum(d.log_prob(taken[k]) for k, d in self.pol(feat[:, :-1]).items())
+        known = ~batch.is_first[:, 1:]
+        if batch.recorded is not None:
+            known = known & batch.recorded.unsqueeze(1)
+        return -torch.where(known, log_prob, 0.0)  # type: ignore[arg-type]
+
+    def ensemble_loss(self, batch: Batch, out: LossOutput) -> tuple[Tensor, Tensor]:
+        """Loss of the ensemble, which predicts the posterior's probabilities one step ahead, and its mean
+        disagreement.
+        """
+        action = self.previous_action(batch)[:, 1:]  # zero where an episode begins, which does not count
+        x = torch.cat([out.feat[:, :-1].to(action.dtype), action], -1)
+        target = unimix(out.post_logit[:, 1:].detach(), self.mix).flatten(-2)
+        return self.ensemble.loss(x, target, ~batch.is_first[:, 1:])  # type: ignore[union-attr]
 
     def continue_target(self, batch: Batch) -> Tensor:
         """1 for a step after which the episode goes on, 0 for a terminal one; times gamma with ``contdisc``.
@@ -583,6 +653,8 @@ class DreamerV3(WorldModel):
             "slowval": dream.slow.mean(),
             "weight": dream.weight.mean(),
         }
+        if dream.disagreement is not None:
+            metrics["disagreement/dream"] = dream.disagreement.mean()
         for k, dist in dream.policy.items():
             entropy = dist.entropy().mean()
             lo, hi = dist.entropy_range()
@@ -669,8 +741,7 @@ class DreamerV3(WorldModel):
                 return torch.ones(shape[2:], device=actions.device)
             return noise.exponential("plan/prior", shape, t * H + step).flatten(0, 1)
 
-        total = actions.new_zeros(())
-        weight: float | Tensor = 1.0
+        total, weight = actions.new_zeros(()), actions.new_ones(())
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         for step, feat in enumerate(self.dyn.branch(state, actions.to(self.compute_dtype), race), 1):
             heads = [self.rew, self.con] + [self.val] * (step == H)

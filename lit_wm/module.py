@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -27,8 +28,41 @@ from lit_wm.types import Batch, Spaces, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """How many updates train the world model alone, and how many then clone recorded actions beside it."""
+
+    world_model: int = 0
+    actor: int = 0
+
+    @classmethod
+    def of(cls, given: Mapping[str, int] | None, train_world_model: bool) -> Pretraining:
+        """Check ``model.pretrain``.
+
+        Raises:
+            ConfigError: for other entries, negative counts, or a world model that is frozen.
+        """
+        given = given or {}
+        if not isinstance(given, Mapping) or given.keys() - {"world_model", "actor"}:
+            raise ConfigError(
+                f"model.pretrain is {given!r}; expected {{world_model: n, actor: m}} in updates"
+            )
+        for name, count in given.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ConfigError(f"model.pretrain.{name} is {count!r}; expected 0 updates or more")
+        if any(given.values()) and not train_world_model:
+            raise ConfigError("model.pretrain trains the world model, which train_world_model: false freezes")
+        return cls(**given)
+
+    @property
+    def updates(self) -> int:
+        """All of them."""
+        return self.world_model + self.actor
+
+
 class WorldModelModule(pl.LightningModule):
-    """Base of the modules. A sub-class sets ``model`` and ``trained``, and writes ``training_step``.
+    """Base of the modules. A sub-class sets ``model``, ``trained`` (by optimizer) and ``groups``, and writes
+    ``training_step``.
 
     Counters: ``updates`` counts gradient steps and equals ``trainer.global_step``; environment steps belong
     to the data module. Metrics stay on the device and reach the loggers every ``log_every`` updates, at
@@ -38,6 +72,8 @@ class WorldModelModule(pl.LightningModule):
     model: WorldModel
     trained: dict[str, bool]
     grad_clip: float | None = None  # largest norm of all gradients together
+    groups: dict[str, bool]  # whether world_model, actor and critic learn
+    pretraining = Pretraining()
     optimizer_states: list[dict[str, Any]] | None = None  # what lit_wm.training.train goes on from
 
     def __init__(self, log_every: int = 100, seed: int = 0):
@@ -142,6 +178,18 @@ class WorldModelModule(pl.LightningModule):
 
     # --- One update --------------------------------------------------------------------------------
 
+    @property
+    def phase(self) -> str:
+        """What the next update trains: the ``world_model`` alone, ``actor`` cloning beside it, or ``joint``."""
+        if self.updates < self.pretraining.world_model:
+            return "world_model"
+        return "actor" if self.updates < self.pretraining.updates else "joint"
+
+    def learning(self) -> dict[str, bool]:
+        """Which of world_model, actor and critic the next update trains."""
+        now = {"world_model": ("world_model",), "actor": ("world_model", "actor")}.get(self.phase)
+        return {k: on and (now is None or k in now) for k, on in self.groups.items()}
+
     def draw(self, batch: Any) -> Batch:
         """The batch itself, or what its ticket draws: collecting first, if the train ratio owes environment
         steps.
@@ -178,6 +226,8 @@ class WorldModelModule(pl.LightningModule):
         """Count the update and add up its metrics."""
         self.updates += 1
         self.updates_done += 1
+        if self._sums.keys() != metrics.keys() and self._sums:  # another phase
+            self.log_metrics(self.pop_metrics())
         if not self._sums:
             self._sums = {k: v.detach().float().clone() for k, v in metrics.items()}
         else:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lit_wm.distributions import categorical_entropy, symlog_two_hot_loss, symlog_two_hot_mean
 from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest
 from lit_wm.functional import one_hot
-from lit_wm.module import WorldModelModule, arguments_of
+from lit_wm.module import Pretraining, WorldModelModule, arguments_of
 from lit_wm.nets.coders import discrete_one_hot
 from lit_wm.nets.heads import flat_action
 from lit_wm.nets.normed import Layers, PixelEncoder
@@ -64,6 +64,8 @@ class TDMPC2Module(WorldModelModule):
         rho: weight of each further step of a window, relative to the one before.
         consistency_coef, reward_coef, value_coef, termination_coef: weights of the losses.
         entropy_coef: weight of the policy's entropy.
+        bc_coef: weight, beside the scaled values, of the squared distance of the policy's mean from recorded
+            actions (the cross-entropy, if they are discrete): behaviour cloning.
         tau: share of the new values in each update of the target critics and of the value scale.
         lr: learning rate.
         enc_lr_scale: factor on it for the encoder.
@@ -89,6 +91,13 @@ class TDMPC2Module(WorldModelModule):
         train_world_model: False freezes encoder, dynamics, reward, termination and task embedding.
         train_actor: False freezes the policy.
         train_critic: False freezes the critics.
+        pretrain: updates that come first, ``{world_model: n, actor: m}``: n of the world model alone, then m
+            in which the policy learns too, by behaviour cloning.
+        ensemble: networks that predict the next latent state, to notice where the data say little; 0 = none.
+        disagreement: what planned steps and actions of the policy cost, in reward per unit of the ensemble's
+            disagreement beyond its mean in the data, which is 1; below 0 it is a bonus for exploration.
+        disagreement_limit: planned roll-outs end, with the value there, where the disagreement is larger;
+            None = nowhere.
         freeze: names of parts that are not trained, of encoder, dynamics, reward, termination,
             task_embedding, policy and critic.
         log_every: updates between two lines of metrics.
@@ -123,6 +132,7 @@ class TDMPC2Module(WorldModelModule):
         value_coef: float = 0.1,
         termination_coef: float = 1.0,
         entropy_coef: float = 1e-4,
+        bc_coef: float = 0.0,
         tau: float = 0.01,
         lr: float = 3e-4,
         enc_lr_scale: float = 0.3,
@@ -144,6 +154,10 @@ class TDMPC2Module(WorldModelModule):
         train_world_model: bool = True,
         train_actor: bool = True,
         train_critic: bool = True,
+        pretrain: dict[str, int] | None = None,
+        ensemble: int = 0,
+        disagreement: float = 0.0,
+        disagreement_limit: float | None = None,
         freeze: list[str] | None = None,
         log_every: int = 100,
         seed: int = 0,
@@ -157,11 +171,12 @@ class TDMPC2Module(WorldModelModule):
             if not 0 < value < float("inf"):
                 raise ConfigError(f"model.{name} is {value}; expected more than 0")
         self.grad_clip, self.episodic = grad_clip, episodic
-        left = self.freeze_parts(
+        self.groups = self.freeze_parts(
             freeze, world_model=train_world_model, actor=train_actor, critic=train_critic
         )
-        self.trained = {"policy": left.pop("actor")}
-        self.model.trained, self.trained = left, {"model": any(left.values())} | self.trained
+        self.trained = {"model": self.groups["world_model"] or self.groups["critic"]}
+        self.trained |= {"policy": self.groups["actor"]} | ({"ensemble": True} if ensemble else {})
+        self.pretraining = Pretraining.of(pretrain, train_world_model)
 
     @classmethod
     def from_official(cls, path: str | Path, **overrides: Any) -> TDMPC2Module:
@@ -186,14 +201,17 @@ class TDMPC2Module(WorldModelModule):
             raise ConfigError(f"model.tasks names several: say with model.task which one {env} is")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Model (the encoder at its own rate) and policy."""
+        """Model (the encoder at its own rate), policy, and the ensemble if there is one."""
         lr, encoder = self.hparams["lr"], list(self.model.encoder.parameters())
         rest = [p for p in self.model.group("model") if all(p is not q for q in encoder)]
         groups = [{"params": encoder, "lr": lr * self.hparams["enc_lr_scale"]}, {"params": rest}]
-        return [
+        optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(groups, lr=lr, fused=True),
             torch.optim.Adam(self.model.group("policy"), lr=lr, eps=1e-5, fused=True),
         ]
+        if self.model.ensemble is not None:
+            optimizers.append(torch.optim.Adam(self.model.ensemble.parameters(), lr=lr, fused=True))
+        return optimizers
 
     @property
     def window_steps(self) -> int:
@@ -207,17 +225,24 @@ class TDMPC2Module(WorldModelModule):
             batch: a :class:`Batch` of H + 1 steps, or a ticket that draws one (collecting as needed).
         """
         batch = self.draw(batch)
+        learning = self.learning()  # all groups, but for the first updates of a run that pretrains
         # The model chooses each dtype itself; the Trainer's autocast would round what is meant to stay
         # float32.
         with torch.autocast(self.device.type, enabled=False):
-            out = self.model.model_loss(batch, self.noise)
+            out = self.model.model_loss(batch, self.noise, learning)
             metrics = out.metrics
             if self.trained["model"]:
                 metrics["opt/grad_norm"] = self.optimise(out.total, "model")  # backward, clip, Adam
-            if self.trained["policy"]:
-                policy_loss, more = self.model.policy_loss(out.zs, batch.task, self.noise)
+            if learning["actor"]:
+                policy_loss, more = self.model.policy_loss(
+                    out.zs, batch.task, self.noise, batch, self.phase == "actor"
+                )
                 metrics |= more | {"opt/pi_grad_norm": self.optimise(policy_loss, "policy")}
-        if self.model.trained["critic"]:
+            if self.model.ensemble is not None:
+                loss, metrics["disagreement/data"] = self.model.ensemble_loss(batch, out)
+                metrics["loss/ensemble"] = loss.detach()
+                self.optimise(loss, "ensemble")
+        if learning["critic"]:
             self.model.update_target()
         self.finish_update(metrics)
 
@@ -286,9 +311,10 @@ class TDMPC2(WorldModel):
         self.coefs = {"consistency": o.consistency_coef, "reward": o.reward_coef, "value": o.value_coef}
         self.coefs |= {"termination": o.termination_coef} if o.episodic else {}
         self.episodic = o.episodic
-        self.trained = {"world_model": True, "critic": True}
+        self.bc_coef = o.bc_coef
         inf = float("inf")
-        bounds = dict.fromkeys([f"{k}_coef" for k in (*self.coefs, "termination", "entropy")], (0.0, inf)) | {
+        coefs = (*self.coefs, "termination", "entropy", "bc")
+        bounds = dict.fromkeys([f"{k}_coef" for k in coefs], (0.0, inf)) | {
             "horizon": (1, inf), "num_q": (2, inf), "num_bins": (2, inf), "num_channels": (1, inf),
             "simnorm_dim": (2, inf), "dropout": (0.0, 0.99), "tau": (0.0, 1.0), "rho": (0.0, 1.0),
             "discount_denom": (1e-6, inf), "discount_min": (0.0, o.discount_max), "discount_max": (0.0, 1.0),
@@ -369,6 +395,8 @@ class TDMPC2(WorldModel):
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("rhos", o.rho ** torch.arange(o.horizon + 1.0), persistent=False)
         self.planner = self.planner_of(o.planner, o.planner_options)
+        # Last, so that nothing above depends on whether there is one.
+        self.ensemble = self.make_ensemble(o, L + T + A, L, M)
 
     bins: Tensor
     scale: Tensor
@@ -412,21 +440,26 @@ class TDMPC2(WorldModel):
         return {"horizon": self.horizon}
 
     def group(self, name: str) -> list[nn.Parameter]:
-        """Parameters of ``model`` (all that the first optimizer steps) or ``policy``."""
+        """Parameters of ``model`` (all that the first optimizer steps), ``policy`` or ``ensemble``."""
+        if name == "ensemble" and self.ensemble is not None:
+            return list(self.ensemble.parameters())
         if name == "policy":
             return list(self.policy.parameters())
-        others = {id(p) for m in (self.policy, self.target_critic) for p in m.parameters()}
+        apart = [m for m in (self.policy, self.target_critic, self.ensemble) if m is not None]
+        others = {id(p) for m in apart for p in m.parameters()}
         return [p for p in self.parameters() if id(p) not in others]
 
     # --- The losses, in the paper's order -----------------------------------------------------------
 
-    def model_loss(self, batch: Batch, noise: Noise) -> ModelLoss:
+    def model_loss(self, batch: Batch, noise: Noise, trained: dict[str, bool] | None = None) -> ModelLoss:
         """Latent consistency, rewards, values and terminations of one batch at the current weights.
 
         Args:
             batch: (B, H+1) steps of which none but the last ends an episode.
             noise: streams ``shift/next``, ``shift/first``, ``td/policy``, ``td/q``, ``dropout/model``.
+            trained: whether ``world_model`` and ``critic`` learn; None = both.
         """
+        trained = trained or {"world_model": True, "critic": True}
         obs = self.observations(self.normalized(batch.obs))
         action = self.actions(batch.prev_action)
         obs, action = obs.transpose(0, 1), action[:, 1:].transpose(0, 1)  # (H+1, B, ...), (H, B, A)
@@ -436,7 +469,7 @@ class TDMPC2(WorldModel):
             raise ConfigError(
                 f"data.batch_length is {H + 1}; expected {self.horizon + 1}, one more than model.horizon"
             )
-        world_model, critic = self.trained["world_model"], self.trained["critic"]
+        world_model, critic = trained["world_model"], trained["critic"]
         task = self.task_of(batch.task, B)
         with torch.set_grad_enabled(world_model and torch.is_grad_enabled()):
             emb = self.embed(task, training=True)  # (B, T)
@@ -467,7 +500,10 @@ class TDMPC2(WorldModel):
                 missed = missed.masked_fill(batch.fake[:, 1:].T, 0.0)
             losses["consistency"] = (rho * missed).mean()
             reward_logits = self.reward(known).view(H, B, -1)
-            losses["reward"] = (rho * symlog_two_hot_loss(reward_logits, reward, self.vmin, self.vmax)).mean()
+            reward_loss = symlog_two_hot_loss(reward_logits, reward, self.vmin, self.vmax)
+            if batch.rewarded is not None:
+                reward_loss = reward_loss * batch.rewarded
+            losses["reward"] = (rho * reward_loss).mean()
             if self.episodic:
                 logit = self.termination(zs[1:].to(self.compute_dtype)).squeeze(-1)  # (H, B)
                 losses["termination"] = F.binary_cross_entropy_with_logits(logit, terminated)
@@ -475,7 +511,10 @@ class TDMPC2(WorldModel):
         if critic:
             keep = self.dropout_of(noise, "dropout/model", known, len(self.critic.first.weight))
             q_logits = self.critic(known, keep).unflatten(1, (H, B))  # (K, H, B, bins)
-            losses["value"] = (rho * symlog_two_hot_loss(q_logits, td_target, self.vmin, self.vmax)).mean()
+            value_loss = symlog_two_hot_loss(q_logits, td_target, self.vmin, self.vmax)
+            if batch.rewarded is not None:
+                value_loss = value_loss * batch.rewarded
+            losses["value"] = (rho * value_loss).mean()
         total = torch.stack([zs.new_zeros(()), *(self.coefs[k] * v for k, v in losses.items())]).sum()
         metrics |= {f"loss/{k}": v.detach() for k, v in losses.items()} | {"opt/loss": total.detach()}
         return ModelLoss(total, losses, metrics, zs, next_z, td_target)
@@ -487,38 +526,86 @@ class TDMPC2(WorldModel):
         """r + gamma (1 - terminated) min of two target critics at an action of the policy. (H, B)"""
         pi = self.pi(next_z, emb, task, self.policy_noise(noise, "td/policy", next_z.shape[:-1]))
         x = self.inputs(next_z, emb, pi.action).flatten(0, 1)
-        value = self.drawn_values(self.target_critic, x, noise, "td/q").amin(0).view(reward.shape)
+        value = self.drawn_values(self.target_critic, x, noise, "td/q").amin(0)
+        value = (value - self.penalty(x)).view(reward.shape)
         return reward + self.gamma(task) * (1 - terminated) * value
 
-    def policy_loss(self, zs: Tensor, task: Tensor | None, noise: Noise) -> tuple[Tensor, Tensors]:
+    def policy_loss(
+        self,
+        zs: Tensor,
+        task: Tensor | None,
+        noise: Noise,
+        batch: Batch | None = None,
+        cloning: bool = False,
+    ) -> tuple[Tensor, Tensors]:
         """-(Q / scale + entropy) of the policy at the latents of the model's roll-out.
 
         Args:
             zs: (H+1, B, L); no gradient reaches them, nor the critics.
             noise: streams ``policy``, ``policy/q``, ``dropout/policy``.
+            batch: its actions are imitated, with ``bc_coef``.
+            cloning: imitate them and do nothing else.
         """
         zs = zs.detach()
         steps, B = zs.shape[:2]
         task = self.task_of(task, B)
         emb = self.embed(task, training=True)
-        if emb is not None and (self.task_embedding_policy_grad == "none" or not self.trained["world_model"]):
+        if emb is not None and self.task_embedding_policy_grad == "none":
             emb = emb.detach()
         pi = self.pi(zs, emb, task, self.policy_noise(noise, "policy", zs.shape[:-1]))
+        if cloning:
+            loss = self.cloning_loss(pi, batch)  # type: ignore[arg-type]
+            return loss, {"loss/bc": loss.detach()}
         if pi.probs is None:
             x = self.inputs(zs, emb, pi.action).flatten(0, 1)
-            q = self.drawn_values(self.critic, x, noise, "policy/q", "dropout/policy").mean(0).view(steps, B)
+            q = self.drawn_values(self.critic, x, noise, "policy/q", "dropout/policy").mean(0)
+            q = (q - self.penalty(x)).view(steps, B)
         else:  # every class, weighted by its probability
             classes = torch.eye(self.action_dim, device=zs.device).expand(steps, B, -1, -1)
             each = zs.unsqueeze(2).expand(-1, -1, self.action_dim, -1)
             x = self.inputs(each, None, classes).flatten(0, 2)
             values = self.drawn_values(self.critic, x, noise, "policy/q", "dropout/policy").mean(0)
+            values = values - self.penalty(x)
             q = (pi.probs * values.view(steps, B, -1)).sum(-1)
         self.update_scale(q[0])
         gain = q / self.scale + self.entropy_coef * pi.scaled_entropy  # (H+1, B)
         loss = -(self.rhos * gain.mean(1)).mean()
         metrics = {"loss/policy": loss.detach(), "pi/entropy": pi.entropy.detach().mean()}
         metrics |= {"pi/scaled_entropy": pi.scaled_entropy.detach().mean(), "pi/scale": self.scale[0].clone()}
+        if self.bc_coef and batch is not None:
+            imitation = self.cloning_loss(pi, batch)
+            loss, metrics["loss/bc"] = loss + self.bc_coef * imitation, imitation.detach()
         return loss, metrics
+
+    def cloning_loss(self, pi: Policy, batch: Batch) -> Tensor:
+        """Distance of the policy at the latents of a window from the actions recorded there, of datasets
+        where the batch holds other rows too.
+        """
+        action = self.actions(batch.prev_action)[:, 1:].transpose(0, 1)  # (H, B, A)
+        if pi.probs is None:
+            missed = (pi.mean[:-1] - action).square().sum(-1)
+        else:
+            missed = -(pi.probs[:-1].clamp(min=1e-9).log() * action).sum(-1)
+        if batch.recorded is not None:
+            missed = missed * batch.recorded
+        return (self.rhos[:-1].unsqueeze(1) * missed).mean()
+
+    def ensemble_loss(self, batch: Batch, out: ModelLoss) -> tuple[Tensor, Tensor]:
+        """Loss of the ensemble, which predicts the encoded latents one step ahead, and its mean
+        disagreement.
+        """
+        z = torch.cat([out.zs[:1], out.next_z[:-1]]).detach()  # (H, B, L)
+        emb = self.embed(self.task_of(batch.task, z.shape[1]))
+        action = self.actions(batch.prev_action)[:, 1:].transpose(0, 1)
+        keep = torch.ones_like(z[..., 0]) if batch.fake is None else ~batch.fake[:, 1:].T
+        x = self.inputs(z, None if emb is None else emb.detach(), action)
+        return self.ensemble.loss(x, out.next_z, keep)  # type: ignore[union-attr]
+
+    def penalty(self, x: Tensor) -> Tensor | float:
+        """What the ensemble's disagreement about a state and an action costs, see :meth:`inputs`. (...)"""
+        if self.ensemble is None or not self.disagreement:
+            return 0.0
+        return self.disagreement * (self.ensemble.disagreement(x) - 1)
 
     @torch.no_grad()
     def update_scale(self, q: Tensor) -> None:
@@ -702,30 +789,45 @@ class TDMPC2(WorldModel):
             if emb is not None:
                 bias = F.linear(emb.to(self.compute_dtype), weight[:, L:-A], bias)
             parts.append((net, weight[:, :L], weight[:, -A:], bias.view(-1, 1, len(weight))))
+        rows = None if emb is None else emb.repeat_interleave(S, 0)
+
+        def value_at(z: Tensor, t: int, stream: str = "plan") -> Tensor:
+            """Value of latent states (N*S, L) at the policy's action."""
+            if deterministic:
+                pi = self.pi(z, rows, task, torch.ones_like(a[0], dtype=torch.float32))
+                x = self.inputs(z, rows, pi.mean)
+                values = symlog_two_hot_mean(self.critic(x), self.bins).mean(0)
+            else:
+                eps = self.policy_noise(noise, f"{stream}/terminal", (N, S), t).flatten(0, 1)
+                x = self.inputs(z, rows, self.pi(z, rows, task, eps).action)
+                values = self.drawn_values(self.critic, x, noise, f"{stream}/q", t=t).mean(0)
+            return values - self.penalty(x)
+
         z, total = state.deter, a.new_zeros((), dtype=torch.float32)
         discount = alive = torch.ones_like(total)
         for step in range(H):
-            z, out = z.to(self.compute_dtype), []
+            z, out, cost = z.to(self.compute_dtype), [], torch.zeros_like(total)
+            if self.doubts:
+                here = z if step else z.repeat_interleave(S, 0)
+                x = self.inputs(here, rows, a[step])
+                doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]
+                cost = self.disagreement * (doubt - 1)
+                if self.disagreement_limit is not None:  # from here on the model is not trusted
+                    trusted = (doubt <= self.disagreement_limit).float()
+                    value = value_at(here, t * H + step, "plan/ended")
+                    total = total + discount * alive * (1 - trusted) * value
+                    alive = alive * trusted
             for net, w_z, w_a, bias in parts:
                 h = F.linear(a[step], w_a).view(N, S, -1)
                 h = h.add_(F.linear(z, w_z).unsqueeze(1) + bias if step == 0 else bias).view(N * S, -1)
                 out.append(net.after_first(h if step == 0 else h.addmm_(z, w_z.T)))
             reward, z = symlog_two_hot_mean(out[0], self.bins), out[1]
-            total = total + discount * alive * reward
+            total = total + discount * alive * (reward - cost)
             discount = discount * gamma
             if self.episodic:
                 ends = self.termination(z.to(self.compute_dtype)).squeeze(-1).sigmoid()
                 alive = alive * (1 - (ends if deterministic else (ends > 0.5).float()))
-        rows = None if emb is None else emb.repeat_interleave(S, 0)
-        if deterministic:
-            pi = self.pi(z, rows, task, torch.ones_like(a[0], dtype=torch.float32))
-            x = self.inputs(z, rows, pi.mean)
-            end = symlog_two_hot_mean(self.critic(x), self.bins).mean(0)
-        else:
-            pi = self.pi(z, rows, task, self.policy_noise(noise, "plan/terminal", (N, S), t).flatten(0, 1))
-            x = self.inputs(z, rows, pi.action)
-            end = self.drawn_values(self.critic, x, noise, "plan/q", t=t).mean(0)
-        return (total + discount * alive * end).view(N, S)
+        return (total + discount * alive * value_at(z, t)).view(N, S)
 
     # --- The verbs ----------------------------------------------------------------------------------
 

@@ -214,6 +214,8 @@ class Batch:
         task: number of the task that a row is of; None for single-task data.          (B,) int64
         fake: the observation is a copy of the one before, as its source lacks the last one, and nothing
             shall learn to predict it; None if there is none.                          (B, T) bool
+        recorded: the row is of a dataset, not of the environment; None if all are.    (B,) bool
+        rewarded: the row's source has rewards; None if all have.                      (B,) bool
         info: more columns (``index``, ``source`` ...), never read by the losses.
     """
 
@@ -228,6 +230,8 @@ class Batch:
     write_back: Callable[[State], None] | None = None
     task: Tensor | None = None
     fake: Tensor | None = None
+    recorded: Tensor | None = None
+    rewarded: Tensor | None = None
     info: Tensors = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -248,4 +252,6 @@ class Batch:
             consecutive=None if self.consecutive is None else move(self.consecutive),
             task=None if self.task is None else move(self.task),
             fake=None if self.fake is None else move(self.fake),
+            recorded=None if self.recorded is None else move(self.recorded),
+            rewarded=None if self.rewarded is None else move(self.rewarded),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_wm.errors import ConfigError
+from lit_wm.nets.ensemble import Ensemble
 from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.planners import Planner, make_planner
@@ -48,6 +49,8 @@ class WorldModel(nn.Module, ABC):
     def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
         self.spaces = spaces
+        self.ensemble: Ensemble | None = None
+        self.disagreement, self.disagreement_limit = 0.0, None
         self.normalizer = Normalizer(spaces.obs) if normalize else None
         self.compute_dtype = torch.float32
         self.noise: Noise = NoiseStreams()
@@ -56,6 +59,35 @@ class WorldModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.parameters()).device
+
+    def make_ensemble(self, options: Any, inputs: int, outputs: int, units: int) -> Ensemble | None:
+        """Take the options of the ensemble and make it, see :class:`lit_wm.nets.ensemble.Ensemble`.
+
+        Raises:
+            ConfigError: if its options do not fit together.
+        """
+        count, used = options.ensemble, options.disagreement or options.disagreement_limit is not None
+        self.disagreement, self.disagreement_limit = options.disagreement, options.disagreement_limit
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0 or count == 1:
+            raise ConfigError(
+                f"model.ensemble is {count!r}; expected 0, or 2 and more networks that disagree"
+            )
+        limit = 1.0 if self.disagreement_limit is None else self.disagreement_limit
+        if not abs(self.disagreement) < float("inf") or not limit > 0:
+            raise ConfigError(
+                f"model.disagreement is {options.disagreement} and model.disagreement_limit "
+                f"{options.disagreement_limit}; expected a number, and more than 0 or null"
+            )
+        if used and not count:
+            raise ConfigError(
+                "model.disagreement and disagreement_limit need an ensemble: set model.ensemble: 5"
+            )
+        return Ensemble(inputs, outputs, count, units) if count else None
+
+    @property
+    def doubts(self) -> bool:
+        """Whether the ensemble has a say in what is imagined."""
+        return self.ensemble is not None and bool(self.disagreement or self.disagreement_limit is not None)
 
     def source(self, noise: Noise | None) -> Noise:
         """``noise``, or the model's own streams, which follow it to its device while they are unused."""
@@ -264,7 +296,9 @@ class WorldModel(nn.Module, ABC):
                 what = f"({shape}{',' * (not steps and not spec.shape)})"
                 if spec.classes:
                     each = f"({shape}, {spec.classes})"
-                    what = f"integers 0 ... {spec.classes - 1} {what}, or floats {each}, a number for each class"
+                    what = (
+                        f"integers 0 ... {spec.classes - 1} {what}, or floats {each}, a number for each class"
+                    )
                 raise ValueError(f"action {k!r} is {kind} {given}; expected {what}; the batch comes first")
             found[k] = value.long() if spec.is_discrete else value.float()
         return found

@@ -323,7 +323,7 @@ def test_slow_critic_follows_by_its_rate() -> None:
 
 
 def test_unknown_loss_scales_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"unknown model.loss_scales \['reward'\]; known: con, "):
+    with pytest.raises(ConfigError, match=r"unknown model.loss_scales \['reward'\]; known: bc, con, "):
         make_module(loss_scales={"reward": 1.0})
 
 
