@@ -59,10 +59,8 @@ class Mixture:
         return sum(part.stale_rows for part in self.parts)
 
     def shares(self, batch_size: int, mode: str = "train") -> list[int]:
-        """Windows of each part in the next batch.
-
-        Raises:
-            DataError: if no part with a weight above 0 has a window.
+        """Windows of each part in the next batch. Raises DataError if no part with a weight above 0 has a
+        window.
         """
         update = self.draws["train"]
         windows = [part.num_windows for part in self.parts]
@@ -195,10 +193,8 @@ class Mixture:
         write_folder(Path(directory), fill)
 
     def restore(self, directory: Path | str) -> None:
-        """Go on from :meth:`snapshot`, with the same draws.
-
-        Raises:
-            CheckpointError: if the snapshot is damaged or of other data.
+        """Go on from :meth:`snapshot`, with the same draws. Raises CheckpointError if the snapshot is damaged
+        or of other data.
         """
         state = read_json(Path(directory) / _STATE, ("draws", "names"))
         if state["names"] != self.names:

@@ -34,13 +34,10 @@ class CacheRows(RowStorage):
     [-1, 1], rewards as wanted, and the number of the source and of the task.
 
     Args:
-        cache: an open cache.
-        directory: where the files of this run lie.
         spaces: what the model sees: the cache's entries, with stacked images and padded vectors.
         episodes: numbers of those that take part, in growing order.
         spec: transforms of the source.
-        latents: latent entries, none at first; None for none.
-        lead, pin: as in :class:`~datamodules.rows.RowStorage`.
+        directory, latents, lead, pin: as in :class:`~datamodules.rows.RowStorage`.
         stack: images that are put together, the newest last; before an episode began its first is repeated.
         source, task: numbers written to every row; a task of None leaves those of the cache, an array
             gives the number that each of them becomes.
@@ -202,11 +199,7 @@ class CacheRows(RowStorage):
         write_json(Path(path) / "manifest.json", {"dataset": self._identity(), "files": files})
 
     def loads(self, path: Any) -> None:
-        """Read :meth:`dumps`.
-
-        Raises:
-            CheckpointError: if it is damaged or of other episodes.
-        """
+        """Read :meth:`dumps`. Raises CheckpointError if it is damaged or of other episodes."""
         path = Path(path)
         manifest = read_json(path / "manifest.json", ("dataset", "files"))
         if manifest["dataset"] != self._identity():

@@ -71,17 +71,11 @@ class RowReplay:
 
     Args:
         spaces: observation and action entries.
-        capacity: rows kept, over all streams.
-        streams: number of environments; each owns ``capacity // streams`` rows.
-        directory: where the column files lie.
-        latents: latent entries that are stored with every row, None for none.
-        window: rows of a training window, context included.
-        context: rows before those to train on; 0 or more.
-        seed, rank: choose the draws.
-        online: whether every row is handed out once, soon after it was collected, before uniform draws.
+        capacity: rows kept; each of the ``streams`` environments owns ``capacity // streams``.
+        directory, latents, pin: see :class:`~datamodules.rows.RowStorage`.
+        window, context, seed, rank, online: see :class:`~datamodules.sampling.WindowSampler`.
         reachable: rows that the run can reach at most, if it is known; only those count for the disk space.
         sharers: processes that put a replay of this size on the same disk.
-        pin: gather into page-locked memory, for a GPU.
         within_episodes: draw windows that lie in one finished episode (:class:`EpisodeSampler`), with the
             observations of all their rows; ``context``, ``online`` and ``latents`` are not used.
         by: what those draws are uniform over, ``episodes`` or ``windows``.
@@ -124,10 +118,8 @@ class RowReplay:
         """A replay of the rows of a dataset, which only draws and keeps latents.
 
         Args:
-            storage: the rows; its ``lead`` must be ``max(context, 1)``, 0 within episodes.
-            spaces: its entries.
-            window, context, seed, rank, within_episodes, by: as for a ring.
-            name: of its random numbers.
+            storage, spaces: the rows, with a ``lead`` of ``max(context, 1)``, 0 within episodes; its entries.
+            name: of its random numbers; the others are as for a ring.
 
         Raises:
             DataError: if no window fits.
@@ -224,10 +216,8 @@ class RowReplay:
 
         Args:
             batch_size: number of windows B.
-            length: rows of a window, context included; None is the training window, the only one within
-                episodes.
-            mode: ``"train"`` empties the online queue first; ``"report"`` draws from random numbers of its
-                own and leaves the training draws as they are.
+            length: rows of a window with its context; None: of training, the only one within episodes.
+            mode: ``train`` empties the online queue first; ``report`` leaves the training draws as they are.
 
         Returns:
             As :meth:`RowStorage.get`, and per row ``index`` (row number) and ``generation`` (position in its
@@ -266,13 +256,11 @@ class RowReplay:
         columns |= self.storage.carried(columns["index",])
 
     def write_back(self, index: Tensor, generation: Tensor, latents: Mapping[str, Tensor]) -> None:
-        """Replace the latents of sampled rows. Rows evicted since stay and are counted in ``stale_rows``.
-
-        Where windows of a batch overlap, the later window of the batch wins.
+        """Replace the latents of sampled rows; those evicted since are counted in ``stale_rows``.
 
         Args:
-            index, generation: as sampled, each row of them consecutive rows of one stream.  (B, L)
-            latents: new values by key, in the type they are stored in.                      (B, L, ...)
+            index, generation: as sampled; where windows overlap, the later one of the batch wins.   (B, L)
+            latents: new values by key, in the type they are stored in.                         (B, L, ...)
         """
         storage, length = self.storage, index.shape[1]
         streams, starts = index[:, 0].numpy() // storage.ring, generation[:, 0].numpy()
@@ -314,11 +302,9 @@ class RowReplay:
             part.dumps(directory)
 
     def restore(self, directory: Path | str) -> None:
-        """Go on from :meth:`snapshot`, with the same draws; a smaller capacity keeps the newest rows.
-
-        Raises:
-            CheckpointError: if the snapshot is damaged or belongs to another environment, model or number of
-                streams.
+        """Go on from :meth:`snapshot`, with the same draws; a smaller capacity keeps the newest rows. Raises
+        CheckpointError if the snapshot is damaged or belongs to another environment, model or number of
+        streams.
         """
         parts = [part for part in (self.sampler, self.writer) if part is not None]
         small = [(part, read_json(Path(directory) / part.file, part.state_dict())) for part in parts]

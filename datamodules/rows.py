@@ -128,9 +128,8 @@ class RowStorage(Storage):
     The small columns of a row lie side by side in one file: a window is then one cache miss or two, not ten.
 
     Args:
-        specs: the columns, see :func:`row_specs`.
-        capacity: rows in all, a multiple of ``streams`` (what is over is not used).
-        streams: number of environments.
+        specs: the columns, see :func:`row_specs`; with latents or not.
+        capacity, streams: rows in all, and number of environments that share them evenly.
         directory: where the column files lie; column files of an earlier run in it are replaced.
         lead: rows of a window that stand before the ones to train on; they come without observations. With 0
             there are no latents.
@@ -302,11 +301,8 @@ class RowStorage(Storage):
         write_json(Path(path) / "manifest.json", manifest | self.state_dict())
 
     def loads(self, path: Any) -> None:
-        """Read :meth:`dumps` of the same columns and streams; a smaller ring keeps the newest rows.
-
-        Raises:
-            CheckpointError: if a file is missing, damaged or of another layout; the rows here are then
-                untouched.
+        """Read :meth:`dumps` of the same columns and streams; a smaller ring keeps the newest rows. Raises
+        CheckpointError if a file is missing, damaged or of another layout; the rows here are then untouched.
         """
         path = Path(path)
         manifest = read_json(path / "manifest.json", ("layout", "head", "tail", "columns", "files"))

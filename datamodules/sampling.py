@@ -126,9 +126,7 @@ class WindowSampler(Kept, Sampler):
 
     def draw(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Row numbers and positions of windows (plus the row before, without context), (B, rows) int64 each.
-
-        Raises:
-            DataError: if there is no complete window yet.
+        Raises DataError if there is no complete window yet.
         """
         chosen: list[tuple[int, int]] = []
         if self.mode == "train" and self.length == self.window:

@@ -125,10 +125,8 @@ class SourceSpec:
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
-        """From a URI or a mapping, as YAML gives it.
-
-        Raises:
-            ConfigError: for a name that does not exist or an impossible value.
+        """From a URI or a mapping, as YAML gives it. Raises ConfigError for a name that does not exist or an
+        impossible value.
         """
         if isinstance(value, SourceSpec):
             return value
@@ -163,10 +161,8 @@ def select_episodes(
     """Numbers of the episodes to train on and of those held out.
 
     The split goes by episode and by a hash of seed, source and number: an episode stays on its side when the
-    source grows or a filter changes. Filters apply to both sides, before the split.
-
-    Raises:
-        DataError: if no episode is left to train on.
+    source grows or a filter changes. Filters apply to both sides, before the split. Raises DataError if no
+    episode is left to train on.
     """
     table, steps = cache.episodes, cache.episodes["length"] - 1
     keep = np.ones(len(steps), np.bool_)
