@@ -90,25 +90,11 @@ class Columns:
                     self.low[leaf.name], self.high[leaf.name] = low, high
                 self.unbounded += () if entry.bounded else (leaf.name,)
 
-    def flatten(self, nested: Any) -> Arrays:
-        """Columns (n, ...) of nested dicts and tuples of arrays (n, ...), as Minari keeps an episode."""
-
-        def get(leaf: Leaf) -> Any:
-            value = nested
-            for key in leaf.path:
-                value = value[key]
-            return value
-
-        return self.read(get)
-
     def read(self, get: Getter) -> Arrays:
         """Columns of n steps from what ``get`` returns for each leaf: an array (n, ...), or n strings.
 
         Numbers keep their type, so that the checks that follow see what the source holds; images get their
-        third axis, classes begin at 0.
-
-        Raises:
-            DataError: for a string that is not among the words.
+        third axis, classes begin at 0. Raises DataError for a string that is not among the words.
         """
         out: Arrays = {}
         for leaf, entry in self._entries:

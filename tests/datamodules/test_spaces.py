@@ -1,3 +1,4 @@
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,16 @@ def stack(values: list[Any]) -> Any:
     return np.stack(values)
 
 
+def read(columns: Columns, values: Any) -> Any:
+    return columns.read(lambda leaf: reduce(lambda value, key: value[key], leaf.path, values))
+
+
 def test_nested_steps_become_the_columns_that_an_environment_shows() -> None:
     NESTED.seed(0)
     steps = [NESTED.sample() for _ in range(5)]
     columns = Columns(NESTED, "obs", "set")
     assert columns.specs == spaces_from_gym(NESTED, spaces.Discrete(2)).obs
-    got = columns.flatten(stack(steps))
+    got = read(columns, stack(steps))
     assert set(got) == set(columns.specs)
     for i, step in enumerate(steps):
         want = {
@@ -72,9 +77,9 @@ def test_text_is_refused_dropped_or_numbered() -> None:
     columns = Columns(space, "obs", "set", words={"say": ["go", "stop"]})
     assert columns.specs["say"] == Spec("int32", (), 2)
     values: dict[str, Any] = {"say": ["stop", "go", "stop"], "x": np.zeros((3, 1), np.float32)}
-    assert columns.flatten(values)["say"].tolist() == [1, 0, 1]
+    assert read(columns, values)["say"].tolist() == [1, 0, 1]
     with pytest.raises(DataError, match="'run' is not among its 2"):
-        columns.flatten(values | {"say": ["run"]})
+        read(columns, values | {"say": ["run"]})
     with pytest.raises(ConfigError, match="'sya', which is no observation; did you mean 'say'"):
         dropped("say, sya", ["say", "x"], "set")
 
@@ -91,12 +96,12 @@ def test_other_spaces_are_refused_by_name(space: spaces.Space, text: str) -> Non
 
 def test_numbers_keep_what_a_check_must_see() -> None:
     columns = Columns(spaces.Discrete(3, start=1), "action", "x")
-    assert columns.flatten(np.array([1.5, 3.0]))["action"].tolist() == [
+    assert read(columns, np.array([1.5, 3.0]))["action"].tolist() == [
         0.5,
         2.0,
     ]  # no class: for the check to refuse
-    assert columns.flatten(np.array([[1], [3]]))["action"].tolist() == [0, 2]
-    uneven = Columns(spaces.MultiDiscrete([2, 3]), "action", "x").flatten(np.zeros((4, 3), int))
+    assert read(columns, np.array([[1], [3]]))["action"].tolist() == [0, 2]
+    uneven = read(Columns(spaces.MultiDiscrete([2, 3]), "action", "x"), np.zeros((4, 3), int))
     assert uneven["action/1"].shape == (4, 3)  # of the wrong width: for the check to refuse
 
 
