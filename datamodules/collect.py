@@ -26,6 +26,8 @@ from lit_wm.errors import ConfigError, NotSupported
 from lit_wm.noise import stream_seed
 from lit_wm.types import Spaces, State, Tensors
 
+_COUNTS = ("env_steps", "decisions", "episodes", "terminations")
+
 if TYPE_CHECKING:
     Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
 
@@ -40,33 +42,23 @@ class Collector:
         env: a Gymnasium vector environment; ``NEXT_STEP`` and ``DISABLED`` must know ``reset_mask``.
         spaces: its entries.
         replay: with as many streams as there are environments.
-        seed: environment i of process r starts with ``seed + 10_000 * r + i``.
-        rank: number of this process.
+        seed, rank: environment i of process r starts with ``seed + 10_000 * r + i``.
         prefill: first env steps of this process with uniformly random actions; the policy still follows
             along, so that their latents are valid. With a replay within episodes, which has none, these are
             decisions and the policy is not asked before.
         epsilon: probability that an environment executes a uniformly random action instead of the policy's.
-        action_noise: standard deviation of Gaussian noise on continuous actions, in units of half their
-            range.
+        action_noise: deviation of Gaussian noise on continuous actions, in units of half their range.
 
     Attributes:
-        env_steps: rows written.
-        decisions: actions executed.
+        env_steps, decisions: rows written, actions executed.
         episodes, terminations: episodes finished, and those among them that no time limit has ended.
         finished: (return, length) of finished episodes that nobody has taken yet; length counts actions.
     """
 
     def __init__(
-        self,
-        env: SyncVectorEnv | AsyncVectorEnv,
-        spaces: Spaces,
-        replay: RowReplay,
-        seed: int = 0,
-        rank: int = 0,
-        prefill: int = 0,
-        epsilon: float = 0.0,
-        action_noise: float = 0.0,
-    ):
+        self, env: SyncVectorEnv | AsyncVectorEnv, spaces: Spaces, replay: RowReplay, seed: int = 0,
+        rank: int = 0, prefill: int = 0, epsilon: float = 0.0, action_noise: float = 0.0,
+    ):  # fmt: skip
         if env.num_envs != replay.storage.streams:
             raise ConfigError(f"{env.num_envs} environments cannot write {replay.storage.streams} streams.")
         self.env, self.spaces, self.replay = env, spaces, replay
@@ -90,7 +82,6 @@ class Collector:
         Args:
             policy: ``policy(obs, state, is_first) -> (action, state)`` over a leading axis of environments,
                 called in inference mode; ``obs`` and ``is_first`` are on ``device``.
-            device: where the policy computes.
 
         Returns:
             Number of rows written.
@@ -116,18 +107,15 @@ class Collector:
         state, latent = None, {}
         with torch.inference_mode():
             if self.replay.within_episodes and self.prefilling:
-                n, specs = self.env.num_envs, self.spaces.action
-                action = self._explore(
-                    {k: torch.zeros(n, *s.shape, dtype=getattr(torch, s.dtype)) for k, s in specs.items()}
-                )
+                n, specs = self.env.num_envs, self.spaces.action.items()
+                action = {k: torch.zeros(n, *s.shape, dtype=getattr(torch, s.dtype)) for k, s in specs}
+                action = self._explore(action)
             else:
                 seen = {k: torch.as_tensor(v, device=device) for k, v in obs.items()}
                 action, state = policy(seen, self._state, torch.as_tensor(is_first, device=device))
-                executed = self._explore(action)
-                if executed is not action:
-                    action = executed
-                    if state.action is not None:  # stays on the policy's device, unlike what it hands out
-                        state = replace(state, action={k: action[k].to(v) for k, v in state.action.items()})
+                wanted, action = action, self._explore(action)
+                if action is not wanted and state.action is not None:  # stays on the policy's device
+                    state = replace(state, action={k: action[k].to(v) for k, v in state.action.items()})
                 latent = {k: v.cpu() for k, v in to_latents(state, self.replay.latents).items()}
             chosen = {k: v.cpu().numpy() for k, v in action.items()}
         valid = np.ones_like(is_first)
@@ -210,9 +198,8 @@ class Collector:
         """Environment seeds: the documented ones at the start, others when environments start again later."""
         if self.env_steps == 0:
             return [self.seed + 10_000 * self.rank + i for i in range(self.env.num_envs)]
-        return [
-            stream_seed(self.seed, self.rank, f"env {i} at {self.env_steps}") >> 32 for i in self._streams
-        ]
+        names = [f"env {i} at {self.env_steps}" for i in self._streams]
+        return [stream_seed(self.seed, self.rank, name) >> 32 for name in names]
 
     def mean_frames(self) -> dict[str, Tensor]:
         """Mean over all rows written, per image key, float64 in 0..255; empty before the first row."""
@@ -232,20 +219,17 @@ class Collector:
             try:
                 envs = snapshot_vector_env(self.env)
             except NotSupported as error:
-                warnings.warn(
-                    f"{error}; a resumed run starts new episodes instead of going on exactly.", stacklevel=2
-                )
+                note = f"{error}; a resumed run starts new episodes instead of going on exactly."
+                warnings.warn(note, stacklevel=2)
         state = seen = None
         if self._state is not None:
             state = vars(self._state.map(lambda x: x.cpu().clone()))
         if self._seen is not None:
             obs, first = self._seen
             seen = {"obs": {k: torch.tensor(v) for k, v in obs.items()}, "is_first": torch.tensor(first)}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {
-            "env_steps": self.env_steps,
-            "decisions": self.decisions,
-            "episodes": self.episodes,
-            "terminations": self.terminations,
+            **counts,
             "frame_sums": {k: torch.from_numpy(v.copy()) for k, v in self.frame_sums.items()},
             "finished": [list(x) for x in self.finished],
             "return": self._return.tolist(),
@@ -262,9 +246,8 @@ class Collector:
         Without a snapshot of the environments all start a new episode, and the open ones are cut off in the
         replay.
         """
-        self.env_steps, self.episodes = state["env_steps"], state["episodes"]
-        # Older checkpoints, all of DreamerV3, lack these two; it does not count by them.
-        self.decisions, self.terminations = state.get("decisions", 0), state.get("terminations", 0)
+        for name in _COUNTS:  # older checkpoints, all of DreamerV3, lack two that it does not count by
+            setattr(self, name, state.get(name, 0))
         for key, total in state["frame_sums"].items():
             self.frame_sums[key][...] = total.numpy()
         self.finished = [(r, n) for r, n in state["finished"]]
@@ -280,10 +263,8 @@ class Collector:
         restore_vector_env(self.env, state["envs"])
         self._action = {k: v.numpy().copy() for k, v in state["action"].items()}
         if seen := state.get("seen"):
-            self._seen = (
-                {k: v.numpy().copy() for k, v in seen["obs"].items()},
-                seen["is_first"].numpy().copy(),
-            )
+            obs = {k: v.numpy().copy() for k, v in seen["obs"].items()}
+            self._seen = obs, seen["is_first"].numpy().copy()
         if state["state"] is not None:
             self._state = State(**state["state"]).map(lambda x: x.to(device))
 

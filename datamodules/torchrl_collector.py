@@ -43,9 +43,7 @@ class TorchRLAdapter:
         ConfigError: if the bounds of continuous actions are not known.
     """
 
-    def __init__(
-        self, collector: Iterable[TensorDictBase], spaces: Spaces, replay: RowReplay, action_spec: Any = None
-    ):
+    def __init__(self, collector: Iterable[Any], spaces: Spaces, replay: RowReplay, action_spec: Any = None):
         self.spaces, self.replay, self._batches = spaces, replay, iter(collector)
         self._bounds: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         continuous = {k: s for k, s in spaces.action.items() if s.classes is None}
@@ -63,10 +61,7 @@ class TorchRLAdapter:
         self._last: dict[int, Arrays] = {}  # the observation after the newest row, of open streams
 
     def collect(self) -> int:
-        """Take one batch.
-
-        Returns:
-            Number of rows written; 0 once the collector has ended.
+        """Take one batch; the number of rows written, 0 once the collector has ended.
 
         Raises:
             DataError: if the batch does not fit the spaces or lacks what TorchRL's collectors put into it.
@@ -124,9 +119,7 @@ class TorchRLAdapter:
         for s, where in place.items():
             self._last[s] = {k: v[where].copy() for k, v in r.after.items()}
 
-    def _assign(
-        self, lanes: list[int], t: int, held: np.ndarray, r: _Rollout, place: Any, whole: bool
-    ) -> None:
+    def _assign(self, lanes: list[int], t: int, held: Any, r: _Rollout, place: Any, whole: bool) -> None:
         """Find streams for lanes where a trajectory begins or comes back."""
         for lane in lanes:  # those that come back first: their streams are theirs
             for s in np.flatnonzero(self._open == r.trajectory[lane, t]).tolist():
@@ -180,19 +173,18 @@ class _Rollout:
 
     def part(self, lanes: slice) -> _Rollout:
         """Some of the lanes."""
-        cut = (
-            {k: x[lanes] for k, x in v.items()} if isinstance(v, dict) else v[lanes]
-            for v in vars(self).values()
-        )
-        return _Rollout(*cut)  # type: ignore[arg-type]
+
+        def cut(v: Any) -> Any:
+            return {k: x[lanes] for k, x in v.items()} if isinstance(v, dict) else v[lanes]
+
+        return _Rollout(*map(cut, vars(self).values()))
 
 
 def _get(part: Any, key: tuple[str, ...]) -> Any:
     keys = [k if isinstance(k, tuple) else (k,) for k in part.keys(True)]
     if key not in keys:
-        raise DataError(
-            f"the collector's batch has no {'/'.join(key)!r}; found: {', '.join(map('/'.join, keys))}"
-        )
+        found = ", ".join(map("/".join, keys))
+        raise DataError(f"the collector's batch has no {'/'.join(key)!r}; found: {found}")
     return part[key]
 
 
@@ -234,13 +226,11 @@ def _classes(value: np.ndarray, specs: dict[str, Spec], where: str) -> Arrays:
     if value.shape[-1] == len(counts):
         index = value.astype(np.int32)
     elif value.shape[-1] == sum(counts):
-        parts = np.split(value, np.cumsum(counts)[:-1], -1)
-        index = np.stack([part.argmax(-1) for part in parts], -1).astype(np.int32)
+        parts = [part.argmax(-1) for part in np.split(value, np.cumsum(counts)[:-1], -1)]
+        index = np.stack(parts, -1).astype(np.int32)
     else:
-        raise DataError(
-            f"the collector's {where!r} has {value.shape[-1]} values; expected {len(counts)} classes, or "
-            f"{sum(counts)} one-hot."
-        )
+        found = f"the collector's {where!r} has {value.shape[-1]} values"
+        raise DataError(f"{found}; expected {len(counts)} classes, or {sum(counts)} one-hot.")
     at = np.cumsum([prod(spec.shape) for spec in specs.values()])[:-1]
     split = np.split(index, at, -1)
     return {k: v.reshape(*v.shape[:2], *s.shape) for (k, s), v in zip(specs.items(), split, strict=True)}
@@ -248,16 +238,15 @@ def _classes(value: np.ndarray, specs: dict[str, Spec], where: str) -> Arrays:
 
 def _action_spec(collector: Any) -> Any:
     """Of one environment of a collector."""
-    if (env := getattr(collector, "env", None)) is None and getattr(collector, "create_env_fn", None):
-        made = collector.create_env_fn[0]
-        env = made if hasattr(made, "full_action_spec_unbatched") else made()
-        spec = env.full_action_spec_unbatched
-        if env is not made:
-            env.close()
-        return spec
-    if env is None:
-        raise ConfigError(
-            f"{type(collector).__name__} does not say what range the actions have: give "
-            "action_spec=env.full_action_spec_unbatched"
-        )
-    return env.full_action_spec_unbatched
+    if (env := getattr(collector, "env", None)) is not None:
+        return env.full_action_spec_unbatched
+    if not (makers := getattr(collector, "create_env_fn", None)):
+        name = type(collector).__name__
+        raise ConfigError(f"{name} does not say what range the actions have: give "
+                          "action_spec=env.full_action_spec_unbatched")  # fmt: skip
+    if hasattr(made := makers[0], "full_action_spec_unbatched"):
+        return made.full_action_spec_unbatched
+    env = made()
+    spec = env.full_action_spec_unbatched
+    env.close()
+    return spec
