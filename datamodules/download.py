@@ -13,6 +13,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,7 @@ def command(url: str, path: Path) -> str:
 
 
 def download(
-    url: str, path: Path, sha256: str | None = None, magic: bytes = b"", timeout: float = 30.0
+    url: str, path: Path, sha256: str | None = None, magic: bytes = b"", timeout: float = 30
 ) -> Path:
     """Fetch a file, unless it is there.
 
@@ -57,9 +58,8 @@ def download(
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(
-                f"another process is fetching {path} ({part.name} is locked); wait for it."
-            ) from None
+            what = f"another process is fetching {path} ({part.name} is locked)"
+            raise DataError(f"{what}; wait for it.") from None
         if path.exists():
             return verify(path, sha256)
         try:
@@ -79,18 +79,15 @@ def download(
             )
         os.replace(part, path)
         _forget(part)
-    sums = _sums(path)
-    sums.write_text(f"{found}  {path.name}\n")
+    _sums(path).write_text(f"{found}  {path.name}\n")
     return path
 
 
 def verify(path: Path, sha256: str | None = None) -> Path:
     """Check a file that was fetched before.
 
-    Against ``sha256``; else against ``NAME.sha256`` if the file has changed since that was written.
-
-    Raises:
-        DataError: if it is another file.
+    Against ``sha256``; else against ``NAME.sha256`` if the file has changed since that was written. Raises
+    DataError if it is another file.
     """
     sums = _sums(path)
     recorded = sums.is_file() and path.stat().st_mtime_ns > sums.stat().st_mtime_ns
@@ -126,9 +123,8 @@ def _fetch(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
             reason = f"{error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, OSError) and error.errno in (28, 122):  # no space, quota
-                raise DataError(
-                    f"{path}: {error.strerror}; the next call goes on from {part.name}."
-                ) from error
+                what = f"{path}: {error.strerror}"
+                raise DataError(f"{what}; the next call goes on from {part.name}.") from error
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         failures = 0 if file.seek(0, os.SEEK_END) > have else failures + 1
         # Nothing has come so far: most likely there is no network, and waiting does not bring one.
@@ -145,10 +141,10 @@ def _fetch(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
 def _piece(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) -> None:
     """One answer of the server, appended to the file."""
     part = Path(file.name)
-    note = part.with_name(part.name + ".json")
-    have, known = file.seek(0, os.SEEK_END), _known(note)
-    if have and known.get("url") != url:
-        have = 0
+    note, known = part.with_name(part.name + ".json"), dict[str, Any]()
+    with suppress(OSError, ValueError):
+        known = json.loads(note.read_text())
+    have = file.seek(0, os.SEEK_END) if known.get("url") == url else 0
     request = urllib.request.Request(url, headers={"User-Agent": "lit-wm", "Accept-Encoding": "identity"})
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -165,8 +161,14 @@ def _piece(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
         file.truncate(0)
         raise http.client.HTTPException("the server has another file by now") from error
     with answer:
-        size, tag = _size(answer, have), _tag(answer)
         span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        size: int | None = None  # of the whole file, if the server says it
+        if span and span[2] != "*":
+            size = int(span[2])
+        elif length := answer.headers.get("Content-Length"):
+            size = int(length) + (have if answer.status == 206 else 0)
+        tag = answer.headers.get("ETag")  # tells this file from a later one: a strong one, else the date
+        tag = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified")
         same = size in (None, known.get("size")) and tag in (None, known.get("tag"))
         if have and (answer.status != 206 or not span or int(span[1]) != have or not same):
             have = 0  # the whole file comes, or another one than before
@@ -177,9 +179,8 @@ def _piece(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
         if "text/html" in answer.headers.get("Content-Type", ""):
             _refuse(url, part, "a web page (text/html)")
         if size is not None and (free := shutil.disk_usage(path.parent).free) < size - have:
-            raise DataError(
-                f"{path} needs {size - have:,} bytes, {path.parent} has {free:,} free; make room."
-            )
+            need = f"{path} needs {size - have:,} bytes"
+            raise DataError(f"{need}, {path.parent} has {free:,} free; make room.")
         note.write_text(json.dumps({"url": url, "size": size, "tag": tag}))
         while data := answer.read(_PIECE):
             if not have and (data[:64].lstrip()[:1] == b"<" or not data.startswith(magic)):
@@ -191,32 +192,12 @@ def _piece(url: str, path: Path, file: IO[bytes], magic: bytes, timeout: float) 
             raise http.client.IncompleteRead(b"", size - have)
 
 
-def _size(answer: Any, have: int) -> int | None:
-    """Size of the whole file, if the server says it."""
-    span = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    length = answer.headers.get("Content-Length")
-    return int(span[1]) if span else int(length) + (have if answer.status == 206 else 0) if length else None
-
-
-def _tag(answer: Any) -> str | None:
-    """What tells this file from a later one: a strong ETag, else the date."""
-    tag = answer.headers.get("ETag")
-    return tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified")
-
-
 def _refuse(url: str, part: Path, what: str) -> None:
     _forget(part)
     raise DataError(
         f"{url}: the server sent {what} instead of the data.\n"
         "  Open the address in a browser to see why; a proxy or a login page may stand in between."
     )
-
-
-def _known(note: Path) -> dict[str, Any]:
-    try:
-        return json.loads(note.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _forget(part: Path) -> None:
