@@ -29,13 +29,11 @@ _SKIP = "--on-bad skip_episode leaves these episodes out (in data.sources on_bad
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing: ``severity`` error, warning or note; ``check``, a name in :data:`CHECKS`; ``where``, source
-    and entry; and a sentence each of what was ``found``, its ``meaning``, and the ``fix``.
-    """
+    """One thing that is wrong, in sentences."""
 
-    severity: str
-    check: str
-    where: str
+    severity: str  # one of SEVERITIES
+    check: str  # a name in CHECKS
+    where: str  # source and entry
     found: str
     meaning: str
     fix: str
@@ -43,15 +41,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Model:
-    """What a model asks of data: rows of a training window; whether it ``crosses`` the ends of episodes; the
-    greatest value ``top`` in its bins, and their ``spacing`` after symlog.
-    """
+    """What a model asks of data."""
 
     name: str
-    window: int
-    crosses: bool
-    top: float
-    spacing: float
+    window: int  # rows of a training window
+    crosses: bool  # whether it runs across the ends of episodes
+    top: float  # greatest value in the bins
+    spacing: float  # of the bins after symlog
 
     def discount(self, limit: int | None) -> float:
         """Gamma by default, in episodes of up to ``limit`` steps."""
@@ -75,9 +71,7 @@ class Doctor:
         batch_length: rows of a training window; None for each model's own.
     """
 
-    def __init__(
-        self, uri: str, source: Source, models: Iterable[str] = MODELS, batch_length: int | None = None
-    ):
+    def __init__(self, uri: str, source: Source, models: Iterable[str] = MODELS, batch_length: Any = None):
         self.uri, self.source, self.batch_length = uri, source, batch_length
         self.models = [MODELS[name] for name in models]
         self._beyond = "error" if len(self.models) == 1 else "warning"  # what one model of several cannot use
@@ -90,7 +84,7 @@ class Doctor:
 
             self.limit = int(table()[source.meta["dataset_id"]]["steps"] or 0) or None
         self._bad: dict[str, tuple[int, DataError]] = {}
-        self._values = {m.name: np.array([0.0, np.inf, -np.inf]) for m in self.models}
+        self._values = {m.name: [0.0, np.inf, -np.inf] for m in self.models}
         self._steps, self._blocks = Sample(1 << 13), 0
 
     def add(self, check: str, entry: str = "", severity: str = "", **values: Any) -> None:
@@ -149,8 +143,7 @@ class Doctor:
             after = 0.0 if episode.terminated[-1] else float(reward.mean(dtype=np.float64)) / (1 - gamma)
             value = discounted(reward, gamma, after)
             old, size = self._values[model.name], max(np.abs(value).max(), np.abs(reward).max())
-            new = [max(old[0], size), min(old[1], value.min()), max(old[2], value.max())]
-            self._values[model.name] = np.array(new)
+            self._values[model.name] = [max(old[0], size), min(old[1], value.min()), max(old[2], value.max())]
         spaces = self.source.schema.spaces
         seen = [(s, episode.observation[k]) for k, s in spaces.obs.items() if not s.is_image]
         acts = [(s, episode.action[k]) for k, s in spaces.action.items()]
@@ -210,15 +203,14 @@ class Doctor:
         if low == high and (low == 0 or not any(self.survey.terminated)):
             return self.add("constant_reward", "reward", "note" * (low != 0), count=reward.count, low=low)
         for model in self.models:
-            most, least, greatest = self._values[model.name].tolist()
+            most, least, greatest = map(float, self._values[model.name])
             about: dict[str, Any] = {"gamma": model.discount(self.limit), "model": model.name}
             width = (min(abs(least), abs(greatest)) * (least * greatest > 0) + 1) * np.expm1(model.spacing)
             part = (greatest - least) / width
             if most > model.top:
                 scale = 10 ** np.floor(np.log10(model.top / most))
-                self.add(
-                    "two_hot_range", "reward", self._beyond, most=most, top=model.top, scale=scale, **about
-                )
+                about |= {"most": most, "top": model.top, "scale": scale}
+                self.add("two_hot_range", "reward", self._beyond, **about)
             elif part < 0.1 if most < 1 else part < 0.02:
                 how = f"shift: {-(low + high) / 2:.4g}"
                 how = f"scale: {10 ** np.round(-np.log10(most)):g}" if most < 1 else how
@@ -235,11 +227,10 @@ class Doctor:
         for key, spec in schema.spaces.action.items():
             numbers, where = self.survey.numbers[f"action {key}"], f"action {key!r}"
             if spec.is_discrete:
-                unused = [
-                    (f"{i}: " if spec.shape else "") + str(c) for i, c in np.argwhere(numbers.counts == 0)
-                ]
-                if unused:
-                    self.add("unused_classes", where, which=_some(unused), count=numbers.counts.size)
+                unused = np.argwhere(numbers.counts == 0)
+                if len(unused):
+                    which = _some(f"{i}: {c}" if spec.shape else c for i, c in unused)
+                    self.add("unused_classes", where, which=which, count=numbers.counts.size)
                 continue
             nobody = np.full(spec.shape, np.nan)
             low, high = (bounds.get(key, nobody).reshape(-1) for bounds in (schema.low, schema.high))
@@ -261,21 +252,19 @@ class Doctor:
 
     def _observations(self) -> None:
         for key, spec in self.source.schema.spaces.obs.items():
-            numbers, where, name = self.survey.numbers[f"observation {key}"], f"observation {key!r}", key
+            numbers, where = self.survey.numbers[f"observation {key}"], f"observation {key!r}"
             if not spec.is_image:
                 one = (numbers.counts > 0).sum(1) == 1 if spec.is_discrete else numbers.min == numbers.max
                 if one.any():
-                    self.add(
-                        "constant_column", where, which=_some(np.flatnonzero(one)), count=len(one), name=name
-                    )
+                    which = _some(np.flatnonzero(one))
+                    self.add("constant_column", where, which=which, count=len(one), name=key)
                 if len(spec.shape) == 3 and min(spec.shape[:2]) > 16 and not spec.is_discrete:
                     self.add("image_type", where, shape=spec.shape)
                 continue
             black, values = self.survey.black[key], np.flatnonzero(numbers.counts)
             if (spec.shape[0] > 16) == (spec.shape[2] > 16):
-                self.add(
-                    "image_layout", where, shape=spec.shape, axis="first" if spec.channels_first else "last"
-                )
+                axis = "first" if spec.channels_first else "last"
+                self.add("image_layout", where, shape=spec.shape, axis=axis)
             if len(values) == 1 or values[-1] == 1:
                 self.add("image_values", where, low=values[0], high=values[-1])
             elif black:
@@ -306,10 +295,8 @@ def examine(sources: Sequence[Doctor], tell: Callable[[int, int, int], None] | N
 def unreadable(uri: str, error: DataError) -> Finding:
     """A source that cannot be opened."""
     first, *rest = str(error).splitlines()
-    fix = " ".join(line.strip() for line in rest)
-    return Finding(
-        "error", "unreadable", uri, first, CHECKS["unreadable"]["meaning"], fix or "see what was found"
-    )
+    fix = " ".join(map(str.strip, rest)) or "see what was found"
+    return Finding("error", "unreadable", uri, first, CHECKS["unreadable"]["meaning"], fix)
 
 
 def discounted(reward: np.ndarray, gamma: float, after: float) -> np.ndarray:

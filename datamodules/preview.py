@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -56,9 +55,8 @@ def preview(source: Source, path: Path, episodes: int = 8, entry: str | None = N
         frames = np.moveaxis(frames, 1, -1) if spec.channels_first else frames
         rows.append(rgb(torch.from_numpy(np.array(frames[:_LENGTH]))).numpy())
     if not rows:
-        raise DataError(
-            f"no episode to show. {' '.join(source.report.notes[:1])}\n  See `lit-wm data doctor`."
-        )
+        why = " ".join(source.report.notes[:1])
+        raise DataError(f"no episode to show. {why}\n  See `lit-wm data doctor`.")
     if kind == ".gif":
         video = [_joined([x[min(t, len(x) - 1)] for x in rows]) for t in range(max(map(len, rows)))]
         return write_gif(path, torch.from_numpy(np.stack(video)))
@@ -66,8 +64,7 @@ def preview(source: Source, path: Path, episodes: int = 8, entry: str | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     Image.fromarray(sheet).save(part, "PNG")
-    os.replace(part, path)
-    return path
+    return part.replace(path)
 
 
 def _joined(pictures: Sequence[np.ndarray] | np.ndarray, axis: int = 1) -> np.ndarray:
@@ -91,9 +88,8 @@ def _curves(episode: Episode, names: list[str]) -> np.ndarray:
         value, low, high = value.reshape(len(value), -1)[:, :6], float(value.min()), float(value.max())
         picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
         draw = ImageDraw.Draw(picture)
-        draw.text(
-            (2, 1), f"{name}  {low:.4g} to {high:.4g}".encode("latin-1", "replace").decode("latin-1"), "black"
-        )
+        title = f"{name}  {low:.4g} to {high:.4g}".encode("latin-1", "replace").decode("latin-1")
+        draw.text((2, 1), title, "black")
         x = np.linspace(0, _WIDTH - 1, len(value))
         y = 14 + (_HEIGHT - 15) * (1 - (value - low) / ((high - low) or 1))
         for column, colour in zip(y.T, _COLOURS, strict=False):

@@ -191,10 +191,8 @@ class Played(Source):
 
 
 def minari_folder(dataset_id: str, root: Path | None, overwrite: bool) -> Path:
-    """Where a new dataset will lie: ``ROOT/ID``, the root as Minari finds it unless given.
-
-    Raises:
-        ConfigError: for an id that Minari does not take, or one that exists already.
+    """Where a new dataset will lie: ``ROOT/ID``, the root as Minari finds it unless given. Raises ConfigError
+    for an id that Minari does not take, or one that exists already.
     """
     from minari.dataset.minari_dataset import parse_dataset_id
     from minari.storage.datasets_root_dir import get_dataset_path
@@ -217,10 +215,8 @@ def minari_folder(dataset_id: str, root: Path | None, overwrite: bool) -> Path:
 def replacing(final: Path, beside: Path) -> Iterator[Path]:
     """The path of a folder to make, under ``beside``; it becomes ``final``, or is gone after an error.
 
-    A kill leaves ``final`` as it was; what it leaves of the new folder goes with the next attempt.
-
-    Raises:
-        DataError: while another process does the same.
+    A kill leaves ``final`` as it was; what it leaves of the new folder goes with the next attempt. Raises
+    DataError while another process does the same.
     """
     name = quote(str(final.relative_to(beside)), safe="")
     part, old = beside / f".{name}.part", beside / f".{name}.old"
@@ -300,10 +296,8 @@ def write_minari(
 
 
 def write_played(source: Played, folder: Path) -> Cache:
-    """Write a source as rows; a folder that is there is replaced.
-
-    Raises:
-        DataError: as :func:`~datamodules.cache.write_rows`, and while another process writes the same folder.
+    """Write a source as rows; a folder that is there is replaced. Raises DataError as
+    :func:`~datamodules.cache.write_rows` does, and while another process writes the same folder.
     """
     folder = folder.expanduser().absolute()
     with replacing(folder, folder.parent) as work:

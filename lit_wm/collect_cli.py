@@ -14,16 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from datamodules.record import (
-    Played,
-    Policy,
-    Take,
-    minari_folder,
-    play,
-    portable,
-    write_minari,
-    write_played,
-)
+from datamodules.record import Played, Policy, Take, minari_folder, play, portable, write_minari, write_played
 from lit_wm import __version__
 from lit_wm.callbacks.evaluate import Interrupts
 from lit_wm.callbacks.progress import RLProgressBar
@@ -61,21 +52,17 @@ def collect_parser() -> Parser:
         ("device", str, "cuda" if cuda else "cpu", "cpu|cuda", "where the model runs; cuda if there is one"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
-    help_text = "options of the environment, as K=V or '{K: V}'; the training's if --env is not given"
-    parser.add_argument("--env-options", nargs="+", metavar="K=V", help=help_text)
-    mode_help = "how a checkpoint acts: as in evaluations or as in training (eval)"
-    parser.add_argument("--mode", choices=["eval", "train"], default="eval", help=mode_help)
+    meaning = "options of the environment, as K=V or '{K: V}'; the training's if --env is not given"
+    parser.add_argument("--env-options", nargs="+", metavar="K=V", help=meaning)
+    meaning = "how a checkpoint acts: as in evaluations or as in training (eval)"
+    parser.add_argument("--mode", choices=["eval", "train"], default="eval", help=meaning)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def env_options_of(given: list[str]) -> dict[str, Any]:
-    """Options from ``K=V`` or YAML.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """Options from ``K=V`` or YAML. Raises ConfigError for anything else."""
     options: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -87,11 +74,7 @@ def env_options_of(given: list[str]) -> dict[str, Any]:
 
 
 def rows_folder(path: str, overwrite: bool) -> Path:
-    """Where new rows will lie.
-
-    Raises:
-        ConfigError: if something else does.
-    """
+    """Where new rows will lie. Raises ConfigError if something else does."""
     folder = Path(path).expanduser()
     if folder.exists() and not (overwrite and (folder / "rows.json").exists()):
         what = "--overwrite replaces rows only" if overwrite else "Give another one, or --overwrite"
@@ -115,10 +98,8 @@ def policy_of(given: Any, env: Any, env_id: str, module: Any, trained_in: str | 
 
 
 def collect(argv: list[str]) -> int:
-    """``lit-wm collect``: play, write, say how to look at it.
-
-    Raises:
-        LitWMError: anything the user can fix; Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
+    """``lit-wm collect``: play, write, say how to look at it. Raises LitWMError for anything the user can
+    fix, Interrupted by Ctrl-C or SIGTERM, and then nothing is written.
     """
     given = collect_parser().parse_args(argv)
     check_numbers(given, {"episodes": 1, "num_envs": 1, "seed": 0, "epsilon": 0, "max_steps": 1})
@@ -129,11 +110,8 @@ def collect(argv: list[str]) -> int:
     scheme, _, target = (given.out or "").partition(":")
     if scheme not in ("minari", "rows") or not target:
         raise ConfigError(f"--out {given.out}: expected minari:ID (cartpole/random-v0) or rows:PATH")
-    folder = (
-        minari_folder(target, given.root, given.overwrite)
-        if scheme == "minari"
-        else rows_folder(target, given.overwrite)
-    )
+    folder = rows_folder(target, given.overwrite) if scheme == "rows" else minari_folder(
+        target, given.root, given.overwrite)  # fmt: skip
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"--out {given.out}: {folder} cannot be written: give a folder that is yours")
@@ -151,11 +129,9 @@ def collect(argv: list[str]) -> int:
     env_id = given.env or about["env"]
     if env_id is None:
         raise ConfigError(f"in which environment? --policy {given.policy} does not say: give --env ID")
+    options = (about["env_options"] or {}) if env_id == about["env"] else {}
     if given.env_options is not None:
         options = env_options_of(given.env_options)
-    else:
-        options = about["env_options"] or {} if env_id == about["env"] else {}
-
     envs = [make_env(env_id, **options) for _ in range(min(given.num_envs, given.episodes))]
     ends: list[tuple[float, int, bool]] = []  # return, length and whether it terminated, by episode
     bar = RLProgressBar()
@@ -166,25 +142,18 @@ def collect(argv: list[str]) -> int:
 
             def takes() -> Iterator[Take]:
                 for take in play(
-                    envs,
-                    policy,
-                    given.episodes,
-                    given.seed,
-                    raw=shown is not envs[0],
-                    device=given.device,
-                    max_steps=given.max_steps,
-                    epsilon=given.epsilon,
+                    envs, policy, given.episodes, given.seed, raw=shown is not envs[0], device=given.device,
+                    max_steps=given.max_steps, epsilon=given.epsilon,
                     stop=lambda: signals.number is not None,
                     progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
-                ):
+                ):  # fmt: skip
                     yield take
                     ends.append((float(take.reward.sum()), len(take.reward), bool(take.terminated[-1])))
                 signals.check(len(ends), given.episodes)
 
             # The folder of a checkpoint says nothing to those who read the dataset elsewhere.
-            named = {
-                f"{flag}{given.policy}": f"{flag}{Path(given.policy).name}" for flag in ("", "--policy=")
-            }
+            full, name = given.policy, Path(given.policy).name
+            named = {full: name, f"--policy={full}": f"--policy={name}"}
             command = shlex.join(["lit-wm", "collect", *(named.get(word, word) for word in argv)])
             about_it = f"{given.episodes} episodes of {env_id}, {who}. lit-wm {__version__}: {command}"
             meta = {"env_id": env_id, "env_options": options, "description": about_it}

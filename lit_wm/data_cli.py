@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from datamodules.cache import Cache
 
 Verb = Callable[[argparse.Namespace], int]
-VERBS: dict[str, tuple[Verb, str, tuple[tuple[tuple[str, ...], dict[str, Any]], ...]]] = {}
+Option = tuple[tuple[str, ...], dict[str, Any]]
+VERBS: dict[str, tuple[Verb, str, tuple[Option, ...]]] = {}
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,12 +37,12 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}\nAll options: {self.prog} --help")
 
 
-def option(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def option(*names: str, **settings: Any) -> Option:
     """An option of one verb, as ``add_argument`` takes it."""
     return names, settings
 
 
-def verb(name: str, meaning: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Callable[[Verb], Verb]:
+def verb(name: str, meaning: str, *options: Option) -> Callable[[Verb], Verb]:
     """Decorator: make a function a verb of ``lit-wm data``, with options beside those that all verbs have."""
 
     def add(function: Verb) -> Verb:
@@ -52,11 +53,8 @@ def verb(name: str, meaning: str, *options: tuple[tuple[str, ...], dict[str, Any
 
 
 def main(argv: list[str]) -> int:
-    """Run ``lit-wm data`` with the arguments behind it.
-
-    Raises:
-        ConfigError: for verbs, options and sources that do not exist.
-        DataError: for data that cannot be used.
+    """Run ``lit-wm data`` with the arguments behind it. Raises ConfigError for verbs, options and sources
+    that do not exist, DataError for data that cannot be used.
     """
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:<9}{meaning}" for name, (_, meaning, _) in VERBS.items()]
@@ -86,11 +84,7 @@ _SOURCE = "minari:ID, d4rl:NAME, hdf5:PATH, npz:PATH, tdmpc2:PATTERN, torchrl:PA
 
 
 def uri_of(source: str) -> str:
-    """The source, if it is a URI.
-
-    Raises:
-        ConfigError: if not; a path that is there gets the URI to write for it.
-    """
+    """The source, if it is a URI, else a ConfigError; for a path that is there with the URI to write."""
     if Path(source).exists():
         raise ConfigError(f"{source} is a path; expected a URI.\n  Write {find_uri(source)}")
     parse_uri(source)
@@ -168,18 +162,10 @@ def verify(given: argparse.Namespace) -> int:
             root = Path(rest).expanduser().parent
             uri, on_bad, options = caches.origin(rest)
         cache, repaired = caches.ingest(uri, root, on_bad, progress(given), replace=True, **options), True
-    plain = {
-        "cache": str(cache.folder),
-        "files": len(cache.files),
-        "bytes": cache.bytes,
-        "repaired": repaired,
-    }
+    folder, count = str(cache.folder), len(cache.files)
+    plain = {"cache": folder, "files": count, "bytes": cache.bytes, "repaired": repaired}
     state = "damaged, and written again" if repaired else "as written"
-    show(
-        given,
-        plain,
-        [("cache", plain["cache"]), ("files", f"{len(cache.files)}, {_size(cache.bytes)}, {state}")],
-    )
+    show(given, plain, [("cache", folder), ("files", f"{count}, {_size(cache.bytes)}, {state}")])
     return 0
 
 
@@ -204,17 +190,18 @@ def doctor(given: argparse.Namespace) -> int:
             found.append(unreadable(uri, error))
     found += examine(doctors, progress(given))
     counts = {severity: sum(f.severity == severity for f in found) for severity in SEVERITIES}
+    status = int(counts["error"] > 0)
     if given.json:
         steps = {d.uri: {"episodes": len(d.survey.steps), "steps": sum(d.survey.steps)} for d in doctors}
         show(given, {"findings": [asdict(f) for f in found], "counts": counts, "sources": steps}, [])
-    for f in [] if given.json else found:
+        return status
+    for f in found:
         where = f.where.removeprefix(given.source).removeprefix(": ") if not given.others else f.where
         print(f"{f.severity}: {f.check.replace('_', ' ')}{where and f', {where}'}")
         print(f"  found  {f.found}\n  means  {f.meaning}\n  mend   {f.fix}")
-    if not given.json:
-        said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
-        print(f"{said} in {sum(len(d.survey.steps) for d in doctors):,} episodes")
-    return int(counts["error"] > 0)
+    said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
+    print(f"{said} in {sum(len(d.survey.steps) for d in doctors):,} episodes")
+    return status
 
 
 @verb("stats", "say mean, deviation, range and quantiles of every entry, or how often each class is")
@@ -231,7 +218,7 @@ def stats(given: argparse.Namespace) -> int:
         raise DataError(f"{given.source}: there is no episode with a step in it.")
     plain = {"uri": given.source, **survey.to_plain()}
     lines = [("source", given.source), ("episodes", f"{plain['episodes']:,}, {plain['steps']:,} steps")]
-    head = [name for name in ("mean", "std", "min", "q01", "q50", "q99", "max")]
+    head = ["mean", "std", "min", "q01", "q50", "q99", "max"]
     lines.append(("", "".join(f"{name:>11}" for name in head)))
     for name, entry in plain["entries"].items():
         lines += _table(name, entry, head)
@@ -269,22 +256,18 @@ def _table(name: str, entry: dict[str, Any], head: list[str]) -> list[tuple[str,
     """Lines of one entry, up to 32 elements of it."""
     if "classes" in entry:
         rows = entry["classes"] if isinstance(entry["classes"][0], list) else [entry["classes"]]
-        return [
-            (name if i == 0 else "", "  " + ", ".join(f"{c}: {n:,}" for c, n in enumerate(row) if n))
-            for i, row in enumerate(rows[:32])
-        ]
+        texts = ["  " + ", ".join(f"{c}: {n:,}" for c, n in enumerate(row) if n) for row in rows[:32]]
+        return [(name * (i == 0), text) for i, text in enumerate(texts)]
     rows = list(zip(*(np.ravel(entry[key]).tolist() for key in head), strict=True))
-    lines = [("".join(f"{x:>11.4g}" for x in row)) for row in rows[:32]]
+    lines = ["".join(f"{x:>11.4g}" for x in row) for row in rows[:32]]
     names = [f"{name}[{i}]" if len(rows) > 1 else name for i in range(len(lines))]
     more = [("", f"... {len(rows) - 32} more, see --json")] if len(rows) > 32 else []
     return [*zip(names, lines, strict=True), *more]
 
 
 def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]:
-    """What ``inspect --json`` prints, of a cache or of a source, which is read for it.
-
-    Raises:
-        DataError: if there is no episode, or a bad one.
+    """What ``inspect --json`` prints, of a cache or of a source, which is read for it. Raises DataError if
+    there is no episode, or a bad one.
     """
     from datamodules.cache import Cache, lost_reward, plan_size
 
@@ -306,24 +289,16 @@ def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]
     if not meta.get("no_reward") and (sentence := lost_reward(given.source, report, returns)):
         print(f"warning: {sentence}", file=sys.stderr)
     schema = source.schema.to_plain()
-    action = {
-        k: {**spec, "low": schema["low"].get(k), "high": schema["high"].get(k)}
-        for k, spec in schema["spaces"]["action"].items()
-    }
+    spaces = {"observation": schema["spaces"]["obs"], "action": schema["spaces"]["action"]}
+    for name, spec in spaces["action"].items():
+        spec |= {bound: schema[bound].get(name) for bound in ("low", "high")}
+    ended = int(terminated.sum())
     return {
-        "uri": given.source,
-        "episodes": len(steps),
-        "steps": int(steps.sum()),
-        "terminations": int(terminated.sum()),
-        "truncations": int((~terminated).sum()),
-        "lengths": _statistics(steps),
-        "returns": None if meta.get("no_reward") else _statistics(returns),
-        "spaces": {"observation": schema["spaces"]["obs"], "action": action},
-        "env_id": meta.get("env_id"),
-        "meta": meta,
-        "report": report,
-        "bytes": size,
-    }
+        "uri": given.source, "episodes": len(steps), "steps": int(steps.sum()),
+        "terminations": ended, "truncations": len(steps) - ended, "lengths": _statistics(steps),
+        "returns": None if meta.get("no_reward") else _statistics(returns), "spaces": spaces,
+        "env_id": meta.get("env_id"), "meta": meta, "report": report, "bytes": size,
+    }  # fmt: skip
 
 
 def described(plain: dict[str, Any]) -> list[tuple[str, str]]:
@@ -375,7 +350,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return list(map(_finite, value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
