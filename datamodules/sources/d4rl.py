@@ -9,6 +9,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodules.download import command, download, verify
 from datamodules.sources import register
@@ -27,10 +28,7 @@ _FAMILIES = {
         "timeouts of antmaze v0 are out of step with the resets (D4RL issue 77): both end episodes; terminals"
         " repeat at the goal while the ant walks on, and end nothing",
     ),
-    "ant_maze": (
-        "timeouts",
-        "terminals repeat at the goal while the ant walks on: episodes end at timeouts",
-    ),
+    "ant_maze": ("timeouts", "terminals repeat at the goal while the ant walks on: timeouts end episodes"),
     "maze2d": (
         None,
         "timeouts mark a new goal, the ball moves on from there (D4RL issue 85); rewards come one step late "
@@ -59,30 +57,21 @@ class D4RL(HDF5):
     """
 
     def __init__(
-        self,
-        rest: str,
-        download: bool = False,
-        cache_dir: str | Path | None = None,
-        sha256: str | None = None,
-        last_obs: str | None = None,
-        dones_are: str = "ends",
-        episode_length: int | None = None,
-        split: str | None = None,
-        classes: int | None = None,
+        self, rest: str, download: bool = False, cache_dir: str | Path | None = None,
+        sha256: str | None = None, last_obs: str | None = None, dones_are: str = "ends",
+        episode_length: int | None = None, split: str | None = None, classes: int | None = None,
         drop: str | Sequence[str] = (),
-    ):
+    ):  # fmt: skip
         known = table()
-        if rest not in known:
+        if (row := known.get(rest)) is None:
             raise DataError(
                 f"d4rl: {rest!r} is no D4RL dataset{nearest(rest, list(known))}\n"
                 f"  There are {len(known)} of them; a file of another name opens as hdf5:PATH."
             )
-        row = known[rest]
         path = find(BASE + row["file"], download, cache_dir, sha256)
         family = row["file"].split("/")[0]
-        rule, note = _FAMILIES.get(family) or next(
-            (facts for name, facts in _FAMILIES.items() if family.startswith(name)), (None, "")
-        )
+        named = (facts for name, facts in _FAMILIES.items() if family.startswith(name))
+        rule, note = next(named, (None, ""))
         if split is None and episode_length is None:
             with open_hdf5(path) as file:
                 cut = row["steps"] and not any(name in file for name in (*NAMES["truncated"], "episode_0"))
@@ -107,13 +96,9 @@ def table() -> dict[str, dict[str, str]]:
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
-def find(
-    url: str, fetch: bool = False, cache_dir: str | Path | None = None, sha256: str | None = None
-) -> Path:
-    """The local file of a URL: in ``cache_dir``, else where d4rl keeps it.
-
-    Raises:
-        DataError: if it is not there and may not be fetched, with the command that fetches it.
+def find(url: str, fetch: bool = False, cache_dir: Any = None, sha256: str | None = None) -> Path:
+    """The local file of a URL: in ``cache_dir``, else where d4rl keeps it. Raises DataError if it is not
+    there and may not be fetched, with the command that fetches it.
     """
     name = url.rsplit("/", 1)[1]
     given = [cache_dir, os.environ.get("D4RL_DATASET_DIR"), "~/.d4rl/datasets"]

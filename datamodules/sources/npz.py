@@ -277,10 +277,8 @@ class Member:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[dict[str, Member]]:
-    """The arrays of a file by name; those that were read are checked to the end when the block ends.
-
-    Raises:
-        DataError: if the file is absent, truncated, no npz, or holds pickled objects.
+    """The arrays of a file by name; those that were read are checked to the end when the block ends. Raises
+    DataError if the file is absent, truncated, no npz, or holds pickled objects.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist.")

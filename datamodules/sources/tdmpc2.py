@@ -35,9 +35,7 @@ class _Table(dict):
 
 
 def _make(cls: type[_Table], state: dict[str, Any]) -> _Table:
-    table = cls()
-    table.__setstate__(state)
-    return table
+    return cls(state.get("_tensordict", state))
 
 
 _MODULES = ("_td", "tensordict", "utils")
@@ -91,18 +89,16 @@ class TDMPC2(Source):
         action = Spec("float32", shapes[0][1]["action"][0][1:])
         known = None
         for name, listed in TASK_SETS.items():
-            sizes = (max(t.obs for t in listed),), (max(t.action for t in listed),)
-            steps = {t.episode_length for t in listed[-1:]}
-            if sizes == (tuple(width), action.shape) and steps == {rows - 1}:
+            sizes = [max(t.obs for t in listed)], (max(t.action for t in listed),), listed[-1].episode_length
+            if sizes == (width, action.shape, rows - 1):
                 known = name
-        names = self._task_names(tasks if tasks is not None else known)
-        self._names = names
+        self._names = self._task_names(tasks if tasks is not None else known)
         bounds = {"action": np.ones(action.shape)} if known or isinstance(tasks, str) else {}
         obs = {"obs": Spec("uint8" if image else "float32", tuple(width))}
         unbounded = () if bounds else ("action",)
         self.schema = Schema(Spaces(obs, {"action": action}, rows - 1, unbounded),
                              {k: -v for k, v in bounds.items()}, bounds)  # fmt: skip
-        self.meta = {"format": "tdmpc2", "tasks": names}
+        self.meta = {"format": "tdmpc2", "tasks": self._names}
 
     def _task_names(self, tasks: str | Sequence[str] | None) -> list[str]:
         if isinstance(tasks, str):
@@ -120,9 +116,8 @@ class TDMPC2(Source):
         """Episodes of a file; by column the shape (T+1, ...) of one and the type."""
         table = self._load(path)
         if missing := [key for key in ("obs", "action", "reward") if key not in table]:
-            raise DataError(
-                f"{path} has no {missing[0]!r}; found: {', '.join(map(str, table)) or 'nothing'}."
-            )
+            has = ", ".join(map(str, table)) or "nothing"
+            raise DataError(f"{path} has no {missing[0]!r}; found: {has}.")
         kept = {k: table[k] for k in ("obs", "action", "reward", "task", "terminated") if k in table}
         heads = {k: tuple(v.shape[:2]) for k, v in kept.items()}
         if len(set(heads.values())) > 1 or min(v.ndim for v in kept.values()) < 2:
@@ -180,7 +175,9 @@ class TDMPC2(Source):
                 # A new map for each block: what the last one touched no longer counts as our memory.
                 table = self._load(path)
                 for i in range(start, min(start + step, count)):
-                    rows = {k: np.array(_plain(table[k][i]).numpy()) for k in self._keys}
+                    parts = {k: table[k][i] for k in self._keys}
+                    rows = {k: np.array((v.float() if v.dtype == torch.bfloat16 else v).numpy())
+                            for k, v in parts.items()}  # fmt: skip
                     yield self._episode(rows, f"{path.name}, episode {i}")
 
     def _episode(self, rows: dict[str, np.ndarray], where: str) -> Episode:
@@ -195,20 +192,8 @@ class TDMPC2(Source):
         truncated = np.zeros(length - 1, np.bool_)
         terminated = rows.get("terminated", np.zeros(length))[1:length]
         truncated[-1:] = not terminated[-1:].any()
-        return Episode(
-            {"obs": obs[:length]},
-            {"action": rows["action"][1:length]},
-            rows["reward"][1:length],
-            terminated,
-            truncated,
-            where,
-            task=int(task[0]),
-        )
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    """In a type that NumPy has."""
-    return value.float() if value.dtype == torch.bfloat16 else value
+        action, reward = {"action": rows["action"][1:length]}, rows["reward"][1:length]
+        return Episode({"obs": obs[:length]}, action, reward, terminated, truncated, where, task=int(task[0]))
 
 
 def _number(path: Path) -> tuple[str, int, str]:
