@@ -20,7 +20,6 @@ import re
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,35 +29,19 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-import torch
 from tensordict import TensorDict
 
-from datamodules.episodes import Episode, Schema, Source, checked
+from datamodules import writing
+from datamodules.episodes import Schema, Source, checked
 from datamodules.files import sync_directory, write_json
-from datamodules.rows import row_key, row_specs
 from datamodules.sources import open_source, parse_uri
 from lit_wm.errors import ConfigError, DataError
-from lit_wm.types import Spaces, Spec
 
 LAYOUT = 1  # of the folder; caches of another layout are refused
-Key = tuple[str, ...]
 Progress = Callable[[int, int, int], None]  # episodes and steps so far, bytes expected in all
 
-_BLOCK = 64 << 20  # bytes under one checksum
-_BUFFER = 32 << 20  # bytes of episodes that are written together
 _WHOLE = 1 << 30  # larger files are known by samples of their content
 _LOCAL = ("download", "cache_dir", "root")  # options that say where the data lie, not what they are
-_RESERVED = ("shape", "device", "_type")  # of TensorDict's meta.json
-_EPISODE = {
-    "start": Spec("int64", ()),
-    "length": Spec("int64", ()),
-    "return": Spec("float64", ()),
-    "terminated": Spec("bool", ()),
-    "fake_last": Spec("bool", ()),
-    "seed": Spec("int64", ()),
-    "task": Spec("int16", ()),
-    "crc": Spec("uint32", ()),
-}
 _TEMPORARY = re.compile(r"(.+)\.tmp-\d+-[0-9a-f]{8}")  # what a writer's folder or file is called
 _log = logging.getLogger(__name__)
 
@@ -119,11 +102,12 @@ class Cache:
                 found = "is missing" if size is None else f"has {size:,} bytes"
                 raise DataError(f"{what} {found}, expected {facts['bytes']:,}:\n  {mend}")
             if full:
-                for i, (crc, block) in enumerate(zip(facts["crc"], _blocks(path, _BLOCK), strict=True)):
-                    if zlib.crc32(block) != crc:
+                for i, pair in enumerate(zip(facts["crc"], writing.block_crcs(path), strict=True)):
+                    if pair[0] != pair[1]:
+                        start, stop = i * writing.BLOCK, min((i + 1) * writing.BLOCK, facts["bytes"])
                         raise DataError(
-                            f"{what} is not what was written: bytes {i * _BLOCK:,} to "
-                            f"{i * _BLOCK + len(block):,} do not match their checksum:\n  {mend}"
+                            f"{what} is not what was written: bytes {start:,} to {stop:,} do not match their "
+                            f"checksum:\n  {mend}"
                         )
 
 
@@ -173,17 +157,6 @@ def origin(folder: str | Path) -> tuple[str, str, dict[str, Any]]:
     if not facts.get("uri"):
         raise DataError(f"cache {folder} was not written from a source, so that it cannot be written again.")
     return facts["uri"], facts["on_bad"], facts["options"]
-
-
-def plan_size(source: Source) -> int:
-    """Bytes that the rows of a source will take: exact if it says how many steps it has, else the size of its
-    files.
-    """
-    if source.total_steps is None:
-        return sum(path.stat().st_size for path in source.files)
-    row = sum(_width(spec) for spec in row_specs(source.schema.spaces).values())
-    episodes = source.total_episodes or 0
-    return (source.total_steps + episodes) * row + episodes * sum(map(_width, _EPISODE.values()))
 
 
 def find_cache(
@@ -341,7 +314,7 @@ class _Identity:
                 whole.update(f"{path.relative_to(common)}\0{stamp[1]}\0".encode())
             one, size = hashlib.blake2b(digest_size=16), stamp[1]
             if size <= _WHOLE:
-                for block in _blocks(path, 4 << 20):
+                for block in writing.blocks(path, 4 << 20):
                     if self.stop:
                         raise InterruptedError
                     one.update(block)
@@ -393,152 +366,6 @@ class _Identity:
         }  # fmt: skip
 
 
-class _Table:
-    """Columns of a memory-mapped TensorDict, written through files and not through the maps: a full disk is
-    then an error, and not the end of the process.
-    """
-
-    def __init__(self, folder: Path, specs: Mapping[Key, Spec]):
-        folder.mkdir(exist_ok=True)
-        self.folder, self.specs, self.rows = folder, specs, 0
-        self.parts = {key: folder / f"{i}.part" for i, key in enumerate(specs)}
-        self.handles = {key: open(path, "wb") for key, path in self.parts.items()}  # noqa: SIM115
-        self.crcs: dict[Key, list[int]] = {key: [] for key in specs}
-        self.sizes = dict.fromkeys(specs, 0)
-
-    def append(self, columns: Mapping[Key, np.ndarray]) -> None:
-        """Append rows."""
-        for key, spec in self.specs.items():
-            value = np.ascontiguousarray(columns[key], spec.dtype)
-            data = value.reshape(-1).view(np.uint8).data
-            while len(data):
-                at = self.sizes[key] % _BLOCK
-                part, data = data[: _BLOCK - at], data[_BLOCK - at :]
-                crcs = self.crcs[key]
-                if at == 0:
-                    crcs.append(0)
-                crcs[-1] = zlib.crc32(part, crcs[-1])
-                self.handles[key].write(part)
-                self.sizes[key] += len(part)
-        self.rows += len(value)
-
-    def finish(self) -> dict[Path, dict[str, Any]]:
-        """Sync, and let TensorDict say the names of the files and write its ``meta.json``."""
-        for handle in self.handles.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.close()
-        like = TensorDict({}, [1])
-        for key, spec in self.specs.items():
-            like[key] = torch.empty((1, *spec.shape), dtype=getattr(torch, spec.dtype))
-        like = like.expand(self.rows).memmap_like(self.folder)  # files with holes, replaced by ours
-        files = {}
-        for key, part in self.parts.items():
-            path = Path(like[key].filename)
-            os.replace(part, path)
-            path.chmod(0o444)
-            files[path] = {"bytes": self.sizes[key], "crc": self.crcs[key]}
-        return files
-
-    def close(self) -> None:
-        """Close the files."""
-        for handle in self.handles.values():
-            handle.close()
-
-
-class _Writer:
-    """Episodes to rows."""
-
-    def __init__(self, folder: Path, spaces: Spaces):
-        for name in (*spaces.obs, *spaces.action):
-            if name in _RESERVED:
-                raise DataError(f"an entry is called {name!r}, which TensorDict keeps for itself.\n"
-                                "  Leave it out or rename it in the source.")  # fmt: skip
-        self.spaces, self.folder, self.no_reward = spaces, folder, False
-        self.rows = _Table(folder, row_specs(spaces))
-        self.table = _Table(folder / "episodes", {(k,): v for k, v in _EPISODE.items()})
-        self.pending: list[Episode] = []
-        self.bytes = self.steps = 0
-
-    def add(self, episode: Episode) -> None:
-        """Append an episode; only a few MB of them are held."""
-        size = sum(v.nbytes for v in (*episode.observation.values(), *episode.action.values()))
-        if self.bytes + size > _BUFFER:
-            self.flush()
-        self.pending.append(episode)
-        self.bytes += size
-        self.steps += episode.steps
-
-    def flush(self) -> None:
-        """Write what is held."""
-        episodes, self.pending, self.bytes = self.pending, [], 0
-        if not episodes:
-            return
-        length = np.array([e.steps + 1 for e in episodes])
-        stop = np.cumsum(length)
-        start, last, n = stop - length, stop - 1, int(stop[-1])
-        task = np.array([e.task for e in episodes])
-        valid = np.ones(n, np.bool_)
-        valid[last] = False
-        terminated, truncated, init = np.zeros((3, n), np.bool_)
-        terminated[last - 1] = [e.terminated[-1] for e in episodes]
-        truncated[last - 1] = [e.truncated[-1] for e in episodes]
-        init[start] = True
-
-        def joined(arrays: list[np.ndarray]) -> np.ndarray:
-            return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-        def steps(arrays: list[np.ndarray], spec: Spec) -> np.ndarray:
-            column = np.zeros((n, *spec.shape), spec.dtype)
-            column[valid] = joined(arrays)
-            return column
-
-        self.no_reward |= any(e.reward is None for e in episodes)
-        rewards = [np.zeros(e.steps, np.float32) if e.reward is None else e.reward for e in episodes]
-        columns: dict[Key, np.ndarray] = {
-            row_key("observation", k, self.spaces.obs): joined([e.observation[k] for e in episodes])
-            for k in self.spaces.obs
-        }
-        for k, spec in self.spaces.action.items():
-            columns[row_key("action", k, self.spaces.action)] = steps([e.action[k] for e in episodes], spec)
-        columns["next", "reward"] = steps(rewards, Spec("float32", ()))
-        columns |= {("next", "terminated"): terminated, ("next", "truncated"): truncated}
-        columns |= {("next", "done"): terminated | truncated, ("is_init",): init, ("valid",): valid}
-        columns["episode",] = np.repeat(self.table.rows + np.arange(len(episodes)), length)
-        columns["step",] = np.arange(n) - np.repeat(start, length)
-        columns |= {("source",): np.zeros(n, np.int16), ("task",): np.repeat(task, length)}
-        table = {
-            "start": self.rows.rows + start,
-            "length": length,
-            "return": np.array([r.sum(dtype=np.float64) for r in rewards]),
-            "terminated": terminated[last - 1],
-            "fake_last": np.array([e.fake_last for e in episodes]),
-            "seed": np.array([-1 if e.seed is None else e.seed for e in episodes]),
-            "task": task,
-            "crc": np.array([_episode_crc(e, r) for e, r in zip(episodes, rewards, strict=True)]),
-        }
-        self.rows.append(columns)
-        self.table.append({(k,): v for k, v in table.items()})
-
-    def finish(self) -> dict[str, Any]:
-        """Sync all; the part of ``rows.json`` that comes from here."""
-        self.flush()
-        if not self.table.rows:
-            raise DataError("there is no episode with a step in it.")
-        files = {**self.rows.finish(), **self.table.finish()}
-        for path in self.folder.rglob("meta.json"):
-            blocks = list(_blocks(path, _BLOCK))
-            files[path] = {"bytes": sum(map(len, blocks)), "crc": [zlib.crc32(block) for block in blocks]}
-            sync_directory(path)
-        plain = {str(path.relative_to(self.folder)): files[path] for path in sorted(files)}
-        return {"episodes": self.table.rows, "steps": self.steps, "rows": self.rows.rows, "files": plain}
-
-    def close(self) -> None:
-        """Close the files."""
-        self.rows.close()
-        self.table.close()
-
-
 def _write(
     root: Path,
     name: str,
@@ -548,7 +375,7 @@ def _write(
     finish: Callable[[], tuple[Path, dict[str, Any]]],
 ) -> Cache:
     """Stream a source into a new folder and rename it to what ``finish`` says."""
-    planned, free = plan_size(source), shutil.disk_usage(root).free
+    planned, free = writing.plan_size(source), shutil.disk_usage(root).free
     if planned > free:
         raise DataError(
             f"{root}: the rows need {planned / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free.\n"
@@ -560,7 +387,7 @@ def _write(
     part.mkdir()
     writer = None
     try:
-        writer = _Writer(part, source.schema.spaces)
+        writer = writing.RowWriter(part, source.schema.spaces)
         for number, episode in enumerate(checked(source, on_bad), 1):
             writer.add(episode)
             if progress:
@@ -678,20 +505,3 @@ def _counts(source: Source) -> str:
     counts = ", ".join(f"{name} {n:,}" for name, n in source.report.counts.items())
     first = f"; the first note: {source.report.notes[0]}" if source.report.notes else ""
     return f"Found: {counts or 'nothing'}{first}"
-
-
-def _episode_crc(episode: Episode, reward: np.ndarray) -> int:
-    crc = 0
-    for value in (*episode.observation.values(), *episode.action.values(), reward):
-        crc = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, crc)
-    return crc
-
-
-def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while block := file.read(size):
-            yield block
-
-
-def _width(spec: Spec) -> int:
-    return int(np.prod(spec.shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize

@@ -269,7 +269,8 @@ def summary(source: Cache | Source, given: argparse.Namespace) -> dict[str, Any]
     """What ``inspect --json`` prints, of a cache or of a source, which is read for it. Raises DataError if
     there is no episode, or a bad one.
     """
-    from datamodules.cache import Cache, lost_reward, plan_size
+    from datamodules.cache import Cache, lost_reward
+    from datamodules.writing import plan_size
 
     if isinstance(source, Cache):
         table = source.episodes

@@ -16,10 +16,12 @@ import torch
 from tensordict import TensorDict
 
 from datamodules import cache as caches
-from datamodules.cache import Cache, find_cache, ingest, open_cache, plan_size, write_rows
+from datamodules import writing
+from datamodules.cache import Cache, find_cache, ingest, open_cache, write_rows
 from datamodules.episodes import Episode, Schema, Source
 from datamodules.rows import row_specs
 from datamodules.sources import open_source, register
+from datamodules.writing import plan_size
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spaces, Spec
 
@@ -113,8 +115,8 @@ def by_hand(lengths: list[int]) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize(("buffer", "block"), [(1 << 25, 1 << 26), (1, 64), (300, 1000)])
 def test_rows_are_those_written_by_hand(made: str, tmp_path: Path, monkeypatch: Any, buffer: int, block: int):
-    monkeypatch.setattr(caches, "_BUFFER", buffer)
-    monkeypatch.setattr(caches, "_BLOCK", block)
+    monkeypatch.setattr(writing, "BUFFER", buffer)
+    monkeypatch.setattr(writing, "BLOCK", block)
     cache = ingest(made, tmp_path / "root")
     lengths = [5, 1, 12, 3, 1, 7]
     expected = by_hand(lengths)
@@ -174,8 +176,8 @@ def test_a_cache_is_found_by_content_and_options(made: str, tmp_path: Path, monk
     assert first.folder.name == f"listed-lengths.json-{first.key[:16]}"
     assert [p.name for p in root.iterdir()] == [first.folder.name]
     hashed: list[Path] = []
-    blocks = caches._blocks
-    monkeypatch.setattr(caches, "_blocks", lambda path, size: (hashed.append(path), blocks(path, size))[1])
+    blocks = writing.blocks
+    monkeypatch.setattr(writing, "blocks", lambda path, size: (hashed.append(path), blocks(path, size))[1])
     assert ingest(made, root).folder == find_cache(made, root).folder == first.folder
     assert hashed == []  # not read again
     path.write_text(path.read_text())  # same content, another time
@@ -235,13 +237,13 @@ def test_a_full_disk(made: str, tmp_path: Path, monkeypatch: Any):
         ingest(made, root)
     assert list(root.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    append = caches._Table.append
+    append = writing.ColumnFiles.append
 
     def full(self: Any, columns: Any) -> None:
         append(self, columns)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(caches._Table, "append", full)
+    monkeypatch.setattr(writing.ColumnFiles, "append", full)
     with pytest.raises(DataError, match=r"the disk is full: .*GB are free"):
         ingest(made, root)
     assert list(root.iterdir()) == []
