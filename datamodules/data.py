@@ -7,6 +7,7 @@ Resuming is exact because of this.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +45,8 @@ Ticket = Callable[[Any], Batch]
 
 
 class TrainRatio:
-    """How many updates are owed after a number of steps, in whole numbers.
-
-    The first updates are owed once the replay is ready, then ``first + floor((steps - steps_when_ready) *
-    per_step)`` in all.
-
-    Args:
-        per_step: updates per step.
-        first: updates owed at once.
+    """How many updates are owed, in whole numbers: ``first`` once the replay is ready, then ``first +
+    floor((steps - steps_when_ready) * per_step)`` in all.
     """
 
     def __init__(self, per_step: Fraction, first: int = 1):
@@ -69,13 +65,11 @@ class TrainRatio:
 class ReplayDataModule(LightningDataModule):
     """Hands out batches of experience: of environments, collected while training, of datasets, or of both.
 
-    Datasets are written once as rows into a cache, see :mod:`datamodules.cache`, and drawn from there like
-    what environments give. Several processes share the work: each owns ``num_envs``, ``batch_size`` and
-    ``capacity`` divided by their number.
+    Several processes share the work: each owns ``num_envs``, ``batch_size`` and ``capacity`` divided by their
+    number.
 
     Args:
-        env: environment id: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on
-            ``sources`` alone.
+        env: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on ``sources`` alone.
         sources: datasets to train on: a URI such as ``minari:ID``, or a list of URIs or mappings, see
             :class:`~datamodules.selection.SourceSpec`; ``env:ID?num_envs=4`` among them is the environment.
         env_weight: share of the batch that comes from the environment, beside the ``weight`` of each source;
@@ -85,10 +79,9 @@ class ReplayDataModule(LightningDataModule):
         val_fraction: share of the episodes of each source that are held out from training.
         cache_dir: folder for the caches of sources; null for ``$LITWM_CACHE`` or ``~/.cache/lit_wm/rows``.
         pad: fill vectors of several sources up to the widest, for models of several tasks.
-        stack: images of datasets that are put together when they are drawn; environments have the option
-            ``stack`` of their own.
+        stack: images of datasets put together when drawn; environments have an option ``stack``.
         uniform_over: with ``windows: episode`` draws are uniform over ``episodes``, then over the starts
-            within, as the official TD-MPC2 draws; or over ``windows``.
+            within, as officially; or over ``windows``.
         prefetch: batches drawn ahead by a thread where no environment writes; 0 for none.
         eval_env: environment of evaluation where ``env`` is null; null for the one that the first source
             was recorded in, if it can be made here.
@@ -101,10 +94,10 @@ class ReplayDataModule(LightningDataModule):
             is that of :func:`~datamodules.views.tdmpc2_view`, ``batch_length`` is the horizon + 1, there are
             no latents, and ``online_queue`` and ``time_limit_is_terminal`` are not used.
         train_ratio: replayed steps per env step.
-        utd: updates per decision (executed action), instead of ``train_ratio``; 1 with ``windows: episode``
-            if nothing is said.
-        first_updates: updates owed at once when training begins. The official TD-MPC2 has ``seed_steps`` of
-            them after ``seed_steps + 1`` random decisions, then ``utd`` 1.
+        utd: updates per decision (executed action), instead of ``train_ratio``; null: 1 within episodes.
+        offline_updates: updates on ``sources`` alone before the first step in ``env``; null for those of
+            ``model.pretrain``. With them curves are drawn over updates, not over env steps.
+        first_updates: updates owed at once when training begins, as many as random decisions in TD-MPC2.
         batch_size: sequences per update over all processes.
         batch_length: steps T of a sequence, without context; at least 2, as a return needs a next step.
         replay_context: steps K before a sequence; with 1 or more it starts from a stored latent, with 0 from
@@ -113,12 +106,10 @@ class ReplayDataModule(LightningDataModule):
         prefill: env steps over all processes with random actions before training begins; decisions with
             ``windows: episode``, and on until the first episode has ended.
         epsilon: probability of a uniformly random action at collection, in each environment and step.
-        action_noise: standard deviation of Gaussian noise on continuous actions at collection, in units of
-            half their range.
+        action_noise: deviation of Gaussian noise on continuous actions, in units of half their range.
         max_env_steps: env steps after which training is done; null for no end.
         online_queue: hand out every new step once before drawing uniformly.
-        time_limit_is_terminal: whether the value after a time limit is zero; null for the official choice of
-            the suite (true for Atari).
+        time_limit_is_terminal: whether the value after a time limit is zero; null as officially (in Atari).
         replay_dir: folder for the replay files; null for ``replay`` inside the run's folder.
         seed: seeds environments, random actions and draws.
 
@@ -127,39 +118,17 @@ class ReplayDataModule(LightningDataModule):
     """
 
     def __init__(
-        self,
-        env: str | None = None,
-        env_options: dict[str, Any] | None = None,
-        num_envs: int = 1,
-        eval_envs: int = 1,
-        vectorization: str = "sync",
-        train_ratio: float = 32.0,
-        batch_size: int = 16,
-        batch_length: int = 64,
-        replay_context: int | None = None,
-        capacity: int = 5_000_000,
-        prefill: int = 0,
-        epsilon: float = 0.0,
-        action_noise: float = 0.0,
-        max_env_steps: int | None = None,
-        online_queue: bool = True,
-        time_limit_is_terminal: bool | None = None,
-        replay_dir: str | None = None,
-        seed: int = 0,
-        windows: str = "stream",
-        utd: float | None = None,
-        first_updates: int = 1,
-        sources: list[Any] | str | None = None,
-        env_weight: float | list[list[float]] = 1.0,
-        mix: str = "ratio",
-        val_fraction: float = 0.0,
-        cache_dir: str | None = None,
-        pad: bool = False,
-        stack: int = 1,
-        uniform_over: str = "episodes",
-        prefetch: int = 2,
-        eval_env: str | None = None,
-    ):
+        self, env: str | None = None, env_options: dict[str, Any] | None = None, num_envs: int = 1,
+        eval_envs: int = 1, vectorization: str = "sync", train_ratio: float = 32.0, batch_size: int = 16,
+        batch_length: int = 64, replay_context: int | None = None, capacity: int = 5_000_000,
+        prefill: int = 0, epsilon: float = 0.0, action_noise: float = 0.0, max_env_steps: int | None = None,
+        online_queue: bool = True, time_limit_is_terminal: bool | None = None, replay_dir: str | None = None,
+        seed: int = 0, windows: str = "stream", utd: float | None = None, first_updates: int = 1,
+        offline_updates: int | None = None,
+        sources: list[Any] | str | None = None, env_weight: float | list[list[float]] = 1.0,
+        mix: str = "ratio", val_fraction: float = 0.0, cache_dir: str | None = None, pad: bool = False,
+        stack: int = 1, uniform_over: str = "episodes", prefetch: int = 2, eval_env: str | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.env, self.env_options = env, dict(env_options or {})
         self.num_envs, self.eval_envs, self.vectorization = num_envs, eval_envs, vectorization
@@ -167,6 +136,7 @@ class ReplayDataModule(LightningDataModule):
         if utd is None and windows == "episode":
             utd = 1.0
         self.windows, self.utd, self.first_updates = windows, utd, first_updates
+        self.offline_updates = offline_updates
         if replay_context is None:
             replay_context = 0 if windows == "episode" else 1
         self.replay_context, self.capacity, self.prefill = replay_context, capacity, prefill
@@ -193,6 +163,7 @@ class ReplayDataModule(LightningDataModule):
         self._ahead: Prefetch | None = None
         self._multitask = False  # whether the model wants to know the task of each row
         self._task: int | None = None  # that of the environment
+        self._rewarded: Tensor | None = None  # which sources have rewards; None if all have
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
         # Env steps of the run that this one goes on from, where its collectors are not restored.
@@ -223,24 +194,27 @@ class ReplayDataModule(LightningDataModule):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"data.{name} is {value!r}, expected a whole number of {low} or more.")
-        for name in ("train_ratio", *(["utd"] if self.utd is not None else [])):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"data.{name} is {getattr(self, name)!r}, expected a number above 0.")
-        if not 0 <= self.epsilon <= 1:
-            raise ConfigError(f"data.epsilon is {self.epsilon!r}, expected a probability, 0 to 1.")
-        if not 0 <= self.action_noise < float("inf"):
-            raise ConfigError(f"data.action_noise is {self.action_noise!r}, expected 0 or more.")
-        if self.vectorization not in ("sync", "async"):
-            raise ConfigError(f"data.vectorization is {self.vectorization!r}, expected 'sync' or 'async'.")
-        if self.windows not in ("stream", "episode"):
-            raise ConfigError(f"data.windows is {self.windows!r}, expected 'stream' or 'episode'.")
-        for name, known in (("mix", ("ratio", "proportional")), ("uniform_over", ("episodes", "windows"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"data.{name} is {getattr(self, name)!r}, expected {known[0]!r} or {known[1]!r}."
-                )
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction is {self.val_fraction!r}, expected 0 or more, below 1.")
+        for name, fits, expected in (
+            ("train_ratio", 0 < self.train_ratio < math.inf, "a number above 0"),
+            ("utd", self.utd is None or 0 < self.utd < math.inf, "a number above 0"),
+            ("epsilon", 0 <= self.epsilon <= 1, "a probability, 0 to 1"),
+            ("action_noise", 0 <= self.action_noise < math.inf, "0 or more"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "0 or more, below 1"),
+            ("vectorization", self.vectorization in ("sync", "async"), "'sync' or 'async'"),
+            ("windows", self.windows in ("stream", "episode"), "'stream' or 'episode'"),
+            ("mix", self.mix in ("ratio", "proportional"), "'ratio' or 'proportional'"),
+            ("uniform_over", self.uniform_over in ("episodes", "windows"), "'episodes' or 'windows'"),
+        ):
+            if not fits:
+                raise ConfigError(f"data.{name} is {getattr(self, name)!r}, expected {expected}.")
+        offline = self.offline_updates
+        if offline is not None and (type(offline) is not int or offline < 0):
+            raise ConfigError(f"data.offline_updates is {offline!r}, expected a whole number of 0 or more.")
+        if offline and (self.env is None or not self.sources):
+            raise ConfigError(
+                f"data.offline_updates is {offline:,}: updates on data.sources before data.env is stepped.\n"
+                "  Give both, or leave it out and set trainer.max_steps."
+            )
         if self.env is None and not self.sources:
             raise ConfigError("there is nothing to train on: give data.env, data.sources or both.")
         if self.within_episodes and self.replay_context:
@@ -281,6 +255,13 @@ class ReplayDataModule(LightningDataModule):
         """Rows of a window, with those before the sequence."""
         return self.batch_length + (0 if self.within_episodes else max(self.replay_context, 1))
 
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        """How all replays draw."""
+        rows, context = self.replay_context + self.batch_length, self.replay_context
+        return {"window": rows, "context": context, "seed": self.seed, "by": self.uniform_over,
+                "within_episodes": self.within_episodes}  # fmt: skip
+
     def row_bytes(self, latents: Mapping[str, Spec]) -> dict[str, int]:
         """Bytes of a replay row by the file that holds them: ``row`` for the small columns."""
         from datamodules.rows import row_files, row_specs
@@ -292,9 +273,7 @@ class ReplayDataModule(LightningDataModule):
         """The datasets, written as rows where that has not been done yet."""
         from datamodules.cache import ingest, lost_reward
 
-        caches = [
-            ingest(spec.uri, self.cache_dir, spec.on_bad, **(spec.options or {})) for spec in self.sources
-        ]
+        caches = [ingest(s.uri, self.cache_dir, s.on_bad, **(s.options or {})) for s in self.sources]
         for cache in caches:
             if sentence := lost_reward(cache.uri, cache.report, cache.episodes["return"]):
                 warnings.warn(sentence, stacklevel=2)
@@ -302,11 +281,8 @@ class ReplayDataModule(LightningDataModule):
 
     @cached_property
     def spaces(self) -> dict[str, Any]:
-        """Observation and action entries as a plain dict, of all sources and of the environment, which is
-        made once and closed again.
-
-        Raises:
-            DataError: if they differ, or a source cannot be read.
+        """Observation and action entries of all sources and of the environment, as a plain dict. Raises
+        DataError if they differ, or a source cannot be read.
         """
         named = {} if self.env is None else {self.env: read_spaces(self.env, **self.env_options)}
         for spec, cache in zip(self.sources, self.caches, strict=True):
@@ -344,10 +320,8 @@ class ReplayDataModule(LightningDataModule):
         return 1 if self.env is None else int(suite_defaults(self.env, **self.env_options)["repeat"])
 
     def make_envs(self, num_envs: int, seeds: list[int]) -> SyncVectorEnv | AsyncVectorEnv:
-        """A vector environment with this module's id and options.
-
-        Raises:
-            ConfigError: if there is none to evaluate in.
+        """A vector environment with this module's id and options. Raises ConfigError if there is none to
+        evaluate in.
         """
         name = self.evaluation_env
         if name is None:
@@ -367,10 +341,8 @@ class ReplayDataModule(LightningDataModule):
         return value
 
     def setup(self, stage: str) -> None:
-        """Open environments and replay for ``fit``; a second fit goes on with them.
-
-        Raises:
-            ConfigError: if the processes cannot share the work or the disk is too small.
+        """Open environments and replay for ``fit``; a second fit goes on with them. Raises ConfigError if the
+        processes cannot share the work or the disk is too small.
         """
         if stage != "fit" or self.replay is not None:
             return
@@ -385,11 +357,14 @@ class ReplayDataModule(LightningDataModule):
             raise ConfigError("data.pad fills vectors of datasets, not those of environments: leave it out.")
         self.local_batch = self._share("batch_size")
         spaces = Spaces.from_plain(self.spaces)
+        if self.env is not None and self.sources and self.offline_updates is None:
+            self.offline_updates = getattr(getattr(module, "pretraining", None), "updates", 0)
         self._check_model(module, spaces, num_envs)
         model = getattr(module, "model", None)
         # The rows of an environment know no task: the model itself says which one it is.
         self._multitask = bool(self.sources and getattr(model, "tasks", None))
         self._task = getattr(model, "task_index", None)
+        self._pin = trainer.strategy.root_device.type == "cuda"
         root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
         root = root / f"rank{self.rank}"
         ring = None if self.env is None else self._open_ring(module, spaces, num_envs, root)
@@ -399,6 +374,7 @@ class ReplayDataModule(LightningDataModule):
             return
         train, held = self._open_sources(module, spaces, root)
         self._fit_normalizer(module, train)
+        self._find_rewards(module)
         if ring is not None:
             train["env"] = ring
         weights = [*self.sources, self.env_weight] if ring is not None else self.sources
@@ -413,6 +389,15 @@ class ReplayDataModule(LightningDataModule):
         if ring is None and self.prefetch:
             self._ahead = Prefetch(self.replay, self.local_batch, self.prefetch)
 
+    def _find_rewards(self, module: Any) -> None:
+        """Note which sources have rewards; without any the module trains the world model only."""
+        lacking = torch.tensor([bool(cache.meta.get("no_reward")) for cache in self.caches])
+        if self.env is None and lacking.all():
+            module.world_model_only = True
+            self._say("no source has rewards: the world model learns, and neither actor nor critic")
+        if lacking.any():
+            self._rewarded = torch.cat([~lacking, torch.ones(1, dtype=torch.bool)])  # the last is env
+
     def _open_ring(self, module: Any, spaces: Spaces, num_envs: int, root: Path) -> RowReplay:
         """Environments, their collector and its ring."""
         from datamodules.collect import Collector
@@ -425,28 +410,13 @@ class ReplayDataModule(LightningDataModule):
         if self.max_env_steps is not None:  # the last loop may go beyond by two rows per environment
             reachable = self.max_env_steps // self.world_size + 2 * num_envs
         ring = RowReplay(
-            spaces,
-            self.capacity // self.world_size,
-            num_envs,
-            root,
-            module.latent_specs(),
-            self.replay_context + self.batch_length,
-            self.replay_context,
-            self.seed,
-            self.rank,
-            self.online_queue,
-            reachable,
-            sharers=self.trainer.num_devices,
-            pin=self._pin,
-            within_episodes=self.within_episodes,
-            by=self.uniform_over,
-        )
-        seeds = [self.seed + 10_000 * self.rank + i for i in range(num_envs)]
-        envs = self.make_envs(num_envs, seeds)
-        prefill = -(-self.prefill // self.world_size)
-        self.collector = Collector(
-            envs, spaces, ring, self.seed, self.rank, prefill, self.epsilon, self.action_noise
-        )
+            spaces, self.capacity // self.world_size, num_envs, root, module.latent_specs(), rank=self.rank,
+            online=self.online_queue, reachable=reachable, sharers=self.trainer.num_devices, pin=self._pin,
+            **self._drawn,
+        )  # fmt: skip
+        envs = self.make_envs(num_envs, [self.seed + 10_000 * self.rank + i for i in range(num_envs)])
+        prefill, noise = -(-self.prefill // self.world_size), (self.epsilon, self.action_noise)
+        self.collector = Collector(envs, spaces, ring, self.seed, self.rank, prefill, *noise)
         # Through str, so that 0.1 means one tenth. Per step of this process, as every process makes every
         # update.
         per_step = Fraction(str(self.train_ratio)) / (self.batch_size * self.batch_length)
@@ -455,10 +425,8 @@ class ReplayDataModule(LightningDataModule):
         self.ratio = TrainRatio(per_step * self.world_size, self.first_updates)
         return ring
 
-    def _open_sources(
-        self, module: Any, spaces: Spaces, root: Path
-    ) -> tuple[dict[str, RowReplay], dict[str, RowReplay]]:
-        """Replays of the episodes to train on and of those held out, by source."""
+    def _open_sources(self, module: Any, spaces: Spaces, root: Path) -> list[dict[str, RowReplay]]:
+        """Replays of the episodes to train on, and of those held out, by source."""
         from datamodules.offline import CacheRows, dataset_bytes
         from datamodules.replay import RowReplay
 
@@ -472,12 +440,12 @@ class ReplayDataModule(LightningDataModule):
                 f"{free / 1e9:,.1f} GB free.\n  Move data.replay_dir to a larger disk, use less data or a "
                 "smaller model."
             )
-        train: dict[str, RowReplay] = {}
-        held: dict[str, RowReplay] = {}
+        groups: list[dict[str, RowReplay]] = [{}, {}]
+        lead = 0 if self.within_episodes else max(self.replay_context, 1)
+        tasks = getattr(getattr(module, "model", None), "tasks", [])
         if self.evaluation_env is None:  # asked for here, so that a wrong one ends nothing later
             self._say("no environment: nothing is played for evaluation; data.eval_env names one")
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
-            tasks = getattr(getattr(module, "model", None), "tasks", [])
             task = task_number(spec, cache, tasks, self._task)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
             steps = [int((cache.episodes["length"][chosen] - 1).sum()) for chosen in split]
@@ -485,39 +453,22 @@ class ReplayDataModule(LightningDataModule):
                 f"{spec.uri}: {len(cache.episodes['start']):,} episodes, {len(split[0]):,} to train on "
                 f"({steps[0]:,} steps), {len(split[1]):,} held out ({steps[1]:,})"
             )
-            for kind, group, chosen in zip(("train", "val"), (train, held), split, strict=True):
-                if kind == "val" and not len(chosen):
+            for kind, group, chosen in zip(("train", "val"), groups, split, strict=True):
+                train, name = kind == "train", f"source{number}"
+                if not train and not len(chosen):
                     continue
-                storage = CacheRows(
-                    cache,
-                    root / f"source{number}-{kind}",
-                    spaces,
-                    chosen,
-                    spec,
-                    module.latent_specs() if kind == "train" else None,
-                    0 if self.within_episodes else max(self.replay_context, 1),
-                    self._pin,
-                    self.stack,
-                    number,
-                    task,
-                )
+                latents, folder = module.latent_specs() if train else None, root / f"{name}-{kind}"
+                storage = CacheRows(cache, folder, spaces, chosen, spec, latents, lead, self._pin, self.stack,
+                                    number, task)  # fmt: skip
                 try:
-                    group[f"source{number}"] = RowReplay.of_dataset(
-                        storage,
-                        spaces,
-                        self.replay_context + self.batch_length,
-                        self.replay_context,
-                        self.seed,
-                        self.rank if kind == "train" else 0,
-                        self.within_episodes,
-                        self.uniform_over,
-                        f"source{number}/{kind}",
+                    group[name] = RowReplay.of_dataset(
+                        storage, spaces, rank=self.rank if train else 0, name=f"{name}/{kind}", **self._drawn
                     )
                 except DataError:
-                    if kind == "train":
+                    if train:
                         raise
                     storage.close()  # too short to look at
-        return train, held
+        return groups
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
@@ -539,11 +490,6 @@ class ReplayDataModule(LightningDataModule):
             )
         normalizer.fit(observation_statistics([replay.storage for replay in train.values()]))
 
-    @property
-    def _pin(self) -> bool:
-        assert self.trainer is not None
-        return self.trainer.strategy.root_device.type == "cuda"
-
     def _check_model(self, module: Any, spaces: Spaces, num_envs: int) -> None:
         """Refuse windows that the model cannot learn from, and a ring that may never hold one."""
         wanted = getattr(module, "windows", "stream" if module.latent_specs() else "episode")
@@ -554,9 +500,8 @@ class ReplayDataModule(LightningDataModule):
             )
         steps = getattr(module, "window_steps", self.batch_length)
         if steps != self.batch_length:
-            raise ConfigError(
-                f"data.batch_length is {self.batch_length}; expected {steps}, one more than model.horizon"
-            )
+            found = f"data.batch_length is {self.batch_length}"
+            raise ConfigError(f"{found}; expected {steps}, one more than model.horizon")
         # While an episode runs, whole windows of the one before must still be there.
         if self.env is None:
             return
@@ -575,10 +520,13 @@ class ReplayDataModule(LightningDataModule):
             module: acts in the environments by ``module.policy`` and says by ``module.device`` where the
                 batch goes.
         """
-        if self.env is None:
-            return self._offline(module)
-        collector, replay, ratio = self._open()
         self._flush()
+        offline = self.offline_updates or 0
+        if self.env is None or (offline and module.updates < offline):
+            if self._ahead is not None:
+                return self._batch(self._ahead.next(), module.device)
+            return self._batch(self._replay.sample_columns(self.local_batch), module.device)
+        collector, replay, ratio = self._open()
         enough = 1 if self.within_episodes else self.local_batch * self.batch_length
         while not ratio.owed(self._clock):
             self._collect(module)
@@ -589,15 +537,6 @@ class ReplayDataModule(LightningDataModule):
         ratio.done += 1
         self._totals = self._sum([collector.env_steps, ratio.owed(self._clock)], module.device)
         return self._batch(self._replay.sample_columns(self.local_batch), module.device)
-
-    def _offline(self, module: Any) -> Batch:
-        """The next batch of datasets alone."""
-        self._flush()
-        if self._ahead is not None:
-            columns = self._ahead.next()
-        else:
-            columns = self._replay.sample_columns(self.local_batch)
-        return self._batch(columns, module.device)
 
     def _begin_training(self, enough: int) -> None:
         """Let updates be owed from now on, if there are ``enough`` windows; refuse to wait for ever."""
@@ -621,10 +560,8 @@ class ReplayDataModule(LightningDataModule):
         return collector.env_steps if self.utd is None else collector.decisions
 
     def _collect(self, module: Any) -> None:
-        """One step of every environment.
-
-        Raises:
-            Interrupted: by Ctrl-C or SIGTERM, as many steps may follow before the next update.
+        """One step of every environment. Raises Interrupted by Ctrl-C or SIGTERM, as many steps may follow
+        before the next update.
         """
         collector, _, _ = self._open()
         checkpoint: Any = getattr(self.trainer, "checkpoint_callback", None)
@@ -640,11 +577,8 @@ class ReplayDataModule(LightningDataModule):
     def report_batch(self, batch_size: int, length: int, device: torch.device | str = "cpu") -> Batch:
         """Windows of ``length`` steps for a report, of held-out episodes if there are any.
 
-        The training draws stay as they are.
-
-        Raises:
-            DataError: if there is no complete window yet.
-            NotSupported: for another length than ``batch_length`` with ``windows: episode``.
+        The training draws stay as they are. Raises DataError if there is no complete window yet, NotSupported
+        for another length than ``batch_length`` with ``windows: episode``.
         """
         self._flush()
         self._rewind()
@@ -669,6 +603,18 @@ class ReplayDataModule(LightningDataModule):
             raise RuntimeError("the replay is open only after setup('fit'), which Trainer.fit calls")
         return self.collector, self.collector.replay, self.ratio
 
+    def _with_source(self, batch: Batch, columns: dict[Key, Tensor]) -> Batch:
+        """The batch with what its sources mean for the losses."""
+        source = columns.get(("source",))
+        if source is None or not self.sources:
+            return batch
+        return replace(
+            batch,
+            source=source,
+            recorded=None if self.env is None else source < len(self.sources),
+            rewarded=None if self._rewarded is None else self._rewarded[source],
+        )
+
     def _batch(self, columns: dict[Key, Tensor], device: torch.device | str) -> Batch:
         from datamodules.rows import nested
 
@@ -677,12 +623,13 @@ class ReplayDataModule(LightningDataModule):
             batch = tdmpc2_view(rows, self._multitask)
             if batch.task is not None and self.collector is not None and self._task is not None:
                 batch.task[batch.info["source"] == len(self.sources)] = self._task
+            batch = self._with_source(batch, columns)
             return batch if torch.device(device).type == "cpu" else batch.to(device)
         latents = replay.latents if "latent" in rows else None
         ends: bool | Tensor = self.time_limit_is_terminal
         if ends and self._time_limit_is_terminal is None and self.sources:  # the suite's word on its own rows
             ends = columns["source",] == len(self.sources)
-        batch = dreamer_view(rows, self.replay_context, ends, latents)
+        batch = self._with_source(dreamer_view(rows, self.replay_context, ends, latents), columns)
         place = batch.info
 
         def write_back(states: State) -> None:
@@ -728,9 +675,8 @@ class ReplayDataModule(LightningDataModule):
     @property
     def exhausted(self) -> bool:
         """Whether ``max_env_steps`` are collected and every update that they owe has been handed out."""
-        return (
-            self.max_env_steps is not None and self.env_steps >= self.max_env_steps and self._totals[1] <= 0
-        )
+        done = self.max_env_steps is not None and self.env_steps >= self.max_env_steps
+        return done and self._totals[1] <= 0
 
     def pop_finished(self) -> list[tuple[float, int]]:
         """(return, length) of this process's episodes finished since the last call."""
@@ -741,22 +687,16 @@ class ReplayDataModule(LightningDataModule):
         return finished
 
     def pop_metrics(self) -> dict[str, float]:
-        """Scalars of this process: counts, and means over the episodes finished since the last call.
-
-        ``step/episodes``, ``replay/rows``, ``replay/stale_rows``; ``train/return`` and ``train/length`` if
-        an episode has finished.
-        """
+        """Scalars of this process: counts, and means over the episodes finished since the last call."""
         replay = self._replay
         metrics = {"replay/rows": float(len(replay)), "replay/stale_rows": float(replay.stale_rows)}
-        if isinstance(shares := getattr(replay, "last_shares", None), dict):
-            metrics |= {f"replay/share/{name}": share for name, share in shares.items()}
+        shares: dict[str, float] = getattr(replay, "last_shares", {})
+        metrics |= {f"replay/share/{name}": share for name, share in shares.items()}
         if self.collector is not None:
             metrics["step/episodes"] = float(self.collector.episodes)
         if finished := self.pop_finished():
-            for name, values in zip(
-                ("train/return", "train/length"), zip(*finished, strict=True), strict=True
-            ):
-                metrics[name] = sum(values) / len(values)
+            for name, values in zip(("return", "length"), zip(*finished, strict=True), strict=True):
+                metrics[f"train/{name}"] = sum(values) / len(values)
         return metrics
 
     def mean_frames(self) -> dict[str, Tensor]:
@@ -771,16 +711,15 @@ class ReplayDataModule(LightningDataModule):
     def _dataset_frames(self) -> dict[str, Tensor]:
         from datamodules.rows import row_key
 
-        means, spaces = {}, Spaces.from_plain(self.spaces)
-        for key, spec in spaces.obs.items():
+        means = {}
+        for key, spec in Spaces.from_plain(self.spaces).obs.items():
             if spec.is_image:
-                totals, count = [], 0
+                frames = []
                 for cache in self.caches:
                     column = cache.rows[row_key("observation", key, cache.schema.spaces.obs)]
                     some = np.linspace(0, len(column) - 1, min(1000, len(column))).astype(np.int64)
-                    totals.append(column[torch.from_numpy(some)].double().sum(0))
-                    count += len(some)
-                mean = torch.stack(totals).sum(0) / count
+                    frames.append(column[torch.from_numpy(some)])
+                mean = torch.cat(frames).mean(0, dtype=torch.float64)
                 means[key] = torch.cat([mean] * self.stack, 0 if spec.channels_first else 2)
         return means
 
@@ -788,7 +727,7 @@ class ReplayDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Yields the same ticket forever."""
-        return _loader(_Tickets(self.ticket))
+        return _loader(_Forever(self.ticket))
 
     def val_dataloader(self) -> DataLoader:
         """One item: a ticket for windows of held-out episodes, if there are any.
@@ -823,9 +762,7 @@ class ReplayDataModule(LightningDataModule):
         """One item; the episodes live in the evaluator."""
         return _loader([0])
 
-    def predict_dataloader(self) -> DataLoader:
-        """One item; the episodes live in the evaluator."""
-        return _loader([0])
+    predict_dataloader = test_dataloader
 
     # Checkpoints. The shared part is small and the same for every process; each process has a part of its
     # own.
@@ -835,11 +772,11 @@ class ReplayDataModule(LightningDataModule):
         the same in every process.
         """
         state: dict[str, Any] = {"env_steps": self.env_steps, "mean_frames": self.mean_frames()}
-        if self.env is not None and self.sources and self.replay is not None:
-            state["draws"] = dict(self._replay.draws)  # type: ignore[union-attr]
         if self.env is None and self.replay is not None:
             self._rewind()
-            state["stream"] = self._replay.state_dict()
+            state["stream"] = self.replay.state_dict()
+        elif isinstance(draws := getattr(self.replay, "draws", None), dict):  # of a mixture
+            state["draws"] = dict(draws)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -847,30 +784,25 @@ class ReplayDataModule(LightningDataModule):
         self._restored = state_dict
         self._steps_before = state_dict["env_steps"] - self._totals[0]
         if "draws" in state_dict and self.replay is not None:
-            self._replay.draws = dict(state_dict["draws"])  # type: ignore[union-attr]
+            self.replay.draws = dict(state_dict["draws"])  # type: ignore[union-attr]
         if "stream" in state_dict and self.replay is not None:
             self._rewind()
-            self._replay.load_state_dict(state_dict["stream"])
+            self.replay.load_state_dict(state_dict["stream"])
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Collector, environments and train ratio of this process, as tensors and plain values."""
         self._flush()
+        state: dict[str, Any] = {"world_size": self.world_size}
         if self.env is None:
-            return {"world_size": self.world_size}
+            return state
         collector, _, ratio = self._open()
-        return {
-            "world_size": self.world_size,
-            "collector": collector.state_dict(),
-            "ratio": {"ready_at": ratio.ready_at, "done": ratio.done},
-            "totals": list(self._totals),
-            "steps_before": self._steps_before,
-        }
+        state |= {"collector": collector.state_dict(), "totals": list(self._totals)}
+        state |= {"ratio": {"ready_at": ratio.ready_at, "done": ratio.done}}
+        return state | {"steps_before": self._steps_before}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`rank_state_dict`, after :meth:`setup` and :meth:`restore_replay`.
-
-        Raises:
-            CheckpointError: if the checkpoint is of another number of processes.
+        """Inverse of :meth:`rank_state_dict`, after :meth:`setup` and :meth:`restore_replay`. Raises
+        CheckpointError if the checkpoint is of another number of processes.
         """
         if state["world_size"] != self.world_size:
             raise CheckpointError(
@@ -892,10 +824,8 @@ class ReplayDataModule(LightningDataModule):
         self._replay.snapshot(directory)
 
     def restore_replay(self, directory: Path | str) -> None:
-        """Read :meth:`snapshot_replay`.
-
-        Raises:
-            CheckpointError: if the folder is damaged or does not fit this run.
+        """Read :meth:`snapshot_replay`. Raises CheckpointError if the folder is damaged or does not fit this
+        run.
         """
         self._rewind()
         self._replay.restore(directory)
@@ -914,9 +844,7 @@ class ReplayDataModule(LightningDataModule):
         self.collector = self.replay = self.held_out = self.ratio = self._ahead = None
 
 
-def task_number(
-    spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int | None
-) -> int | np.ndarray | None:
+def task_number(spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int | None) -> Any:
     """What the tasks of a source are among the model's.
 
     Args:
@@ -955,13 +883,12 @@ def task_number(
     raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{nearest(str(spec.task), names)}\n  {known}")
 
 
-class _Tickets(IterableDataset):
-    def __init__(self, ticket: Ticket):
-        self.ticket = ticket
+class _Forever(IterableDataset):
+    def __init__(self, item: Any):
+        self.item = item
 
-    def __iter__(self) -> Iterator[Ticket]:
-        while True:
-            yield self.ticket
+    def __iter__(self) -> Iterator[Any]:
+        return repeat(self.item)
 
 
 def _loader(items: Any) -> DataLoader:

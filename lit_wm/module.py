@@ -74,6 +74,7 @@ class WorldModelModule(pl.LightningModule):
     grad_clip: float | None = None  # largest norm of all gradients together
     groups: dict[str, bool]  # whether world_model, actor and critic learn
     pretraining = Pretraining()
+    world_model_only = False  # the data have no rewards
     optimizer_states: list[dict[str, Any]] | None = None  # what lit_wm.training.train goes on from
 
     def __init__(self, log_every: int = 100, seed: int = 0):
@@ -180,8 +181,10 @@ class WorldModelModule(pl.LightningModule):
 
     @property
     def phase(self) -> str:
-        """What the next update trains: the ``world_model`` alone, ``actor`` cloning beside it, or ``joint``."""
-        if self.updates < self.pretraining.world_model:
+        """What the next update trains: ``world_model`` alone, the ``actor`` beside it by cloning, or all
+        (``joint``).
+        """
+        if self.world_model_only or self.updates < self.pretraining.world_model:
             return "world_model"
         return "actor" if self.updates < self.pretraining.updates else "joint"
 
@@ -243,7 +246,24 @@ class WorldModelModule(pl.LightningModule):
         values = (torch.stack(list(self._sums.values())) / self._count).tolist()
         result = {f"train/{k}": v for k, v in zip(self._sums, values, strict=True)}
         self._sums, self._count = {}, 0
+        for name in [k.removesuffix("/rows") for k in result if k.endswith("/rows")]:
+            rows = result.pop(f"{name}/rows")
+            mine = [k for k in result if k.startswith(f"{name}/loss/")]
+            result |= {k: result[k] / rows for k in mine} if rows else {}
+            result = result if rows else {k: v for k, v in result.items() if k not in mine}
         return result
+
+    def by_source(self, batch: Batch, rows: Tensors) -> Tensors:
+        """Losses of each row of a batch, (B,) by name, added up by the source that the rows are of."""
+        names = getattr(getattr(getattr(self._trainer, "datamodule", None), "replay", None), "names", [])
+        if batch.source is None or len(names) < 2:
+            return {}
+        sums: Tensors = {}
+        for number, name in enumerate(names):
+            here = (batch.source == number).float()
+            sums[f"{name}/rows"] = here.sum()
+            sums |= {f"{name}/loss/{k}": (here * v.detach()).sum() for k, v in rows.items()}
+        return sums
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Hand scalars to every logger at the current :attr:`axis`, as an exact integer."""
@@ -266,7 +286,8 @@ class WorldModelModule(pl.LightningModule):
     def axis(self) -> int:
         """What curves are drawn over: environment steps; updates where no environment is collected from."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        return int(self.updates) if getattr(data, "env", "") is None else self.env_steps
+        offline = getattr(data, "env", "") is None or getattr(data, "offline_updates", None)
+        return int(self.updates) if offline else self.env_steps
 
     # --- Lightning hooks ---------------------------------------------------------------------------
 

@@ -242,6 +242,7 @@ class TDMPC2Module(WorldModelModule):
                 loss, metrics["disagreement/data"] = self.model.ensemble_loss(batch, out)
                 metrics["loss/ensemble"] = loss.detach()
                 self.optimise(loss, "ensemble")
+        metrics |= self.by_source(batch, out.rows)
         if learning["critic"]:
             self.model.update_target()
         self.finish_update(metrics)
@@ -272,6 +273,7 @@ class ModelLoss:
     zs: Tensor  # (H+1, B, L), with autograd
     next_z: Tensor  # (H, B, L), encoded
     td_target: Tensor  # (H, B)
+    rows: Tensors  # (B,) the losses of each window, without rho
 
 
 class Policy(NamedTuple):
@@ -493,17 +495,20 @@ class TDMPC2(WorldModel):
         rho = self.rhos[:-1].unsqueeze(1)  # (H, 1)
         losses: Tensors = {}
         metrics: Tensors = {}
+        rows: Tensors = {}
         if world_model:
             # Means over the batch, sums over time.
             missed = (zs[1:] - next_z).square().mean(-1)  # (H, B)
             if batch.fake is not None:  # copied observations, which no dynamics leads to
                 missed = missed.masked_fill(batch.fake[:, 1:].T, 0.0)
+            rows["consistency"] = missed.mean(0)
             losses["consistency"] = (rho * missed).mean()
             reward_logits = self.reward(known).view(H, B, -1)
             reward_loss = symlog_two_hot_loss(reward_logits, reward, self.vmin, self.vmax)
             if batch.rewarded is not None:
                 reward_loss = reward_loss * batch.rewarded
             losses["reward"] = (rho * reward_loss).mean()
+            rows["reward"] = reward_loss.mean(0)
             if self.episodic:
                 logit = self.termination(zs[1:].to(self.compute_dtype)).squeeze(-1)  # (H, B)
                 losses["termination"] = F.binary_cross_entropy_with_logits(logit, terminated)
@@ -515,9 +520,10 @@ class TDMPC2(WorldModel):
             if batch.rewarded is not None:
                 value_loss = value_loss * batch.rewarded
             losses["value"] = (rho * value_loss).mean()
+            rows["value"] = value_loss.mean((0, 1))
         total = torch.stack([zs.new_zeros(()), *(self.coefs[k] * v for k, v in losses.items())]).sum()
         metrics |= {f"loss/{k}": v.detach() for k, v in losses.items()} | {"opt/loss": total.detach()}
-        return ModelLoss(total, losses, metrics, zs, next_z, td_target)
+        return ModelLoss(total, losses, metrics, zs, next_z, td_target, rows)
 
     def td_target(
         self, next_z: Tensor, reward: Tensor, terminated: Tensor, task: Tensor | None, emb: Tensor | None,

@@ -214,6 +214,7 @@ class Batch:
         task: number of the task that a row is of; None for single-task data.          (B,) int64
         fake: the observation is a copy of the one before, as its source lacks the last one, and nothing
             shall learn to predict it; None if there is none.                          (B, T) bool
+        source: number of the source of a row, in the order of the data module.        (B,) int64
         recorded: the row is of a dataset, not of the environment; None if all are.    (B,) bool
         rewarded: the row's source has rewards; None if all have.                      (B,) bool
         info: more columns (``index``, ``source`` ...), never read by the losses.
@@ -230,6 +231,7 @@ class Batch:
     write_back: Callable[[State], None] | None = None
     task: Tensor | None = None
     fake: Tensor | None = None
+    source: Tensor | None = None
     recorded: Tensor | None = None
     rewarded: Tensor | None = None
     info: Tensors = field(default_factory=dict)
@@ -252,6 +254,7 @@ class Batch:
             consecutive=None if self.consecutive is None else move(self.consecutive),
             task=None if self.task is None else move(self.task),
             fake=None if self.fake is None else move(self.fake),
+            source=None if self.source is None else move(self.source),
             recorded=None if self.recorded is None else move(self.recorded),
             rewarded=None if self.rewarded is None else move(self.rewarded),
         )

@@ -1,0 +1,138 @@
+"""From a dataset to the environment in one run, and datasets without rewards."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from datamodules import ReplayDataModule
+from datamodules.cache import write_rows
+from datamodules.episodes import Episode, Schema, Source
+from lit_wm.dreamerv3 import DreamerV3Module
+from lit_wm.envs import read_spaces
+from lit_wm.errors import ConfigError
+from lit_wm.tdmpc2 import TDMPC2Module
+
+BOTH = pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+
+
+@pytest.fixture
+def demos(tmp_path):
+    """Two datasets of Pendulum's spaces: observations of 7 with rewards, of 8 without."""
+
+    class Demo(Source):
+        files, schema = [], Schema(read_spaces("Pendulum-v1"))
+
+        def __init__(self, rewards):
+            self.rewards, self.meta = rewards, {} if rewards else {"no_reward": True}
+
+        def episodes(self):
+            end, rng = np.arange(30) == 29, np.random.default_rng(0)
+            obs, action = np.full((31, 3), 7.0 if self.rewards else 8.0), rng.uniform(-1, 1, (30, 1))
+            reward = np.ones(30) if self.rewards else None
+            yield Episode({"obs": obs}, {"action": action}, reward, end & False, end, "demo")
+
+    for name in ("with", "without"):
+        write_rows(Demo(name == "with"), tmp_path / name)
+    return {name: f"rows:{tmp_path / name}" for name in ("with", "without")}
+
+
+class Watch(pl.Callback):
+    def __init__(self):
+        self.steps, self.batches, self.metrics, self.axis = [], [], [], []
+
+    def setup(self, trainer, module, stage):
+        draw = module.draw
+
+        def watched(ticket):
+            self.batches.append(draw(ticket))
+            return self.batches[-1]
+
+        module.draw = watched
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.steps.append(trainer.datamodule.env_steps)
+        self.metrics.append({k: v for k, v in module.latest.items() if k.startswith("train/")})
+        self.axis.append(module.axis)
+
+
+def fit(tmp_path, kind, updates, model=None, **options):
+    stream = kind is DreamerV3Module
+    own = {"windows": "stream", "batch_length": 5, "train_ratio": 20} if stream else {
+        "windows": "episode", "batch_length": 4, "env_options": {"time_limit": 20}, "prefill": 40}  # fmt: skip
+    data = ReplayDataModule(
+        **{"env": "Pendulum-v1", "batch_size": 4, "capacity": 500, "replay_dir": str(tmp_path / "replay")}
+        | own | options
+    )  # fmt: skip
+    module = kind(
+        data.spaces, preset="debug", log_every=1, **({"imag_length": 3} if stream else {}) | (model or {})
+    )
+    watch = Watch()
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=updates, enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+        callbacks=[watch],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return module, data, watch
+
+
+@BOTH
+@pytest.mark.parametrize("said", [None, 5])
+def test_the_environment_waits_until_pretraining_is_over(tmp_path, demos, kind, said):
+    pretrain = {"world_model": 3, "actor": 1}
+    _, data, watch = fit(
+        tmp_path, kind, 10, {"pretrain": pretrain}, sources=[demos["with"]], offline_updates=said
+    )
+    first = said or 4
+    assert watch.steps[:first] == [0] * first
+    assert min(watch.steps[first:]) > 0
+    assert watch.axis == list(range(1, 11))
+    for update, batch in enumerate(watch.batches):
+        demo = (batch.obs["obs"] == 7).flatten(1).all(1)
+        assert torch.equal(batch.recorded, demo)
+        assert demo.all() == (update < first)
+        assert batch.rewarded is None
+    data.close()
+
+
+@BOTH
+def test_losses_are_told_apart_by_source(tmp_path, demos, kind):
+    _, data, watch = fit(tmp_path, kind, 3, sources=[demos["with"], demos["without"]])
+    name = "rew" if kind is DreamerV3Module else "reward"
+    for metrics, batch in zip(watch.metrics, watch.batches, strict=True):
+        parts = [f"train/{part}/loss/{name}" for part in ("source0", "source1", "env")]
+        assert set(parts) <= metrics.keys()
+        assert metrics[parts[1]] == 0  # it has no rewards to learn
+        assert not any(k.endswith("/rows") for k in metrics)
+        assert torch.equal(batch.rewarded, ~(batch.obs["obs"] == 8).flatten(1).all(1))
+        if kind is DreamerV3Module:
+            shares = [(batch.source == i).float().mean() for i in range(3)]
+            mean = sum(share * metrics[part] for share, part in zip(shares, parts, strict=True))
+            assert float(mean) == pytest.approx(metrics[f"train/loss/{name}"], rel=1e-4)
+    data.close()
+
+
+@BOTH
+def test_without_rewards_only_the_world_model_learns_and_says_so(tmp_path, demos, kind, capsys):
+    module, data, watch = fit(tmp_path, kind, 2, sources=[demos["without"]], env=None)
+    untouched = (
+        ("pol", "val", "slowval") if kind is DreamerV3Module else ("policy", "critic", "target_critic")
+    )
+    assert "no source has rewards: the world model learns" in capsys.readouterr().err
+    assert module.phase == "world_model"
+    names = {k.removeprefix("train/loss/") for k in watch.metrics[0] if k.startswith("train/loss/")}
+    assert not names & {"policy", "value", "repval", "bc"}
+    assert not any(p.grad is not None for n in untouched for p in module.model.get_submodule(n).parameters())
+    data.close()
+
+
+@pytest.mark.parametrize("options", [{"env": None, "sources": ["made:9"]}, {"env": "Pendulum-v1"}])
+def test_updates_without_a_step_need_both(options):
+    with pytest.raises(ConfigError, match="data.offline_updates is 5: updates on data.sources before"):
+        ReplayDataModule(**options, offline_updates=5, capacity=5000)
+
+
+def test_a_count_is_a_whole_number():
+    with pytest.raises(ConfigError, match="data.offline_updates is -1, expected a whole number"):
+        ReplayDataModule("Pendulum-v1", sources=["made:9"], offline_updates=-1)
