@@ -230,7 +230,7 @@ def test_what_is_missing_or_misspelt(tmp_path):
     np.savez(tmp_path / "a.npz", observations=np.zeros((3, 2)), x=np.zeros(3))
     with pytest.raises(DataError, match=r"a.npz has no actions \(action\); found: observations, x"):
         read(tmp_path / "a.npz")
-    with pytest.raises(DataError, match=r"does not exist; did you mean 'a.npz'\?\n  In .* there are: a.npz"):
+    with pytest.raises(DataError, match=r"does not exist\n  In .* there are: a.npz"):
         read(tmp_path / "b.npz")
     with pytest.raises(ConfigError, match="form is 'og'"):
         read(DATA / "recording.npz", form="og")
