@@ -30,6 +30,7 @@ from datamodules.sources import parse_uri
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
+from lit_wm.scores import Reference, reference_of
 from lit_wm.types import Batch, Spaces, Spec, State
 
 if TYPE_CHECKING:
@@ -304,6 +305,12 @@ class ReplayDataModule(LightningDataModule):
         except LitWMError:
             same = False
         return name if same else None
+
+    @cached_property
+    def reference(self) -> Reference | None:
+        """What normalised scores are relative to: the first dataset says it, or the environment's name."""
+        uri, meta = (self.sources[0].uri, self.caches[0].meta) if self.sources else ("", {})
+        return reference_of(uri, meta, self.evaluation_env)
 
     @cached_property
     def time_limit_is_terminal(self) -> bool:

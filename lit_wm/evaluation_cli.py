@@ -26,6 +26,7 @@ from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
 from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
+from lit_wm.scores import Reference, reference_of
 from lit_wm.tasks import list_tasks
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
@@ -350,6 +351,10 @@ def evaluate(argv: list[str]) -> int:
         env.close()
     signals.check(len(results.returns), given.episodes)
 
+    # The reference that the checkpoint notes is of its own environment.
+    same = about["env"] is None or (env_id, options) == (about["env"], about["env_options"] or {})
+    noted = about.get("reference") if same and not given.task else None
+    results.reference = Reference(**noted) if noted else reference_of("", {}, env_id)
     score, lengths, spread = results.summary(""), results.lengths, ""
     if "return_std" in score:
         spread = ", std {return_std:.2f}".format(**score)
@@ -357,6 +362,8 @@ def evaluate(argv: list[str]) -> int:
         spread += ", 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
     cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
     print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
+    if results.reference:
+        print(f"normalized: {score['normalized']:.2f} ({results.reference}; played in {env_id})")
     print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
     print(f"terminated: {score['terminated']:.0%}")
     if "success" in score:
@@ -375,6 +382,7 @@ def evaluate(argv: list[str]) -> int:
             "task",
         )
         report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
+        report["reference"] = results.reference and results.reference._asdict()
         report |= {k: about[k] for k in ("class_path", "precision", "updates", "env_steps")}
         report |= {k: getattr(given, k) for k in asked} | {"threads": torch.get_num_threads()}
         report |= {k: getattr(results, k) for k in PER_EPISODE}

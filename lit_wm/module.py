@@ -363,11 +363,13 @@ class WorldModelModule(pl.LightningModule):
             options = json.loads(json.dumps(options))
         except (TypeError, ValueError):  # objects, which would keep the file from loading with weights_only
             options = None
+        reference = getattr(data, "reference", None)
         checkpoint["lit_wm"] = {
             "version": __version__,
             "class_path": f"{kind.__module__}.{kind.__qualname__}",
             "env": env if options is not None else None,
             "env_options": options,
+            "reference": None if reference is None else reference._asdict(),
             "precision": "32-true" if trainer is None else str(trainer.precision),
             "updates": self.updates,
             "env_steps": self.env_steps,

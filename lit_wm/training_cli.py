@@ -664,6 +664,7 @@ class TrainingCLI(LightningCLI):
             return
         metrics = evaluate.results.summary() | {f"dream/{k}": v for k, v in evaluate.errors.items()}
         report = {"env": self.experiment, "checkpoint": str(self.command.checkpoint), "metrics": metrics}
+        report["reference"] = evaluate.results.reference and evaluate.results.reference._asdict()
         path = self.run_dir / "validate.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,11 +1,10 @@
 """``d4rl:NAME``: the D4RL datasets (Fu et al., arXiv:2004.07219) by their names, without the d4rl package.
 
-``d4rl.csv`` holds names, files, time limits and reference scores, from D4RL's ``infos.py`` and registrations.
+``lit_wm/d4rl.csv`` holds names, files, time limits and reference scores.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from datamodules.sources import register
 from datamodules.sources.flat import NAMES
 from datamodules.sources.hdf5 import HDF5, open_hdf5
 from lit_wm.errors import DataError, nearest
+from lit_wm.scores import d4rl_table as table
 
 BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 _MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -88,12 +88,6 @@ class D4RL(HDF5):
         self.meta |= {"format": "d4rl", "dataset_id": rest, **scores}
         if family.startswith(_BOUNDED) and not self.schema.low:
             self.take_bounds(-1.0, 1.0)
-
-
-def table() -> dict[str, dict[str, str]]:
-    """The rows of ``d4rl.csv`` by name: file, steps (time limit), ref_min, ref_max."""
-    with open(Path(__file__).with_suffix(".csv"), newline="") as file:
-        return {row["id"]: row for row in csv.DictReader(file)}
 
 
 def find(url: str, fetch: bool = False, cache_dir: Any = None, sha256: str | None = None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from torch import Tensor
 from lit_wm.errors import ConfigError, Interrupted
 from lit_wm.noise import NoiseStreams
 from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
+from lit_wm.scores import Reference, normalized_score
 from lit_wm.types import State, Tensors
 
 Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
@@ -80,6 +82,7 @@ class EpisodeResults:
         rows: if recorded, one dict of arrays per episode: ``obs/KEY``, ``action/KEY``, ``reward``,
             ``terminated``, ``truncated`` with one row per observation; the last row's action is zero, it was
             never executed.
+        reference: what normalised scores are relative to, if that is known.
     """
 
     returns: list[float] = field(default_factory=list)
@@ -90,19 +93,22 @@ class EpisodeResults:
     jitter: list[float | None] = field(default_factory=list)
     windows: Windows | None = None
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
+    reference: Reference | None = None
 
     def summary(self, prefix: str = "eval/") -> dict[str, float]:
         """Means over the episodes; from two on their spread, from five on the return's 95 % interval.
 
         ``success`` is there if the environment reports it (an episode without a report counts as failed),
-        ``jitter`` with continuous actions, ``cut``, the number of episodes cut by the evaluation's limit, if
-        there are any.
+        ``normalized`` with a reference, ``jitter`` with continuous actions, ``cut``, the number of episodes
+        cut by the evaluation's limit, if there are any.
         """
         result = {f"{prefix}episodes": float(len(self.returns))}
         if not self.returns:
             return result
         values = np.asarray(self.returns, np.float64)
         result[f"{prefix}return"] = float(values.mean())
+        if self.reference is not None:
+            result[f"{prefix}normalized"] = float(normalized_score(self.reference, values.mean()))
         result[f"{prefix}length"] = float(np.mean(self.lengths))
         result[f"{prefix}terminated"] = float(np.mean(self.terminated))
         if any(x is not None for x in self.success):
@@ -397,7 +403,8 @@ class Evaluate(pl.Callback):
     Uses ``make_envs``, ``eval_envs``, ``env``, ``env_steps`` and ``mean_frames`` of the data module. Metrics
     go to every logger with environment steps as x axis: ``eval/return``, ``eval/return_std``,
     ``eval/return_low`` and ``eval/return_high`` (95 % interval of the mean), ``eval/length``,
-    ``eval/episodes``, ``eval/terminated``, ``eval/success`` if the environment reports it, ``eval/jitter``
+    ``eval/episodes``, ``eval/terminated``, ``eval/success`` if the environment reports it,
+    ``eval/normalized`` where reference scores are known, see :mod:`lit_wm.scores`, ``eval/jitter``
     with continuous actions (mean absolute change from decision to decision, in units of half their range),
     and, for models that decode, the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
     monitored. Every validation meets the same seeds. With several processes each plays its share with seeds
@@ -490,6 +497,7 @@ class Evaluate(pl.Callback):
                 results = _gather(results, -(-episodes // world), trainer)
         if not fitting:
             signals.check(len(results.returns), episodes)
+        results.reference = getattr(data_of(trainer), "reference", None)
         return results
 
     def _open_env(self, data: Any, episodes: int, world_size: int) -> Any:
@@ -538,6 +546,8 @@ class Evaluate(pl.Callback):
         results = self.run(trainer, pl_module, self.episodes, self.seed)
         if leaving(trainer):
             return  # broken off: its numbers would be of too few and too short episodes
+        if self.results is None and results.reference and trainer.is_global_zero:
+            print(f"eval/normalized: {results.reference}", file=sys.stderr)
         self.results = results
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
         self._log(trainer, pl_module, metrics, "eval/return")
@@ -560,6 +570,7 @@ class Evaluate(pl.Callback):
             "updates": int(module.updates),
             "seed": seed,
             "metrics": metrics,
+            "reference": self.results.reference and self.results.reference._asdict(),
             "returns": self.results.returns,
             "lengths": self.results.lengths,
             "terminated": self.results.terminated,
@@ -573,6 +584,8 @@ class Evaluate(pl.Callback):
         interval = "" if low != low else f"95 % interval {low:.2f} to {high:.2f}, "
         episodes = f"{len(self.results.returns)} episodes{self.cut_note()}"
         print(f"test: return {value:.2f}, {interval}{episodes}: {path}")
+        if self.results.reference:
+            print(f"test: normalized {metrics['test/normalized']:.2f}; {self.results.reference}")
 
     def cut_note(self) -> str:
         """How many of the last episodes ``max_episode_steps`` has cut, for the line of their score."""
