@@ -94,6 +94,15 @@ def test_a_lone_file_knows_its_environment_options_and_precision(at, tmp_path):
     assert main(["test", "--ckpt_path", str(tmp_path / "lone.ckpt"), "--evaluate.test_episodes", "1"]) == 0
 
 
+def test_a_dreamer_plans_if_it_is_asked_to(at):
+    short = ["--max-episode-steps", "3"]
+    report = {p: evaluate("--planner", p, *short) for p in ("random", "policy")}
+    assert report["random"]["planner"] == "random"
+    assert report["policy"]["lengths"] == evaluate(*short)["lengths"]  # the checkpoint's own
+    module, _ = load_module(Path(CARTPOLE, "checkpoints", "last.ckpt"), planner="random")
+    assert module.model.planner.num_samples == 512
+
+
 def test_an_exported_model_is_small_and_acts_as_the_whole_checkpoint(at, tmp_path, capsys):
     out = tmp_path / "model.ckpt"
     assert main(["export", "--ckpt", CARTPOLE, "-o", str(out)]) == 0
@@ -209,6 +218,8 @@ WRONG = {
     "options that are none": (["--env-options", "3"], ["expected keys and values"]),
     "a misspelt flag": (["--episode-count", "3"], ["--episode-count", "--help"]),
     "a folder for a file": (["--json", "."], ["cannot be written"]),
+    "gradient of classes": (["--planner", "gradient"], ["gradient needs continuous actions"]),
+    "no tasks": (["--task", "walk"], ["--task", "is of a DreamerV3Module, which has none"]),
     "a foreign device": (["--device", "tpu"], ["--device tpu"]),
 }
 

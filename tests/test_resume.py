@@ -26,6 +26,8 @@ WORLDS = {
     # TD-MPC2: windows, tasks, plans that go on from the last one, discrete actions, ends by themselves.
     "tdmpc2:Pendulum-v1": {"num_envs": 2, "capacity": 60, "env_options": {"time_limit": 12}, "prefill": 30},
     "tdmpc2:CartPole-v1": {"num_envs": 2, "capacity": 70, "env_options": {"time_limit": 15}, "prefill": 36},
+    # DreamerV3 with plans that go on from the last one.
+    "planned:Pendulum-v1": {"num_envs": 2, "capacity": 80, "env_options": {"time_limit": 20}},
     "dmc:reacher_hard": {"num_envs": 1, "capacity": 96, "env_options": {"time_limit": 30}},
 }
 
@@ -53,9 +55,12 @@ def make(env):
         own = {"episodic": True} if "CartPole" in env else {"tasks": TASKS, "task": "pendulum"}
         return data, TDMPC2Module(data.spaces, "debug", planner_options=SEARCH, log_every=7, seed=3, **own)
     data = ReplayDataModule(
-        env, batch_size=2, batch_length=8, train_ratio=8, replay_context=1, seed=3, **WORLDS[env]
-    )
+        env.removeprefix("planned:"), batch_size=2, batch_length=8, train_ratio=8, replay_context=1, seed=3,
+        **WORLDS[env],
+    )  # fmt: skip
     options = OPTIONS if env.startswith("lit_wm/") else {}
+    if env.startswith("planned:"):
+        options = {"planner": "mppi", "planner_options": SEARCH}
     return data, DreamerV3Module(
         data.spaces, preset="debug", lr=1e-3, warmup=3, log_every=7, seed=3, **options
     )

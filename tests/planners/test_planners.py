@@ -12,6 +12,8 @@ from lit_wm.types import State
 
 SMALL = dict(num_samples=64, num_elites=8, num_pi_trajs=4)
 OPTIONS = {"mppi": SMALL, "cem": SMALL, "gradient": dict(num_candidates=8, num_pi_trajs=4, steps=30)}
+REFINING = list(OPTIONS)
+OPTIONS["random"] = dict(num_samples=64, num_pi_trajs=4)
 
 
 class Toy:
@@ -77,6 +79,9 @@ class PerEnv:
     def exponential(self, name, shape, t=0):
         return torch.cat([s.exponential(name, (1, *shape[1:])) for s in self.streams])
 
+    def uniform(self, name, shape, t=0):
+        return torch.cat([s.uniform(name, (1, *shape[1:])) for s in self.streams])
+
 
 class Recorded(NoiseStreams):
     """Remembers what was asked for."""
@@ -93,6 +98,10 @@ class Recorded(NoiseStreams):
         self.asked[name] = super().exponential(name, shape, t)
         return self.asked[name]
 
+    def uniform(self, name, shape, t=0):
+        self.asked[name] = super().uniform(name, shape, t)
+        return self.asked[name]
+
 
 def states(*rows, size=2):
     return State(torch.tensor(rows, dtype=torch.float32)[:, None].expand(-1, size).clone())
@@ -104,7 +113,7 @@ def plan(name, model, state, mean=None, t0=None, explore=False, noise=None, max_
     return planner.plan(model, state, mean, t0, explore, noise or NoiseStreams(3), max_ms)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", REFINING)
 def test_every_planner_finds_the_optimum(name):
     more = {} if name == "gradient" else dict(num_samples=512, num_elites=32, iterations=10)
     more |= dict(temperature=20.0) if name == "mppi" else {}
@@ -113,6 +122,22 @@ def test_every_planner_finds_the_optimum(name):
     assert torch.allclose(result.mean, best.expand(2, 3, 2), atol=0.1)
     assert torch.allclose(result.action, best[:, 0].expand(2, 2), atol=0.2)
     assert result.iterations == len(result.trace) == dict(gradient=30).get(name, 10)
+
+
+def test_random_shooting_takes_the_best_of_uniform_sequences_and_of_the_last_plan():
+    noise, mean = Recorded(), torch.full((2, 3, 2), 0.5)
+    result = plan("random", Toy(), states(0.1, -1.2), mean, [False, True], noise=noise, num_pi_trajs=0)
+    drawn = 2 * noise.asked["plan/candidates"].transpose(1, 2) - 1  # (N, S, H, A)
+    last = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])[:, None, :, None].expand(-1, 1, -1, 2)
+    actions = torch.cat([last, drawn], 1)
+    assert actions.shape == (2, 64, 3, 2)
+    x = torch.tensor([0.1, -1.2])[:, None, None, None] + actions.cumsum(2) / 2
+    best = (x - 0.3).square().sum((2, 3)).argmin(1)
+    assert torch.equal(result.mean, torch.stack([a[i] for a, i in zip(actions, best, strict=True)]))
+    assert torch.equal(result.action, result.mean[:, 0])
+    assert (drawn.min() < -0.99, drawn.max() > 0.99, result.iterations) == (True, True, 1)
+    kept = plan("random", Toy(goal=0.1), states(0.1), torch.zeros(1, 3, 2), [False], num_samples=9)
+    assert not kept.mean.any()  # nothing beats staying where the goal is
 
 
 def test_cem_is_mppi_at_temperature_zero():
@@ -212,12 +237,13 @@ def test_the_gradient_planner_keeps_the_best_it_has_seen():
     assert result.trace[-1]["score"] >= start.trace[0]["score"]
 
 
-@pytest.mark.parametrize("name", ["mppi", "cem"])
+@pytest.mark.parametrize("name", ["mppi", "cem", "random"])
 def test_discrete_planners_find_the_best_sequence(name):
-    result = plan(name, Chain(), states(0, 0, size=3))
+    options = dict(num_samples=512)
+    result = plan(name, Chain(), states(0, 0, size=3), **options)
     assert torch.equal(result.mean.argmax(-1), Chain.wanted.expand(2, 3))
     assert torch.equal(result.action, torch.tensor([[0.0, 0.0, 1.0]]).expand(2, 3))
-    loud = plan(name, Chain(), states(0, 0, size=3), explore=True)
+    loud = plan(name, Chain(), states(0, 0, size=3), explore=True, **options)
     assert torch.equal(loud.action, result.action)
 
 
@@ -245,7 +271,7 @@ def test_many_actions_get_two_more_iterations_each_time(name, size, expected):
     assert asdict(planner) == before
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", REFINING)
 def test_a_budget_ends_the_search_but_one_iteration_is_done(name, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(
