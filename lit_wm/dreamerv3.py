@@ -744,7 +744,16 @@ class DreamerV3(WorldModel):
 
         total, weight = actions.new_zeros(()), actions.new_ones(())
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
+        before = self.feat(state).repeat_interleave(S, 0) if self.doubts else None
         for step, feat in enumerate(self.dyn.branch(state, actions.to(self.compute_dtype), race), 1):
+            if before is not None:
+                x = torch.cat([before, actions[:, :, step - 1].flatten(0, 1).to(before.dtype)], -1)
+                doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]
+                if self.disagreement_limit is not None:  # from here on the model is not trusted
+                    trusted = (doubt <= self.disagreement_limit).float()
+                    ended = two_hot_mean(self.val(before).softmax(-1), self.bins)
+                    total, weight = total + weight * (1 - trusted) * ended, weight * trusted
+                total, before = total - weight * self.disagreement * (doubt - 1), feat
             heads = [self.rew, self.con] + [self.val] * (step == H)
             rew, con, *val = batched_heads(feat, heads)
             total = total + weight * two_hot_mean(rew.softmax(-1), self.bins)

@@ -93,7 +93,8 @@ def test_the_penalty_is_what_a_plan_costs(kind: str, monkeypatch: pytest.MonkeyP
     def value() -> Tensor:
         state = model.encode(torch.ones(2, 5), noise=NoiseStreams(0))
         with torch.no_grad():
-            return model.value(state, actions, NoiseStreams(0)) if kind == "tdmpc2" else dreamed(state)
+            planned = model.value(state, actions, NoiseStreams(0))
+            return planned if kind == "tdmpc2" else torch.cat([dreamed(state), planned.flatten()])
 
     def dreamed(state: State) -> Tensor:
         dream = model.dream(state.map(lambda x: x.unsqueeze(1)), NoiseStreams(1))
@@ -128,6 +129,17 @@ def test_planned_roll_outs_end_where_the_limit_is_passed(monkeypatch: pytest.Mon
         pi = model.pi(state.deter, None, None, torch.ones(2, 2))
         expected = model.q(state, model.action_keys(pi.mean)).unsqueeze(1).expand(2, 3)
     torch.testing.assert_close(found, expected)
+
+
+def test_dreamers_plans_end_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_module("dreamerv3", ensemble=3, disagreement_limit=2.0).model.eval()
+    state, actions = State(torch.randn(2, 32), torch.eye(4).expand(2, 4, 4)), torch.rand(2, 3, 3, 2) * 2 - 1
+    monkeypatch.setattr(model.ensemble, "disagreement", fixed(9.0))
+    with torch.no_grad():
+        found = model.value(state, actions, NoiseStreams(0))
+        feat = model.feat(state)
+        expected = (model.val(feat).softmax(-1) * model.bins).sum(-1).unsqueeze(1).expand(2, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_imagined_roll_outs_end_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
