@@ -39,16 +39,12 @@ def _whole(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _count(x: Any) -> bool:
-    return _whole(x) and x >= 1
-
-
 def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and -float("inf") < x < float("inf")
 
 
-def _fraction(x: Any) -> bool:
-    return _number(x) and 0 < x <= 1
+def _pair(x: Any) -> bool:
+    return isinstance(x, list | tuple) and len(x) == 2 and all(map(_number, x))
 
 
 @dataclass(frozen=True)
@@ -86,42 +82,32 @@ class SourceSpec:
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._expect("top_returns", _fraction, "a fraction above 0, up to 1")
-        self._expect("fraction", _fraction, "a fraction above 0, up to 1")
-        self._expect("min_length", _count, "a whole number of 1 or more")
-        self._expect("max_steps", _count, "a whole number of 1 or more")
-        self._expect("episodes", lambda x: isinstance(x, list) and all(map(_whole, x)), "a list of numbers")
-        self._expect("options", lambda x: isinstance(x, dict), "a mapping")
-        self._expect("on_bad", lambda x: x in ("error", "skip_episode"), "error or skip_episode")
+        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+            ("top_returns fraction", lambda x: _number(x) and 0 < x <= 1, "a fraction above 0, up to 1"),
+            ("min_length max_steps", lambda x: _whole(x) and x >= 1, "a whole number of 1 or more"),
+            ("episodes", lambda x: isinstance(x, list) and all(map(_whole, x)), "a list of numbers"),
+            ("options", lambda x: isinstance(x, dict), "a mapping"),
+            ("on_bad", lambda x: x in ("error", "skip_episode"), "error or skip_episode"),
+        )
+        for name, fits, expected in [(n, fits, text) for names, fits, text in rules for n in names.split()]:
+            if (value := getattr(self, name)) is not None and not fits(value):
+                raise ConfigError(f"{self.uri}: {name} is {value!r}, expected {expected}.")
         knots = self.weight if isinstance(self.weight, list) else [[0, self.weight]]
-        if (
-            not knots
-            or not all(isinstance(k, list | tuple) and len(k) == 2 and all(map(_number, k)) for k in knots)
-            or any(k[1] < 0 for k in knots)
-            or [k[0] for k in knots] != sorted(k[0] for k in knots)
-        ):
+        pairs = bool(knots) and all(map(_pair, knots))
+        if not pairs or any(k[1] < 0 for k in knots) or knots != sorted(knots, key=lambda k: k[0]):
             raise ConfigError(
                 f"{self.uri}: weight is {self.weight!r}, expected a number of 0 or more, or a list "
                 "[[update, weight], ...] with growing updates."
             )
         given = self.reward or {}
-        clip = given.get("clip") if isinstance(given, Mapping) else None
-        pair = isinstance(clip, list | tuple) and len(clip) == 2 and all(map(_number, clip))
-        if (
-            not isinstance(given, Mapping)
-            or set(given) - {"scale", "shift", "clip"}
-            or not all(_number(given[k]) for k in ("scale", "shift") if k in given)
-            or not (clip is None or (pair and clip[0] < clip[1]))
-        ):
+        known = isinstance(given, Mapping) and not set(given) - {"scale", "shift", "clip"}
+        clip = given.get("clip") if known else None
+        numbers = known and all(_number(given[k]) for k in ("scale", "shift") if k in given)
+        if not numbers or not (clip is None or (_pair(clip) and clip[0] < clip[1])):
             raise ConfigError(
                 f"{self.uri}: reward is {given!r}, expected {{scale: NUMBER, shift: NUMBER, "
                 "clip: [LOW, HIGH]}, each of them or none."
             )
-
-    def _expect(self, name: str, fits: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not fits(value):
-            raise ConfigError(f"{self.uri}: {name} is {value!r}, expected {expected}.")
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | SourceSpec) -> SourceSpec:
