@@ -591,6 +591,7 @@ class ReplayDataModule(LightningDataModule):
         self._rewind()
         replay = self.held_out or self._replay
         columns = replay.sample_columns(batch_size, self.replay_context + length, mode="report")
+        columns = self._numbered(columns) if self.held_out else columns
         return replace(self._batch(columns, device), write_back=None)
 
     @property
@@ -621,6 +622,12 @@ class ReplayDataModule(LightningDataModule):
             recorded=None if self.env is None else source < len(self.sources),
             rewarded=None if self._rewarded is None else self._rewarded[source],
         )
+
+    def _numbered(self, columns: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """Held-out rows with the numbers of their sources, not all of which have some."""
+        assert self.held_out is not None
+        numbers = torch.tensor([int(name.removeprefix("source")) for name in self.held_out.names])
+        return columns | {("source",): numbers[columns["source",]]}
 
     def _batch(self, columns: dict[Key, Tensor], device: torch.device | str) -> Batch:
         from datamodules.rows import nested
@@ -758,7 +765,8 @@ class ReplayDataModule(LightningDataModule):
         assert self.held_out is not None
         columns, valid = self.held_out.last_rows(number, length)
         rows = nested(columns)
-        batch = tdmpc2_view(rows, self._multitask).to(module.device)
+        batch = self._with_source(tdmpc2_view(rows, self._multitask), self._numbered(columns))
+        batch = batch.to(module.device)
         if self._time_limit_is_terminal and not self.within_episodes:
             over = rows["next"]["truncated"].squeeze(-1).roll(1, 1).to(module.device)
             over[:, 0] = False

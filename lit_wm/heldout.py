@@ -20,8 +20,8 @@ from lit_wm.types import Batch, State, Tensors
 
 HORIZONS = (1, 5, 15)
 CONTEXT = 5  # frames that are filtered before a dream may begin
-CHUNK = 256  # roll-outs at a time
-DECODED = 256  # roll-outs whose observations are decoded, evenly spread over all
+DREAMS = 512  # at most, evenly spread over the steps where one may begin
+CHUNK = 256  # dreams and values at a time
 SAMPLE = 512  # frames that the spread of an observation is taken from
 
 
@@ -35,8 +35,9 @@ def foresee(
 ) -> dict[str, float]:
     """Errors of dreams along recorded actions, and how well the values fit what happened.
 
-    Every episode is filtered from its first step on. A dream begins at each step that has ``context`` frames
-    (fewer, if the episode is shorter) behind it and one before it; horizon h is the h-th dreamed step.
+    Every episode is filtered from its first step on. A dream may begin at each step that has ``context``
+    frames (fewer, if the episode is shorter) behind it and one before it, up to :data:`DREAMS` do; horizon h
+    is the h-th dreamed step. Values are those of all such steps.
 
     Args:
         model: with the verbs, ``decodes``, ``reward_scale``, ``contdisc`` and ``gamma``, see
@@ -65,37 +66,39 @@ def foresee(
     horizons = [h for h in horizons if h < T]
     begin = lengths.sub(1).clamp(max=context) - 1
     time = torch.arange(T, device=device)
-    rows, times = ((time >= begin[:, None]) & (time < lengths[:, None] - 1)).nonzero(as_tuple=True)
-    if not horizons or not len(rows):
+    usable = (time >= begin[:, None]) & (time < lengths[:, None] - 1)
+    every = usable.nonzero(as_tuple=True)
+    if not horizons or not len(every[0]):
         return {}
+    rows, times = (x[:: -(-len(x) // DREAMS)] for x in every)
     steps = torch.tensor(horizons, device=device)
     target = (times[:, None] + steps).clamp(max=T - 1)  # (S, h)
     exists = times[:, None] + steps < lengths[rows, None]
     genuine = valid if episodes.fake is None else valid & ~episodes.fake
     gamma = torch.as_tensor(model.gamma(episodes.task), device=device).double().expand(len(lengths))
 
+    heads: list[Tensor] = []
+    missed: list[Tensors] = []
     with drawing_from(model, noise):
         start = None if episodes.task is None else replace(model.initial(len(lengths)), task=episodes.task)
         first = episodes.is_first | (time == 0)
         states = posterior(model, episodes.obs, episodes.prev_action, first, start)
         latents = None if model.decodes else _vector(states)
-        chosen = torch.arange(len(rows), device=device) % -(-len(rows) // DECODED) == 0
-        heads: list[Tensor] = []
-        missed: list[Tensors] = []
-        for e, t, goal, some in zip(*(x.split(CHUNK) for x in (rows, times, target, chosen)), strict=True):
+        for e, t, goal in zip(*(x.split(CHUNK) for x in (rows, times, target)), strict=True):
             later = (t[:, None] + torch.arange(1, max(horizons) + 1, device=device)).clamp(max=T - 1)
             actions = {k: v[e[:, None], later] for k, v in episodes.prev_action.items()}
             dream = model.imagine(states[e, t], actions, max(horizons))
-            q = model.q(states[e, t], {k: v[:, 0] for k, v in actions.items()})
-            heads.append(
-                torch.cat([q[:, None], dream.rewards[:, steps - 1], dream.continues[:, steps - 1]], 1)
-            )
+            heads.append(torch.cat([dream.rewards[:, steps - 1], dream.continues[:, steps - 1]], 1))
             dreamed = dream.states.stacked.map(lambda x: x[:, steps])
             if latents is not None:
                 missed.append({"latent": (_vector(dreamed) - latents[e[:, None], goal]) ** 2})
-            elif some.any():
-                seen = {k: v[e[some][:, None], goal[some]] for k, v in episodes.obs.items()}
-                missed.append(_misses(seen, model.decode(dreamed[some])))
+            else:
+                seen = {k: v[e[:, None], goal] for k, v in episodes.obs.items()}
+                missed.append(_misses(seen, model.decode(dreamed)))
+        q = torch.cat([
+            model.q(states[e, t], {k: v[e, t + 1] for k, v in episodes.prev_action.items()})
+            for e, t in zip(*(x.split(CHUNK) for x in every), strict=True)
+        ]) / model.reward_scale  # fmt: skip
 
     result: dict[str, float] = {}
 
@@ -110,23 +113,22 @@ def foresee(
         true = latents if latents is not None else episodes.obs[key]
         unit = _spread(true[genuine], pooled=latents is not None)
         mean = (error / unit).flatten(2).mean(-1) if error.ndim > 2 else error / unit
-        add(f"open_loop/{key}", mean, reached if latents is not None else reached[chosen])
+        add(f"open_loop/{key}", mean, reached)
 
-    q, rewards, goes_on = torch.cat(heads).double().split([1, len(horizons), len(horizons)], 1)
+    rewards, goes_on = torch.cat(heads).double().chunk(2, 1)
     happened = (~episodes.is_terminal[rows[:, None], target]).double()
     if model.contdisc:
         goes_on = (goes_on / gamma[rows, None]).clamp(max=1)
     add("continue/error", (goes_on - happened) ** 2, exists)
-    given = getattr(episodes, "rewarded", None)
-    rewarded = valid.any(1) if given is None else given
-    known, scale = exists & rewarded[rows, None], model.reward_scale
-    error = (rewards / scale - episodes.reward[rows[:, None], target]).abs()
+    rewarded = valid.any(1) if episodes.rewarded is None else episodes.rewarded
+    known = exists & rewarded[rows, None]
+    error = (rewards / model.reward_scale - episodes.reward[rows[:, None], target]).abs()
     add("reward/error", error, known)
     received = episodes.reward[valid & rewarded[:, None] & (time > 0)].double()
     if len(received) and (spread := (received - received.median()).abs().mean()) > 0:
         add("reward/relative", error / spread, known)
-    keep = rewarded[rows]
-    return result | calibration(q[keep, 0] / scale, rows[keep], times[keep], episodes, gamma)
+    keep = rewarded[every[0]]
+    return result | calibration(q[keep], every[0][keep], every[1][keep], episodes, gamma)
 
 
 def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: Tensor) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Whole held-out episodes: what the data module hands out, and what both models say of them."""
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -43,6 +44,17 @@ def test_held_out_episodes_are_the_ends_of_whole_ones_and_never_trained_on(tmp_p
         )
         assert batch.is_terminal[row, :n].tolist() == [False] * (n - 1) + [e % 3 == 0]
     assert data.held_out_episodes(module, 2, 5).reward.shape == (2, min(5, 1 + max(LENGTHS[e] for e in seen)))
+    data.close()
+
+
+@pytest.mark.parametrize("windows", ["stream", "episode"])
+def test_held_out_rows_know_their_source_where_another_has_none_held_out(tmp_path, windows):
+    module = Watch(1, windows)
+    data = data_of(tmp_path, windows=windows, val_fraction=0.5, sources=["made:30", "made:20,21,22,23"])
+    trainer_of(tmp_path).fit(module, datamodule=data)
+    assert data.held_out.names == ["source1"]
+    for batch in (data.held_out_episodes(module), data.held_out_batch(module)):
+        assert batch.source.tolist() == [1] * len(batch.reward)
     data.close()
 
 
@@ -113,3 +125,50 @@ def test_a_trained_model_foresees_better_than_one_with_shuffled_weights(tmp_path
     assert len(worse) == (3 if kind is TDMPC2Module else 9)  # whose rewards, weighed by 0.1, take longer
     assert {k: (trained[k], shuffled[k]) for k in worse if not trained[k] < shuffled[k]} == {}
     data.close()
+
+
+def test_images_and_tasks_are_foreseen_too(tmp_path):
+    module, data, logged = fit(tmp_path, "image", DreamerV3Module, "made:20,30,25?image=48", 1, 1)
+    assert np.isfinite([logged[0][1][f"val/open_loop/obs@{h}"] for h in (1, 5, 15)]).all()
+    data.close()
+    tasks = [{"name": n, "obs": w, "action": 2, "episode_length": 50} for n, w in (("walk", 3), ("run", 2))]
+    sources = [{"uri": f"made:20,30,25?width={w}", "task": n} for n, w in (("run", 2), ("walk", 3))]
+    data = data_of(tmp_path, sources=sources, pad=True, val_fraction=0.3, **EPISODE)
+    module = TDMPC2Module(data.spaces, preset="debug", tasks=tasks, discount=[0.9, 0.99])
+    trainer = trainer_of(tmp_path)
+    trainer.fit_loop.epoch_loop.max_steps = 1
+    trainer.fit(module, datamodule=data)
+    batch, model = data.held_out_episodes(module), module.eval().model
+    assert batch.task.tolist() == [1] * (len(batch.task) - 1) + [0]
+    with torch.no_grad():
+        model.task_embedding.weight[0] = 1
+    found = foresee(model, batch, NoiseStreams(0))
+    assert np.isfinite(list(found.values())).all()
+    batch.task = 1 - batch.task
+    other = foresee(model, batch, NoiseStreams(0))
+    assert all(found[k] != other[k] for k in ("open_loop/latent@5", "value/bias"))
+    data.close()
+
+
+def test_of_several_processes_the_first_measures(tmp_path, monkeypatch):
+    from lit_wm import module as shared
+    from lit_wm.strategy import ReplicatedStrategy
+
+    def watched(*args):
+        with open(tmp_path / "calls", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return foresee(*args)
+
+    monkeypatch.setattr(shared, "foresee", watched)
+    data = data_of(tmp_path, batch_size=4, sources=["made:40,40,40,40"], val_fraction=0.3)
+    module = DreamerV3Module(data.spaces, preset="debug", log_every=1000, imag_length=3)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        strategy=ReplicatedStrategy(start_method="fork", process_group_backend="gloo"), max_steps=2,
+        enable_model_summary=False, default_root_dir=tmp_path, use_distributed_sampler=False,
+        val_check_interval=1, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    calls = (tmp_path / "calls").read_text().split()
+    assert len(calls) == 2
+    assert len(set(calls)) == 1
