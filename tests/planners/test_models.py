@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from lit_wm.errors import ConfigError
 from lit_wm.functional import one_hot
 from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams
-from lit_wm.planners import CEM, make_planner
+from lit_wm.planners import CEM, PLANNERS, make_planner
 from lit_wm.tdmpc2 import TDMPC2Module
 from lit_wm.types import Spaces, Spec, State
 from lit_wm.world_model import WorldModel
@@ -336,3 +339,14 @@ def test_actions_that_cannot_be_searched_are_refused(action: Any, unbounded: Any
 def test_no_gradient_of_discrete_actions(kind: str) -> None:
     with pytest.raises(ConfigError, match="gradient needs continuous actions"):
         MODELS[kind](DISCRETE.to_plain(), preset="debug", planner="gradient")
+
+
+def test_the_documentation_runs_and_names_every_option() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(code, "planning.md", "exec"), found)
+    assert found["state"].plan is None  # the policy's is the last act
+    assert found["action"]["action"].shape == (1, 6)
+    for name, kind in PLANNERS.items():
+        assert all(f"`{word}`" in text for word in (name, *(f.name for f in fields(kind) if f.init)))
