@@ -486,15 +486,8 @@ class ReplayDataModule(LightningDataModule):
         from datamodules.offline import observation_statistics
 
         normalizer = getattr(getattr(module, "model", None), "normalizer", None)
-        if normalizer is not None:
-            module.begin()  # the weights that a run begins with may bring them
-        if normalizer is None or normalizer.fitted:
-            return
-        if not train or self.pad:
-            raise ConfigError(
-                "model.normalize needs data.sources without pad, whose training rows it is fitted to.\n"
-                "  Leave it out, or load a checkpoint that was fitted."
-            )
+        if normalizer is None or normalizer.fitted or not train or self.pad:
+            return  # weights that are loaded later may bring them; without them the module refuses to train
         normalizer.fit(observation_statistics([replay.storage for replay in train.values()]))
 
     def _check_model(self, module: Any, spaces: Spaces, num_envs: int) -> None:

@@ -215,7 +215,7 @@ class DreamerV3Module(WorldModelModule):
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
         self.groups = dict(self.trained)
         self.trained |= {"ensemble": True} if ensemble else {}
-        self.pretraining = Pretraining.of(pretrain, train_world_model)
+        self.pretraining = Pretraining.of(pretrain, self.groups["world_model"])
         self.last_carry: State | None = None
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -87,6 +87,7 @@ class WorldModelModule(pl.LightningModule):
         self.updates = 0  # host mirror of updates_done: reading the buffer would synchronise with the device
         self.noise = NoiseStreams(seed)
         self.load_report: LoadReport | None = None  # what became of the weights that it began with
+        self._restored = False  # whether the weights are those of a run that is under way
         self.latest: dict[str, float] = {}  # last metrics, for the progress bar and callbacks
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -133,16 +134,23 @@ class WorldModelModule(pl.LightningModule):
         module.model.compute_dtype = torch.bfloat16 if half else torch.float32
         return module
 
-    def begin(self) -> None:
-        """Begin a new run with the weights of ``start_from``, once. The data module, which is set up first,
-        asks for them if they bring the statistics of the observations.
-        """
-        start, fitting = self.hparams.get("start_from"), self.trainer.state.fn == "fit"
-        if not start and (needing := [k for k in ("start_partial", "task_like") if self.hparams.get(k)]):
-            raise ConfigError(f"model.{needing[0]} needs model.start_from, a checkpoint")
-        if start and fitting and self.trainer.ckpt_path is None and not self.updates and not self.load_report:
-            like, partial = self.hparams.get("task_like"), self.hparams.get("start_partial", False)
-            self.load_report = self.model.load_weights(start, like, partial)
+    def _begin(self) -> None:
+        """Begin a new run with the weights of ``start_from``."""
+        start, like, partial = map(self.hparams.get, ("start_from", "task_like", "start_partial"))
+        if not start and (partial or like):
+            raise ConfigError(
+                f"model.{'start_partial' if partial else 'task_like'} needs model.start_from, a checkpoint"
+            )
+        if start and not self._restored:
+            self.load_report = self.model.load_weights(start, like, bool(partial))
+        if self.load_report and not self._restored and self.trainer.is_global_zero:
+            print(self.load_report, file=sys.stderr)
+        self._restored = True
+        if self.model.normalizer is not None and not self.model.normalizer.fitted:
+            raise ConfigError(
+                "model.normalize needs data.sources without pad, whose training rows it is fitted to\n"
+                "Leave it out, or begin with a checkpoint that was fitted"
+            )
 
     def freeze_parts(self, freeze: Sequence[str] | str | None, **train: bool) -> dict[str, bool]:
         """Give gradients to the parts of the model that are trained, and to no others.
@@ -294,7 +302,6 @@ class WorldModelModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the compute dtype from the Trainer and give every process its own noise."""
         self._take_precision()
-        self.begin()
         # A second fit goes on with the streams of the first.
         if not self.noise.used or self.noise.rank != self.trainer.global_rank:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
@@ -310,14 +317,13 @@ class WorldModelModule(pl.LightningModule):
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
     def on_fit_start(self) -> None:
-        """Move the noise to the device once that is known; streams of another device begin anew. Say which
-        weights a new run begins with.
+        """Move the noise to the device once that is known; streams of another device begin anew. A new run
+        then takes the weights that it begins with: a run that goes on has its own by now.
         """
         if self.noise.device != self.device:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)
             self.model.noise = self.noise
-        if self.load_report and not self.updates and self.trainer.is_global_zero:
-            print(self.load_report, file=sys.stderr)
+        self._begin()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop when the budget of environment steps is used up."""
@@ -383,7 +389,7 @@ class WorldModelModule(pl.LightningModule):
                 "this checkpoint holds the model alone, without optimizers: fit cannot go on from it\n"
                 "It is for evaluate, test, validate and predict; go on from the run that it was exported from"
             )
-        self.updates = int(checkpoint["state_dict"]["updates_done"])
+        self.updates, self._restored = int(checkpoint["state_dict"]["updates_done"]), True
 
     # --- State of this process ---------------------------------------------------------------------
 

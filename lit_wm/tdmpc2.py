@@ -176,7 +176,7 @@ class TDMPC2Module(WorldModelModule):
         )
         self.trained = {"model": self.groups["world_model"] or self.groups["critic"]}
         self.trained |= {"policy": self.groups["actor"]} | ({"ensemble": True} if ensemble else {})
-        self.pretraining = Pretraining.of(pretrain, train_world_model)
+        self.pretraining = Pretraining.of(pretrain, self.groups["world_model"])
 
     @classmethod
     def from_official(cls, path: str | Path, **overrides: Any) -> TDMPC2Module:

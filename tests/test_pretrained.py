@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules import ReplayDataModule
 from lit_wm.dreamerv3 import DreamerV3Module
 from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.tdmpc2 import TDMPC2Module
@@ -198,6 +199,39 @@ def test_statistics_are_kept_for_the_same_observations_alone(kind: type, tmp_pat
         assert all(
             bool((m == 0).all()) for k, m in other.model.normalizer.state_dict().items() if "mean" in k
         )
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["start_from", "ckpt_path"])
+def test_statistics_of_a_dataset_go_on_in_an_environment(kind: type, way: str, tmp_path: Path) -> None:
+    """The data module asks for them before the module is set up, and the environment has none to give."""
+    episode = {"windows": "episode"} if kind is TDMPC2Module else {}
+    data = ReplayDataModule(
+        "Pendulum-v1", {"time_limit": 20}, batch_size=2, batch_length=4, capacity=500, prefill=60,
+        replay_dir=str(tmp_path / "replay"), **episode,
+    )  # fmt: skip
+    spaces = Spaces.from_plain(data.spaces)
+    old = (
+        make(kind, spaces, normalize=True, episodic=False) if episode else make(kind, spaces, normalize=True)
+    )
+    old.model.normalizer.fitted.fill_(True)
+    want, path = dict(old.model.normalizer.state_dict()), saved(old, tmp_path / "a.ckpt")
+    given = {k: v for k, v in old.hparams.items() if k != "spaces"}
+    if way == "start_from":
+        module, more = kind(data.spaces, **given | {"start_from": str(path)}), {}
+    else:
+        trainer, _ = fit(old, tmp_path, spaces)
+        trainer.save_checkpoint(path)
+        module, more = kind(data.spaces, **given), {"ckpt_path": path, "weights_only": True}
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data, **more)
+    data.close()
+    assert module.updates == 4
+    for name, value in module.model.normalizer.state_dict().items():
+        assert torch.equal(value, want[name]), name
 
 
 @BOTH
