@@ -23,7 +23,7 @@ import numpy as np
 from datamodules.episodes import Episode, Source
 from datamodules.sources import flat, register
 from datamodules.sources.flat import dropped
-from datamodules.sources.hdf5 import open_hdf5
+from datamodules.sources.hdf5 import Dataset, child, open_hdf5
 from datamodules.spaces import Columns, Leaf, leaves, schema
 from lit_wm.errors import ConfigError, DataError, nearest
 
@@ -151,26 +151,27 @@ class Minari(Source):
 
     def _words(self, texts: list[tuple[str, Leaf]]) -> dict[str, list[str]]:
         words: dict[str, set[str]] = {leaf.name: set() for _, leaf in texts}
-        for group in self._groups():
+        for group in self._groups(texts):
             for part, leaf in texts:
                 words[leaf.name].update(group.read(part, leaf))
         return {name: sorted(known) for name, known in words.items()}
 
-    def _groups(self) -> Iterator[_Group]:
+    def _groups(self, read: Sequence[tuple[str, Leaf]]) -> Iterator[_Group]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "jpeg") as pool, ExitStack() as stack:
             path = self.data / "main_data.hdf5"
             file = stack.enter_context(open_hdf5(path)) if self._format == "hdf5" else None
             for k in self._episodes:
                 where = f"{self.name}, episode {k}"
                 if file is None:
-                    yield _ArrowGroup(where, self.data / str(k), self._format, self._jpeg, pool)
+                    yield _ArrowGroup(where, self._jpeg, pool, self.data / str(k), self._format, read)
                 else:
-                    yield _Hdf5Group(where, path, file, k, self._jpeg, pool)
+                    yield _Hdf5Group(where, self._jpeg, pool, file, k)
 
     def episodes(self) -> Iterator[Episode]:
         """All episodes in the order of their numbers."""
         steps: int | None = 0
-        for group in self._groups():
+        read = [("observations", x) for x in self._obs.leaves]
+        for group in self._groups([*read, *(("actions", x) for x in self._action.leaves)]):
             try:
                 for episode in self._pieces(group):
                     steps = None if steps is None else steps + episode.steps
@@ -184,7 +185,7 @@ class Minari(Source):
 
     def _pieces(self, group: _Group) -> Iterator[Episode]:
         where, row = group.where, sum(map(_bytes, self._obs.leaves))
-        cuts = flat.pieces(len(group.flag("rewards")), row, where, self.report)
+        cuts = flat.pieces(group.steps, row, where, self.report)
         for start, stop in cuts[:-1]:
             group.rows, group.where = slice(start, stop), f"{where}, from step {start:,}"
             episode = self._episode(group)
@@ -221,6 +222,11 @@ class _Group(ABC):
         seed = self.notes.get("seed")
         whole = isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**63
         return int(seed) if whole else None
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """T, of the whole episode."""
 
     @property
     @abstractmethod
@@ -266,44 +272,42 @@ class _Group(ABC):
 
 
 class _Hdf5Group(_Group):
-    def __init__(self, where: str, path: Path, file: Any, k: int, jpeg: bool, pool: ThreadPoolExecutor):
+    def __init__(self, where: str, jpeg: bool, pool: ThreadPoolExecutor, file: Any, k: int):
         super().__init__(where, jpeg, pool)
-        self._path, self._file, self._key = path, file, f"episode_{k}"
+        self._file, self._key = file, f"episode_{k}"
 
     @cached_property
     def _group(self) -> Any:
-        try:
-            group = self._file[self._key]
-        except (KeyError, OSError) as error:
-            raise self._damaged(error) from error
-        if hasattr(group, "shape"):
+        group = self._child(self._file, self._key)
+        if isinstance(group, Dataset):
             raise DataError(f"{self.where} is an array; expected a group of actions, rewards ...\n{_AGAIN}")
         return group
+
+    def _child(self, group: Any, key: str) -> Any:
+        try:
+            return child(group, key, self.where)
+        except (KeyError, OSError) as error:
+            raise DataError(f"{self.where}: {self._file.filename} is damaged ({error}).\n{_AGAIN}") from error
+
+    @property
+    def steps(self) -> int:
+        return (*self._dataset("rewards").shape, 0)[0]
 
     @property
     def notes(self) -> Any:
         return self._group.attrs
 
-    def _dataset(self, key: str, take: Callable[[Any], Any]) -> Any:
-        part = key.partition("/")[0]
-        try:
-            item = self._group[key]
-        except KeyError as error:
-            if part not in self._group:
-                raise self._missing(part, self._group) from None
-            if key not in self._group:
-                raise self._missing(key, self._names(part)) from None
-            raise self._damaged(error) from error
-        if not hasattr(item, "shape"):
+    def _dataset(self, key: str) -> Dataset:
+        item, part = self._child(self._group, key), key.partition("/")[0]
+        if item is None:
+            if part in self._group:
+                raise self._missing(key, self._names(part))
+            raise self._missing(part, self._group)
+        if not isinstance(item, Dataset):
             raise DataError(
                 f"{self.where}: {key!r} is a group of {', '.join(item)}; its space says an array."
             )
-        if not item.shape:
-            raise DataError(f"{self.where}: {key!r} is a single value; expected one per step.\n{_AGAIN}")
-        try:
-            return take(item)
-        except OSError as error:
-            raise self._damaged(error) from error
+        return item
 
     def _names(self, part: str) -> list[str]:
         names: list[str] = []
@@ -311,44 +315,84 @@ class _Hdf5Group(_Group):
             self._group[part].visit(lambda name: names.append(f"{part}/{name}"))
         return names or [part]
 
-    def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self.where}: {self._path} is damaged ({error}).\n{_AGAIN}")
-
     def flag(self, name: str) -> np.ndarray:
-        return self._dataset(name, lambda item: item[self.rows])
+        return self._dataset(name)[self.rows]
 
     def read(self, part: str, leaf: Leaf) -> Any:
         key = "/".join((part, *(f"_index_{k}" if isinstance(k, int) else k for k in leaf.path)))
         if leaf.text:
             try:
-                return self._dataset(key, lambda item: item.asstr()[self._some(part)]).tolist()
+                return self._dataset(key).values(lambda item: item.asstr()[self._some(part)]).tolist()
             except TypeError as error:
                 raise DataError(f"{self.where}: {key!r} does not hold strings ({error}).") from error
-        value = self._dataset(key, lambda item: item[self._some(part)])
+        value = self._dataset(key)[self._some(part)]
         # Frames of equal size make a rectangle (n, bytes): the space alone tells what is a picture.
-        if self._jpeg and _is_image(leaf) and value.ndim <= 2:
+        if self._jpeg and value.ndim <= 2 and _is_image(leaf):
             return self._decode(value, part, leaf)
         return value
 
 
 class _ArrowGroup(_Group):
-    def __init__(self, where: str, folder: Path, kind: str, jpeg: bool, pool: ThreadPoolExecutor):
+    """The record batches of an episode in order, of which those with the ``rows`` are held."""
+
+    def __init__(
+        self,
+        where: str,
+        jpeg: bool,
+        pool: ThreadPoolExecutor,
+        folder: Path,
+        kind: str,
+        read: Sequence[tuple[str, Leaf]],
+    ):
         super().__init__(where, jpeg, pool)
-        self._folder, self._kind = folder, kind
+        self._folder, self._kind, self._stream = folder, kind, self._batches()
+        self._columns = [".".join((part, *map(str, leaf.path))) for part, leaf in read]
+        self._most = min(max(flat.LONGEST // max(8 * sum(_bytes(leaf) for _, leaf in read), 1), 1), 1 << 16)
+        self._held: list[Any] = []
+        self._first = 0  # row of the first batch that is held
 
     @cached_property
-    def _table(self) -> Any:
-        import pyarrow as pa
-        import pyarrow.dataset as ds
-
-        parts = sorted(str(p) for p in self._folder.glob(f"*.{self._kind}"))
-        if not parts:
+    def _files(self) -> list[str]:
+        files = sorted(str(p) for p in self._folder.glob(f"*.{self._kind}"))
+        if not files:
             raise DataError(f"{self.where}: no .{self._kind} file in {self._folder}.\n{_AGAIN}")
+        return files
+
+    def _batches(self) -> Iterator[Any]:
+        """All rows, some MB at a time."""
+        for path in self._files:
+            if self._kind == "parquet":
+                from pyarrow.parquet import ParquetFile
+
+                # Else it keeps whole columns; while they are read, nested ones take nine times their size.
+                with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+                    columns = [*self._columns, "rewards", "terminations", "truncations"]
+                    rows = max(self._most // 8, 1)
+                    yield from file.iter_batches(rows, columns=columns, use_threads=False)
+                continue
+            for i in range(self._mapped(path).num_record_batches):
+                start, rows = 0, 1
+                while start < rows:  # Minari writes one batch: mapped anew, so that what was read goes
+                    batch = self._mapped(path).get_batch(i)
+                    rows = batch.num_rows
+                    yield batch.slice(start, self._most)
+                    start += self._most
+
+    def _hold(self, start: int, stop: int) -> None:
+        """Let go of batches before ``start``, and read on until ``stop``."""
+        while self._held and self._first + len(self._held[0]) <= start:
+            self._first += len(self._held.pop(0))
+        while self._first + sum(map(len, self._held)) < stop:
+            self._held.append(self._safe(lambda: next(self._stream)))
+
+    def _safe(self, work: Callable[[], Any]) -> Any:
+        import pyarrow as pa
+
         try:
-            return ds.dataset(parts, format=self._kind).to_table().combine_chunks()
+            return work()
         except (pa.ArrowException, OSError) as error:
             what = str(error).splitlines()[0]
-            raise DataError(f"{self.where}: {parts[0]} is damaged ({what[:90]}).\n{_AGAIN}") from error
+            raise DataError(f"{self.where}: {self._files[0]} is damaged ({what[:90]}).\n{_AGAIN}") from error
 
     @cached_property
     def notes(self) -> Any:
@@ -358,29 +402,55 @@ class _ArrowGroup(_Group):
             return {}
         return notes if isinstance(notes, dict) else {}
 
-    @property
-    def _steps(self) -> int:
+    def _mapped(self, path: str) -> Any:
+        import pyarrow as pa
+
+        return pa.ipc.open_file(pa.memory_map(path))
+
+    def _count(self) -> int:
+        if self._kind == "parquet":
+            from pyarrow.parquet import read_metadata
+
+            return sum(read_metadata(path).num_rows for path in self._files)
+        files = map(self._mapped, self._files)
+        return sum(file.get_batch(i).num_rows for file in files for i in range(file.num_record_batches))
+
+    @cached_property
+    def _rows(self) -> int:
+        if not (rows := self._safe(self._count)):
+            raise DataError(f"{self.where}: {self._files[0]} holds no rows.\n{_AGAIN}")
+        return rows
+
+    @cached_property
+    def steps(self) -> int:
         # Minari fills all columns up to the length of the observations and cuts one row when it reads.
-        rows = self._table.num_rows
-        return rows if self.notes.get("total_steps") == rows else max(rows - 1, 0)
+        return self._rows if self.notes.get("total_steps") == self._rows else self._rows - 1
 
     def _column(self, key: Sequence[str]) -> Any:
-        names = self._table.column_names
-        if key[0] not in names:
-            raise self._missing(key[0], names)
-        column = self._table[key[0]].combine_chunks()
-        for i, name in enumerate(key[1:], 1):
-            fields = [field.name for field in column.type] if hasattr(column, "field") else []
+        import pyarrow as pa
+
+        start, stop, _ = self._some(key[0]).indices(self._rows if key[0] == "observations" else self.steps)
+        self._hold(start, max(stop, start + 1))
+        arrays, first = [], self._first
+        for batch in self._held:
+            arrays.append(self._field(batch, key)[max(start - first, 0) : max(stop - first, 0)])
+            first += len(batch)
+        return pa.concat_arrays(arrays) if len(arrays) > 1 else arrays[0]
+
+    def _field(self, batch: Any, key: Sequence[str]) -> Any:
+        fields = batch.schema.names
+        for i, name in enumerate(key):
             if name not in fields:
                 raise self._missing("/".join(key[: i + 1]), fields)
-            column = column.field(name)
-        return column if key[0] == "observations" else column[: self._steps]
+            batch = batch.field(name) if i else batch.column(name)
+            fields = [field.name for field in batch.type] if hasattr(batch, "field") else []
+        return batch
 
     def flag(self, name: str) -> np.ndarray:
-        return self._column([name])[self.rows].to_numpy(zero_copy_only=False)
+        return self._column([name]).to_numpy(zero_copy_only=False)
 
     def read(self, part: str, leaf: Leaf) -> Any:
-        column = self._column([part, *map(str, leaf.path)])[self._some(part)]
+        column = self._column([part, *map(str, leaf.path)])
         if leaf.text:
             return column.to_pylist()
         if self._jpeg and _is_image(leaf):

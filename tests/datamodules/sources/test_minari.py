@@ -13,12 +13,14 @@ from typing import Any
 import h5py
 import minari
 import numpy as np
+import pyarrow.dataset as ds
 import pytest
 from gymnasium import spaces
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 
 from datamodules.episodes import Episode, checked
+from datamodules.sources import minari as minari_source
 from datamodules.sources import open_source
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import Spec
@@ -481,3 +483,32 @@ def test_an_episode_beyond_memory_is_cut_without_loss(
         np.concatenate([x.action["action"] for x in parts]), want[1].action["action"]
     )
     np.testing.assert_array_equal(np.concatenate([x.reward for x in parts]), want[1].reward)
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_long_tables_are_read_by_pieces_without_what_is_dropped(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "x-v0", NESTED, spaces.MultiDiscrete([3, 3]), (50,), form, False)
+    path = folder / f"data/0/part-0.{form}"
+    table = ds.dataset(path, format=form).to_table()  # written again as two files
+    path.unlink()
+    for i, rows in enumerate((table[:21], table[21:])):
+        ds.write_dataset(rows, path.parent, format=form, basename_template=f"part-{i}-{{i}}.{form}",
+                         existing_data_behavior="overwrite_or_ignore")  # fmt: skip
+    (want,) = open_source(f"minari:{folder}", drop="pixels").episodes()
+    monkeypatch.setattr("datamodules.sources.flat.LONGEST", 17_000)  # 13 rows
+    held: list[int] = []
+    hold = minari_source._ArrowGroup._hold
+    monkeypatch.setattr(minari_source._ArrowGroup, "_hold", lambda group, *rows: (
+        hold(group, *rows), held.append(sum(map(len, group._held))))[0])  # fmt: skip
+    parts = list(open_source(f"minari:{folder}", drop="pixels").episodes())
+    assert [x.steps for x in parts] == [13, 13, 13, 11]
+    assert max(held) < 20
+    assert list(parts[0].observation) == list(want.observation)
+    for key, value in want.observation.items():
+        rows = [x.observation[key][:-1] for x in parts] + [parts[-1].observation[key][-1:]]
+        np.testing.assert_array_equal(np.concatenate(rows).reshape(value.shape), value, key)
+    for key, value in want.action.items():
+        np.testing.assert_array_equal(np.concatenate([x.action[key] for x in parts]), value, key)
+    np.testing.assert_array_equal(np.concatenate([x.reward for x in parts]), want.reward)
