@@ -104,10 +104,8 @@ TABLE = (
     Row("headless", note="nothing ever opens a window"),
     Row("demos demo_path demonstrations dataset dataset_path", ("data.sources",), _sources,
         note="their share of a batch is each source's weight, the environment's data.env_weight"),
-    Row("pretrain pretrain_wm pretrain_steps",
-        refused="there is no phase of its own for it\nTrain N updates with --model.train_actor false "
-        "--model.train_critic false --trainer.max_steps N,\nthen go on with --ckpt_path last, both true and "
-        "--trainer.max_steps -1"),
+    Row("pretrain pretrain_wm pretrain_steps", ("model.pretrain.world_model",),
+        note="updates of the world model alone, before all parts learn"),
     # Replay and schedule
     Row("batch_size", ("data.batch_size",)),
     Row("sequence_length seq_len batch_length", ("data.batch_length",)),
@@ -158,7 +156,8 @@ TABLE = (
     Row("adam_epsilon", ("model.eps",), note="LaProp has 1e-20: above 1e-8 small gradients move little"),
     Row("grad_clip", ("model.grad_clip",), note="of the global norm, beside model.agc of each parameter"),
     # Another algorithm
-    Row("ensemble ensemble_size", refused="DreamerV3 has one world model, no ensemble\nRemove it"),
+    Row("ensemble ensemble_size", ("model.ensemble",),
+        note="heads beside the one world model; only model.disagreement makes use of them"),
     Row("kernel kernel_size conv_kernel conv_kernels stride conv_stride",
         refused="convolutions are 5 x 5 with stride 1, norm and pooling\nRemove it; model.strided: true "
         "halves and doubles images by strided convolutions instead"),

@@ -97,6 +97,11 @@ TRANSLATED = [
     ("demos", "a.npz", {"data.sources": ["npz:a.npz"]}),
     ("demo_path", ["a.npz", "minari:b"], {"data.sources": ["npz:a.npz", "minari:b"]}),
     ("demonstrations", "b.hdf5", {"data.sources": ["hdf5:b.hdf5"]}),
+    ("pretrain", 50, {"model.pretrain.world_model": 50}),
+    ("pretrain_wm", 50, {"model.pretrain.world_model": 50}),
+    ("pretrain_steps", 50, {"model.pretrain.world_model": 50}),
+    ("ensemble", 5, {"model.ensemble": 5}),
+    ("ensemble_size", 5, {"model.ensemble": 5}),
     ("dataset", "minari:b", {"data.sources": ["minari:b"]}),
     ("dataset_path", "c.pt", {"data.sources": ["tdmpc2:c.pt"]}),
     ("obs_dim", 34, {}),
@@ -108,11 +113,6 @@ TRANSLATED = [
 # Old names, and what the refusal says.
 REFUSED = [
     ("horizon", ["model.imag_length", "model.horizon", "1 - 1/horizon"]),
-    ("ensemble ensemble_size", ["no ensemble"]),
-    (
-        "pretrain pretrain_wm pretrain_steps",
-        ["--model.train_actor false", "--trainer.max_steps -1", "--ckpt_path last"],
-    ),
     ("world_model_updates policy_updates collect_steps collect_interval", ["data.train_ratio"]),
     ("kernel kernel_size conv_kernel conv_kernels stride conv_stride", ["5 x 5", "model.strided"]),
     ("critic_loss value_loss", ["two-hot", "no MSE"]),

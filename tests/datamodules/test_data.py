@@ -343,7 +343,7 @@ def test_a_model_without_termination_head_refuses_episodes_that_end_by_themselve
 
 def test_windows_that_do_not_fit_the_model_or_the_ring_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"learns from 'stream'(.|\n)*Set data.windows: stream"):
-        fit(tmp_path, updates=1, windows="episode")
+        fit(tmp_path, updates=1, windows="episode", train_ratio=32)
     module = Planner(1)
     data, trainer = plan_of(tmp_path, module, windows="stream")
     with pytest.raises(ConfigError, match="Set data.windows: episode"):
