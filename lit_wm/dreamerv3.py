@@ -727,7 +727,8 @@ class DreamerV3(WorldModel):
         Args:
             state: where all sequences of a row start. (N, ...)
             actions: (N, S, H, A).
-            noise: stream ``plan/prior``; ``t`` is the planner's iteration.
+            noise: stream ``plan/prior``; ``t`` is the planner's iteration. All sequences of a row meet the
+                same noise, so that they differ by their actions and not by luck.
             deterministic: the most likely latents instead of drawn ones, whose gradient is that of their
                 probabilities; differentiable in the actions.
 
@@ -735,12 +736,12 @@ class DreamerV3(WorldModel):
             (N, S)
         """
         N, S, H, _ = actions.shape
-        shape = (N, S, self.dyn.stoch, self.dyn.classes)
+        shape = (N, 1, self.dyn.stoch, self.dyn.classes)
 
         def race(step: int) -> Tensor:
             if deterministic:
                 return torch.ones(shape[2:], device=actions.device)
-            return noise.exponential("plan/prior", shape, t * H + step).flatten(0, 1)
+            return noise.exponential("plan/prior", shape, t * H + step).expand(-1, S, -1, -1).flatten(0, 1)
 
         total, weight = actions.new_zeros(()), actions.new_ones(())
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon

@@ -121,9 +121,9 @@ def test_a_value_is_that_of_the_same_dream_step_by_step(spaces: Spaces, contdisc
         for s in range(3):
 
             class Same:
-                def exponential(self, name: str, shape: Any, t: int = 0, n: int = n, s: int = s) -> Tensor:
+                def exponential(self, name: str, shape: Any, t: int = 0, n: int = n) -> Tensor:
                     assert name == "imagine/prior"
-                    return noise.drawn["plan/prior", 2 * 4 + t][n, s].unsqueeze(0)
+                    return noise.drawn["plan/prior", 2 * 4 + t][n]  # of all candidates
 
             taken = model.action_keys(actions[n, s].unsqueeze(0))
             dream = model.imagine(state[n : n + 1], taken, noise=Same())
