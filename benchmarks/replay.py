@@ -1,6 +1,7 @@
 """Time to draw a batch from the replay and to ingest a dataset, beside what the machine and others need.
 
     python benchmarks/replay.py                 writes benchmarks/results/replay.md
+    python benchmarks/replay.py --only ingest   prints that part
 
 One process, one thread, page cache warm; every round times all of a row's columns once, in turn, so that
 they meet the same noise. Goals: images at 80 % of a memory copy or better; vectors within three times of a
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import platform
-import resource
+import shutil
 import subprocess
 import tempfile
 import time
@@ -281,19 +282,19 @@ def sizes(lines: list[str], folder: Path, repeats: int) -> None:
     )
 
 
-def write_hdf5(path: Path, groups: bool, rows: int = 1_000_000, length: int = 1000) -> None:
-    """Flat arrays as D4RL has them, or a group per episode as Minari has."""
+def write_hdf5(path: Path, form: str, rows: int = 1_000_000, length: int = 1000) -> None:
+    """``groups``: one per episode, as Minari has; ``gzip``: compressed arrays, as D4RL's; ``flat`` ones."""
     rng = np.random.default_rng(0)
     obs = rng.normal(size=(rows, 39)).astype(np.float32)
     action = rng.uniform(-1, 1, (rows, 6)).astype(np.float32)
     reward, no = rng.normal(size=rows), np.zeros(rows, bool)
     end = np.arange(rows) % length == length - 1
     with h5py.File(path, "w") as file:
-        if not groups:
+        if form != "groups":
             flat = {"observations": obs, "next_observations": np.roll(obs, -1, 0), "actions": action}
             flat |= {"rewards": reward.astype(np.float32), "terminals": no, "timeouts": end}
             for name, value in flat.items():
-                file.create_dataset(name, data=value)
+                file.create_dataset(name, data=value, compression="gzip" if form == "gzip" else None)
             return
         for i in range(rows // length):
             group, part = file.create_group(f"episode_{i}"), slice(i * length, (i + 1) * length)
@@ -303,17 +304,29 @@ def write_hdf5(path: Path, groups: bool, rows: int = 1_000_000, length: int = 10
             group.attrs["id"], group.attrs["total_steps"] = i, length
 
 
-def _ingest(path: str, root: str, pipe: Any) -> None:
+def peak() -> float:
+    """GB that this process has held; the peak of ``getrusage`` begins with that of its parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1e6
+
+
+def _ingest(path: Path, root: Path, repeats: int, pipe: Any) -> None:
     """In a process of its own, so that its peak memory is its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    torch.set_num_threads(1)
+    before = peak()
     ingest(f"hdf5:{path}", root)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
+    most, start = peak(), time.perf_counter()
     cache = ingest(f"hdf5:{path}", root)
     _ = cache.rows, cache.episodes
-    again = time.perf_counter() - start
-    pipe.send((first, again, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    again, times = time.perf_counter() - start, []
+    for i in range(repeats):
+        clocks = [(time.perf_counter(), time.process_time())]
+        for work in (lambda: read_all(path), lambda: ingest(f"hdf5:{path}", root / str(i))):  # noqa: B023
+            work()
+            clocks.append((time.perf_counter(), time.process_time()))
+        times.append(np.diff(clocks, axis=0))
+        shutil.rmtree(root / str(i))
+    pipe.send((np.median(times, 0), again, before, most))
 
 
 def read_all(path: Path) -> None:
@@ -327,30 +340,25 @@ def read_all(path: Path) -> None:
         file.visititems(read)
 
 
-def ingestion(lines: list[str], folder: Path) -> None:
-    """1 million vector steps from HDF5."""
-    for groups, name in ((True, "a group per episode, as Minari"), (False, "flat arrays, as D4RL")):
-        path = folder / f"million{groups}.hdf5"
-        write_hdf5(path, groups)
-        reads, writes = [], []
-        for i in range(3):
-            start = time.perf_counter()
-            read_all(path)
-            reads.append(time.perf_counter() - start)
-            here, there = multiprocessing.get_context("spawn").Pipe()
-            process = multiprocessing.get_context("spawn").Process(
-                target=_ingest, args=(str(path), str(folder / f"ingest{groups}{i}"), there)
-            )
-            process.start()
-            writes.append(here.recv())
-            process.join()
-        read, (first, again, before, peak) = sorted(reads)[1], sorted(writes)[1]
+def ingestion(lines: list[str], folder: Path, repeats: int = 5) -> None:
+    """1 million vector steps from HDF5: medians of rounds that read and ingest in turn."""
+    forms = {"groups": "a group per episode, as Minari", "gzip": "gzip, as D4RL", "flat": "flat arrays"}
+    for form, name in forms.items():
+        path = folder / f"{form}.hdf5"
+        write_hdf5(path, form)
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=_ingest, args=(path, folder / form, repeats, there))
+        process.start()
+        there.close()
+        ((read, read_cpu), (whole, cpu)), again, before, most = here.recv()
+        process.join()
         size = path.stat().st_size / 1e6
         lines[0] += (
-            f"\n- ingest of 1,000,000 steps (39 numbers, HDF5 of {size:.0f} MB, {name}): {first:.2f} s, "
-            f"{first / read:.2f} times the time of reading the file with h5py ({read:.2f} s); opening it "
-            f"again {again:.3f} s; peak memory {peak / 1e6:.2f} GB, {before / 1e6:.2f} GB of it the "
-            "interpreter with its packages"
+            f"\n- ingest of 1,000,000 steps (39 numbers, HDF5 of {size:.0f} MB, {name}): {whole:.2f} s, "
+            f"{whole / read:.2f} times the time of reading the file with h5py ({read:.2f} s), "
+            f"{cpu / read_cpu:.2f} times its CPU time; opening it again {again:.3f} s; peak memory "
+            f"{most:.2f} GB, {before:.2f} GB of it the interpreter with its packages"
         )
 
 
@@ -358,6 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay.md")
     parser.add_argument("--repeats", type=int, default=300)
+    parser.add_argument("--only", choices=("ingest", "draws"), help="print this part, and write no file")
     parser.add_argument("--folder", type=Path, help="where the files of the benchmark lie: 6 GB")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -368,9 +377,11 @@ def main() -> None:
         f"{torchrl.__version__}, tensordict {tensordict.__version__}, {platform.machine()}, one thread.\n"
     ]
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        ingestion(lines, Path(folder))
-        sizes(lines, Path(folder), given.repeats * 3)
-        draws(lines, Path(folder), given.repeats)
+        if given.only != "draws":
+            ingestion(lines, Path(folder))
+        if given.only != "ingest":
+            sizes(lines, Path(folder), given.repeats * 3)
+            draws(lines, Path(folder), given.repeats)
     lines.append(
         "\nring: rows of environments, 8 streams (one for 256 x 4). dataset: rows of a cache. 16 x 64 are "
         "windows of the stream for DreamerV3, 256 x 4 windows of episodes for TD-MPC2; the view makes the "
@@ -379,7 +390,8 @@ def main() -> None:
         "cache_values on LazyMemmapStorage. HDF5: contiguous datasets, one slice per window and column. "
         "Minari: sample_episodes, then cut; 256 episodes, 40 with images."
     )
-    given.out.write_text("\n".join(lines) + "\n")
+    if given.only is None:
+        given.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
