@@ -61,8 +61,9 @@ def create_world_model(
         return _of_checkpoint(Path(name), place, obs_shape, action_dim, discrete, data)
     known = [f"{k}:{size}" for k, sizes in PRESETS.items() for size in sizes]
     if kind not in PRESETS or (preset or "debug") not in PRESETS[kind] or str(name).endswith(":"):
+        close = next((k for k in known if k.endswith(f":{name}")), str(name))
         raise ConfigError(
-            f"no world model {str(name)!r}{nearest(str(name), [*PRESETS, *known])}\n"
+            f"no world model {str(name)!r}{nearest(close, [*PRESETS, *known])}\n"
             f"  Known: {', '.join(known)}, and checkpoints"
         )
     said = _said(obs_shape, action_dim, discrete, data, kind == "dreamerv3")

@@ -177,8 +177,8 @@ class _Data(pl.LightningDataModule):
         super().__init__()
         inner, within = model.model, getattr(model, "windows", "stream") == "episode"
         exactly = getattr(model, "window_steps", None)
-        self.batch_size = batch_size or (256 if within else 16)
-        steps = batch_length or exactly or 64
+        self.batch_size = (256 if within else 16) if batch_size is None else batch_size
+        steps = (exactly or 64) if batch_length is None else batch_length
         for name, value, least in (("batch_size", self.batch_size, 1), ("batch_length", steps, 2)):
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of {least} or more")

@@ -1,0 +1,169 @@
+"""One call from a name and two shapes to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+
+from lit_wm import DreamerV3Module, Spaces, TDMPC2Module, create_world_model
+from lit_wm.errors import CheckpointError, ConfigError, EnvError
+from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, TDMPC2_PARAMETERS
+from lit_wm.training import ReplayBuffer, train
+from lit_wm.types import Spec
+
+NPZ = Path(__file__).parent / "datamodules" / "data" / "npz"
+
+
+def spaces_of(name="dreamerv3:debug", *given, **options):
+    return create_world_model(name, *given, device="cpu", **options).model.spaces
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITWM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_the_names_of_the_tutorial_make_the_published_sizes(device):
+    model = create_world_model("dreamerv3:size50m", obs_shape=(3, 64, 64), action_dim=18, device=device)
+    assert type(model) is DreamerV3Module
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == DREAMERV3_PARAMETERS_IMAGE["size50m"]
+    )
+    assert model.device.type == (device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    assert model.model.spaces == Spaces(
+        {"obs": Spec("uint8", (3, 64, 64))}, {"action": Spec("int32", (), 18)}
+    )
+    model = create_world_model("tdmpc2:19m", obs_shape=(39,), action_dim=6, device=device)
+    assert type(model) is TDMPC2Module
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == TDMPC2_PARAMETERS["vector"]["19m"]
+    assert model.model.spaces == Spaces({"obs": Spec("float32", (39,))}, {"action": Spec("float32", (6,))})
+
+
+def test_a_name_alone_is_the_size_of_the_reference():
+    assert create_world_model("tdmpc2", (39,), 6, device="cpu").hparams["preset"] == "5m"
+    small = {k: 16 for k in ("deter", "hidden", "units")} | {"depth": 2}  # all but the widths
+    sizes = create_world_model("dreamerv3", (39,), 6, device="cpu", **small).model.dyn
+    assert (sizes.stoch, sizes.classes) == (32, 64)  # of size200m
+
+
+def test_the_same_call_makes_the_same_weights_and_leaves_global_noise_alone():
+    before = torch.get_rng_state()
+    first, again, other = (
+        create_world_model("tdmpc2:debug", (5,), 2, device="cpu", seed=s).state_dict() for s in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(v, again[k]) for k, v in first.items())
+    assert not all(torch.equal(v, other[k]) for k, v in first.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "obs", "discrete", "classes"),
+    [
+        ("dreamerv3:debug", (64, 64, 3), None, 4),
+        ("dreamerv3:debug", (5,), None, None),
+        ("dreamerv3:debug", (64, 64, 3), False, None),
+        ("dreamerv3:debug", (5,), True, 4),
+        ("dreamerv3:debug", {"front": (64, 64, 3), "pose": 5}, None, 4),
+        ("tdmpc2:debug", (5,), None, None),
+        ("tdmpc2:debug", (5,), True, 4),
+    ],
+)
+def test_a_number_of_actions_counts_classes_where_it_says(name, obs, discrete, classes):
+    (spec,) = spaces_of(name, obs, 4, discrete=discrete).action.values()
+    assert spec == (Spec("float32", (4,)) if classes is None else Spec("int32", (), classes))
+
+
+def test_spaces_of_gymnasium_and_names():
+    seen = Dict(camera=Box(0, 255, (64, 64, 3), np.uint8), level=Discrete(3, start=5))
+    assert spaces_of("dreamerv3:debug", seen, Dict(gas=Box(-2, 2, (1,)), keys=MultiBinary(4))) == Spaces(
+        {"camera": Spec("uint8", (64, 64, 3)), "level": Spec("int32", (), 3)},
+        {"gas": Spec("float32", (1,)), "keys": Spec("int32", (4,), 2)},
+    )
+    named = spaces_of("dreamerv3:debug", {"a": (2,), "b": Spec("int32", (), 3)}, {"x": 2, "y": 1})
+    assert named == Spaces(
+        {"a": Spec("float32", (2,)), "b": Spec("int32", (), 3)},
+        {"x": Spec("float32", (2,)), "y": Spec("float32", (1,))},
+    )
+    with pytest.raises(ConfigError, match="action has none"):
+        spaces_of("tdmpc2:debug", (5,), Box(-np.inf, np.inf, (2,)))
+
+
+def test_data_say_the_spaces():
+    recording = Spaces({"obs": Spec("float32", (34,))}, {"action": Spec("float32", (2,))})
+    for data in (NPZ / "recording.npz", str(NPZ / "recording.npz"), f"npz:{NPZ}/recording.npz"):
+        found = spaces_of("tdmpc2:debug", data=data)
+        assert found == recording
+        assert found.episode_length == 199  # the longest, for the discount
+    buffer = ReplayBuffer(100)
+    buffer.add_episode(np.zeros((8, 34)), np.zeros((7, 2)), np.zeros(7))
+    assert spaces_of("tdmpc2:debug", data=buffer) == recording
+    assert spaces_of("tdmpc2:debug", data=buffer).episode_length == 7
+    assert spaces_of("tdmpc2:debug", data=recording) == recording
+    cartpole = spaces_of("dreamerv3:debug", data="CartPole-v1")
+    assert cartpole.action == {"action": Spec("int32", (), 2)}
+    assert cartpole.episode_length == 500
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "dreamer:size50m"}, "no world model 'dreamer:size50m'; did you mean 'dreamerv3:size50m'"),
+        ({"name": "tdmpc2:size50m"}, r"no world model 'tdmpc2:size50m'.*\n  Known: dreamerv3:debug,"),
+        ({"name": "tdmpc2:"}, "no world model 'tdmpc2:'"),
+        ({"name": "size50m"}, "no world model 'size50m'; did you mean"),
+        ({"obs_shape": None}, r"Give data, or both of obs_shape and action_dim, e.g. obs_shape=\(39,\)"),
+        ({"action_dim": None}, "Give data, or both"),
+        ({"obs_shape": "39"}, r"obs_shape is '39'; expected a shape, such as \(39,\)"),
+        ({"obs_shape": (0, 3)}, r"obs_shape is \(0, 3\)"),
+        ({"action_dim": 0}, "action_dim is 0; expected a whole number"),
+        ({"action_dim": True}, "action_dim is True"),
+        ({"action_dim": (2, 3)}, r"action_dim is \(2, 3\); expected a whole number"),
+        ({"data": "CartPole-v1"}, "give one or the other"),
+        ({"learning_rate": 1e-3}, "tdmpc2:debug: 'learning_rate' is no option of it"),
+        ({"horizn": 3}, "did you mean 'horizon'"),
+        ({"preset": "5m"}, "'preset' is part of the name"),
+        ({"device": "tpu"}, "device='tpu': PyTorch finds .* here; expected cpu, cuda, cuda:N or None"),
+        ({"device": "cuda:99"}, "device='cuda:99': PyTorch finds"),
+    ],
+)
+def test_what_cannot_be_made_is_one_clear_error(given, message):
+    call = {"name": "tdmpc2:debug", "obs_shape": (5,), "action_dim": 2, "device": "cpu"} | given
+    with pytest.raises(ConfigError, match=message) as error:
+        create_world_model(**call)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_missing_gpu_and_an_unknown_environment_are_said():
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device='cuda': PyTorch finds no GPU here"):
+            create_world_model("tdmpc2:debug", (5,), 2, device="cuda")
+    with pytest.raises(EnvError, match="CartPole"):
+        create_world_model("dreamerv3:debug", data="CartPol-v1")
+
+
+def test_a_checkpoint_is_a_name_too(tmp_path):
+    buffer = ReplayBuffer.load(NPZ / "recording.npz")
+    model = create_world_model("dreamerv3:debug", data=buffer, device="cpu")
+    train(
+        model, buffer, 1, batch_size=2, batch_length=8, folder=tmp_path / "run", logger=False, progress=False
+    )
+    for path in (tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "last.ckpt")):
+        for said in ({}, {"obs_shape": (34,), "action_dim": 2}, {"data": buffer}):
+            again = create_world_model(path, device="cpu", **said)
+            assert again.updates == 1
+            assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    with pytest.raises(
+        ConfigError, match=r"has obs: float32 \(34,\); the arguments say obs: float32 \(35,\)\n"
+    ):
+        create_world_model(tmp_path / "run", obs_shape=(35,), device="cpu")
+    with pytest.raises(ConfigError, match=r"the arguments say obs: uint8 \(3, 64, 64\)"):
+        create_world_model(tmp_path / "run", data=NPZ / "atari_breakout.npz", device="cpu")
+    with pytest.raises(ConfigError, match="a checkpoint, with options of its own: leave out lr"):
+        create_world_model(tmp_path / "run", lr=1e-3)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        create_world_model(tmp_path / "other.ckpt")
