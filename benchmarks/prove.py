@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_wm.curves import published
 from lit_wm.envs import make_env
 from lit_wm.envs.catch import Catch
 from lit_wm.tracking import flatten
@@ -190,15 +191,6 @@ def curve(run: Path, name: str) -> tuple[list[int], list[float]]:
     return [int(float(row["step"])) for row in rows], [float(row[name]) for row in rows]
 
 
-def authors_curve(task: str, frames_per_step: int) -> tuple[list[float], list[float], list[float]]:
-    """Env steps of ours, mean and spread over seeds of the authors' TD-MPC2."""
-    with open(ROOT / "benchmarks" / "reference" / "tdmpc2_scores.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == task]
-    return tuple(  # type: ignore[return-value]
-        [float(row[k]) / by for row in rows] for k, by in (("step", frames_per_step), ("mean", 1), ("std", 1))
-    )
-
-
 def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float], authors: Any = None) -> None:
     """Evaluations bold, means of ten lines of training returns thin, promises and baselines dashed."""
     import matplotlib
@@ -216,8 +208,7 @@ def plot(path: Path, title: str, runs: dict[str, Path], lines: dict[str, float],
         axes.plot(steps[width - 1 :], means, color=colour, alpha=0.35, linewidth=1)
         axes.plot(*curve(run, "eval/return"), color=colour, marker=".", label=label)
     if authors is not None:
-        steps, means, spread = (np.array(x) for x in authors)
-        axes.errorbar(steps, means, spread, color="black", marker=".", capsize=3, label="authors, 3 seeds")
+        axes.errorbar(*authors, color="black", marker=".", capsize=3, label="authors, 3 seeds")
     for label, value in lines.items():
         axes.axhline(value, color="grey", linestyle="--", linewidth=0.8)
         axes.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -319,7 +310,9 @@ def main() -> int:
     named, authors = {f"seed {s}": r for s, r in runs.items()}, None
     if proof.published:
         repeat = settings(proof)["data"]["init_args"]["env_options"]["repeat"]
-        authors = authors_curve(proof.published, repeat)
+        theirs = published("tdmpc2", proof.published)
+        near = theirs.steps <= 500_000  # of the simulator; they go on to 4 M
+        authors = (theirs.steps[near] / repeat, theirs.mean[near], theirs.std[near])
     plot(given.out / f"prove-{given.task}.png", env_id, named, lines, authors)
     record["machine"] = machine()
     (given.out / f"prove-{given.task}.md").write_text(
