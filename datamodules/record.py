@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,6 +28,8 @@ from torch import Tensor
 
 from datamodules.cache import Cache, open_cache, write_rows
 from datamodules.episodes import Episode, Schema, Source
+from datamodules.sources.npz import write_npz
+from datamodules.sources.rows import Rows
 from lit_wm.envs import StandardEnv, spaces_from_gym
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import State, Tensors
@@ -303,6 +306,16 @@ def write_played(source: Played, folder: Path) -> Cache:
     with replacing(folder, folder.parent) as work:
         write_rows(source, work)
     return open_cache(folder)
+
+
+def write_demos(source: Source, file: Path) -> None:
+    """Write a source that can be read once as an ``npz:`` of demos, complete or not at all; a file is
+    replaced. Raises DataError as :func:`~datamodules.cache.write_rows` does.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
+        write_rows(source, Path(folder) / "rows")
+        write_npz(Rows(str(Path(folder) / "rows")), file)
 
 
 def _stored(tree: Any, wrapped: bool) -> Any:

@@ -14,7 +14,17 @@ import numpy as np
 import torch
 import yaml
 
-from datamodules.record import Played, Policy, Take, minari_folder, play, portable, write_minari, write_played
+from datamodules.record import (
+    Played,
+    Policy,
+    Take,
+    minari_folder,
+    play,
+    portable,
+    write_demos,
+    write_minari,
+    write_played,
+)
 from lit_wm import __version__
 from lit_wm.callbacks.evaluate import Interrupts
 from lit_wm.callbacks.progress import RLProgressBar
@@ -30,7 +40,7 @@ def collect_parser() -> Parser:
     """The options of ``collect``."""
     parser = Parser(
         prog="lit-wm collect",
-        description="Play episodes and write them as a Minari dataset or as rows for training.",
+        description="Play episodes and write them as a Minari dataset, rows for training or an npz of demos.",
         epilog="Episode k starts from seed S + k. A Minari dataset of a plain Gymnasium environment holds "
         "its own observations and actions; of Atari, dm_control and Crafter, and with options for images or "
         "repeats, what a model sees and does. Images are stored without loss.",
@@ -40,7 +50,7 @@ def collect_parser() -> Parser:
         ("env", str, None, "ID", "environment; a checkpoint's own by default"),
         ("policy", str, "random", "random|CKPT", "random, last, best, a run or a .ckpt (random)"),
         ("episodes", int, 10, "N", "number of episodes (10)"),
-        ("out", str, None, "minari:ID|rows:PATH", "what to write"),
+        ("out", str, None, "minari:ID|rows:PATH|npz:FILE", "what to write"),
         ("seed", int, 0, "S", "of the first episode (0)"),
         ("num-envs", int, 1, "K", "environments side by side (1)"),
         ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
@@ -71,6 +81,16 @@ def env_options_of(given: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--env-options {text}: expected K=V or '{{K: V}}', e.g. size=64")
         options |= found
     return options
+
+
+def npz_file(path: str, overwrite: bool) -> Path:
+    """Where a new npz will lie. Raises ConfigError for another name, or if something lies there."""
+    file = Path(path).expanduser()
+    if file.suffix != ".npz":
+        raise ConfigError(f"--out npz:{path}: expected a file name that ends in .npz")
+    if file.exists() and not (overwrite and file.is_file()):
+        raise ConfigError(f"--out npz:{path} exists\n  Give another one, or --overwrite for a file.")
+    return file
 
 
 def rows_folder(path: str, overwrite: bool) -> Path:
@@ -108,10 +128,14 @@ def collect(argv: list[str]) -> int:
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
     scheme, _, target = (given.out or "").partition(":")
-    if scheme not in ("minari", "rows") or not target:
-        raise ConfigError(f"--out {given.out}: expected minari:ID (cartpole/random-v0) or rows:PATH")
-    folder = rows_folder(target, given.overwrite) if scheme == "rows" else minari_folder(
-        target, given.root, given.overwrite)  # fmt: skip
+    if scheme not in ("minari", "rows", "npz") or not target:
+        raise ConfigError(
+            f"--out {given.out}: expected minari:ID (cartpole/random-v0), rows:PATH or npz:FILE.npz"
+        )
+    if scheme == "minari":
+        folder = minari_folder(target, given.root, given.overwrite)
+    else:
+        folder = (rows_folder if scheme == "rows" else npz_file)(target, given.overwrite)
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(f"--out {given.out}: {folder} cannot be written: give a folder that is yours")
@@ -163,14 +187,15 @@ def collect(argv: list[str]) -> int:
                 write_minari(takes(), folder, target, shown, meta, spec)
             else:
                 meta |= {"algorithm": name} | ({"author": sorted(author)} if author else {})
-                write_played(Played(envs[0], takes(), meta, given.episodes), folder)
+                played = Played(envs[0], takes(), meta, given.episodes)
+                (write_played if scheme == "rows" else write_demos)(played, folder)
     finally:
         bar.clear()
         for env in envs:
             env.close()
 
     returns, lengths, terminated = map(np.array, zip(*ends, strict=True))
-    place = f"{scheme}:{folder if given.root or scheme == 'rows' else target}"
+    place = f"{scheme}:{folder if given.root or scheme != 'minari' else target}"
     again = f"lit-wm data inspect {shlex.quote(place)}"
     if given.json:
         report = {"out": given.out, "folder": str(folder), "env": env_id, "env_options": options}

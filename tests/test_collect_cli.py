@@ -14,6 +14,7 @@ import torch
 
 import lit_wm
 from datamodules.cache import open_cache
+from datamodules.sources import open_source
 from lit_wm import DreamerV3Module
 from lit_wm.cli import main
 from lit_wm.envs import read_spaces
@@ -132,6 +133,31 @@ def test_what_is_wrong_is_said_before_anything_is_played(root, capsys, argv, exp
     assert expected in error
     assert len(error.strip().splitlines()) <= 5
     assert not root.exists() or not any(root.iterdir())
+
+
+def test_demos_in_an_npz_are_the_same_episodes_with_their_bounds(root, capsys):
+    argv = ["collect", "--env", "lit_wm/LidarRobot-v0", "--episodes", "3", "--seed", "5", "--num-envs", "2"]
+    for out in ("rows:rows", "npz:made/demos.npz"):
+        assert main([*argv, "--out", out]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "look at it: lit-wm data inspect npz:made/demos.npz"
+    assert os.listdir("made") == ["demos.npz"]
+    cache, demos = open_cache("rows"), np.load("made/demos.npz")  # without pickle
+    here = cache.rows["valid"].squeeze(-1)
+    for name, column in {"observations": "observation", "actions": "action"}.items():
+        np.testing.assert_array_equal(demos[name], cache.rows[column][here].numpy())
+    assert demos["terminations"].sum() + demos["truncations"].sum() == 3
+    assert main(["data", "inspect", "npz:made/demos.npz", "--json", "--cache", "cache"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["episodes"], shown["steps"]) == (3, int(here.sum()))
+    assert (
+        open_source("npz:made/demos.npz").schema.to_plain() == cache.schema.to_plain()
+    )  # -1 to 1, not what was seen of it
+
+    assert main([*argv, "--out", "npz:made/demos.npz"]) == 1
+    assert main([*argv, "--out", "npz:made/demos"]) == 1
+    assert "ends in .npz" in capsys.readouterr().err
+    assert main([*argv, "--out", "npz:made/demos.npz", "--overwrite", "--episodes", "1"]) == 0
+    assert len(np.load("made/demos.npz")["rewards"]) < int(here.sum())
 
 
 def test_options_of_the_environment_in_both_spellings(root):

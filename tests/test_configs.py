@@ -1,6 +1,7 @@
 """Every configuration file trains: three updates with the debug overlay on a CPU."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,25 @@ BASE = {
     "official_atari": "dreamer_atari",
 }
 FILES = sorted(str(p.relative_to(FOLDER)) for p in FOLDER.rglob("*.yaml"))
+
+
+DATA = Path(__file__).parent / "datamodules" / "data"
+
+
+def local_source(name, folder):
+    """A small set in the place of the configuration's own, of the same format."""
+    if "minari" in name:
+        return f"minari:{DATA}/minari/pendulum/scripted-v0"
+    if "d4rl" in name:
+        shutil.copy(
+            DATA / "d4rl/halfcheetah_scripted-v0-notimeouts.hdf5", folder / "halfcheetah_medium-v2.hdf5"
+        )
+        return f"d4rl:halfcheetah-medium-v2?cache_dir={folder}"
+    assert (
+        main(["collect", *["--env", "lit_wm/LidarRobot-v0", "--episodes", "3", "--out", "npz:demos.npz"]])
+        == 0
+    )
+    return "{uri: npz:demos.npz, weight: [[0, 1], [5_000, 0.1]]}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -42,6 +62,10 @@ def test_the_configuration_runs(name, tmp_path, monkeypatch):
     flags = ["--trainer.logger", "false", "--trainer.callbacks", "null"]
     if Path(name).stem == "bf16":
         flags += ["--trainer.precision", "bf16-mixed"]
+    if any(word in name for word in ("minari", "d4rl", "demos")):
+        flags += ["--data.sources", f"[{local_source(name, tmp_path)}]", "--data.cache_dir", "cache"]
+    if "demos" in name:
+        flags += ["--model.pretrain", "{world_model: 2, actor: 1}", "--data.prefill", "40"]
     if "finetune" in name:  # tests/test_tdmpc2.py begins with a file
         flags += ["--model.start_from", "null", "--model.task_like", "null"]
     if any(name.startswith(f"dreamer_{new}") for new in ("dmc", "crafter", "robot", "catch")) or (
