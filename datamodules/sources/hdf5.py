@@ -268,11 +268,11 @@ class Dataset:
         try:
             if self.shape:
                 return read()
-            what, fix, cause = "is a single value", "Expected one per step.", None
+            what, cause = "is a single value; expected one per step", None
         except OSError as error:
             what, cause = f"cannot be read ({str(error).splitlines()[0][:90]})", error
-            fix = "The file is damaged; delete it and download it again."
-        raise DataError(f"{self._where}: {h5py.Dataset(self._data).name} {what}.\n  {fix}") from cause
+            what += ".\n  The file is damaged; delete it and download it again"
+        raise DataError(f"{self._where}: {h5py.Dataset(self._data).name} {what}.") from cause
 
 
 def child(group: Any, key: str, where: str = "") -> Any:

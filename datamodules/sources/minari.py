@@ -248,7 +248,7 @@ class _Group(ABC):
     def _missing(self, what: str, found: Any) -> DataError:
         return DataError(f"{self.where} has no {what!r}; found: {', '.join(found) or 'nothing'}.\n{_AGAIN}")
 
-    def _decode(self, frames: Sequence[Any], part: str, leaf: Leaf) -> np.ndarray:
+    def _decode(self, frames: Any, part: str, leaf: Leaf) -> np.ndarray:
         """Images (n, H, W, C) of n JPEG files, exactly as Pillow and therefore Minari sees them."""
         from PIL import Image
 

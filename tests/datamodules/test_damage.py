@@ -294,7 +294,7 @@ REFUSED: list[tuple[str, Make, tuple[str, ...]]] = [
     ("negative classes", npz(actions=np.arange(20) - 3), ("integers from -3 to 16",)),
     ("minari as npz", path("minari/pendulum/scripted-v0", lambda p: None, "npz:{}"), ("holds no .npz file",)),
     ("single value", pendulum(put("episode_1/actions", 3.0)),
-     ("episode 1: 'actions' is a single value; expected one per",)),
+     ("episode 1: /episode_1/actions is a single value; expected one per",)),
     ("no group", pendulum(put("episode_1", np.zeros(3))), ("episode 1 is an array; expected a group",)),
     ("two flags a step", pendulum(put("episode_1/truncations", lambda x: np.stack([x, x], 1))),
      ("episode 1: truncated has the shape (200, 2); expected one flag per step", "on_bad=skip_episode")),
