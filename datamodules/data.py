@@ -31,6 +31,7 @@ from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
 from lit_wm.scores import Reference, reference_of
+from lit_wm.tasks import TASK_SETS, Task, misfit, task_list
 from lit_wm.types import Batch, Spaces, Spec, State
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class ReplayDataModule(LightningDataModule):
         uniform_over: with ``windows: episode`` draws are uniform over ``episodes``, then over the starts
             within, as officially; or over ``windows``.
         prefetch: batches drawn ahead by a thread where no environment writes; 0 for none.
-        eval_env: environment of evaluation where ``env`` is null; null for the one that the first source
-            was recorded in, if it can be made here.
+        eval_env: environment of evaluation where ``env`` is null; of several tasks one each, ``{TASK: ENV}``.
+            null for those that the sources were recorded in, if they can be made here.
         env_options: options of the environment, e.g. ``{repeat: 4}``.
         num_envs: environments over all processes.
         eval_envs: environments for evaluation over all processes.
@@ -128,7 +129,8 @@ class ReplayDataModule(LightningDataModule):
         offline_updates: int | None = None,
         sources: list[Any] | str | None = None, env_weight: float | list[list[float]] = 1.0,
         mix: str = "ratio", val_fraction: float = 0.0, cache_dir: str | None = None, pad: bool = False,
-        stack: int = 1, uniform_over: str = "episodes", prefetch: int = 2, eval_env: str | None = None,
+        stack: int = 1, uniform_over: str = "episodes", prefetch: int = 2,
+        eval_env: str | dict[str, str] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.env, self.env_options = env, dict(env_options or {})
@@ -288,13 +290,17 @@ class ReplayDataModule(LightningDataModule):
         named = {} if self.env is None else {self.env: read_spaces(self.env, **self.env_options)}
         for spec, cache in zip(self.sources, self.caches, strict=True):
             named[spec.uri] = model_spaces(cache, self.stack)
-        return common_spaces(named, self.pad).to_plain()
+        spaces = common_spaces(named, self.pad)
+        told = [(s.uri, s.task, c.meta.get("tasks")) for s, c in zip(self.sources, self.caches, strict=True)]
+        return replace(spaces, tasks=named_tasks(told, named)).to_plain()
 
     @cached_property
     def evaluation_env(self) -> str | None:
         """The environment to evaluate in; None if there is none that fits the datasets."""
         if self.env is not None:
             return self.env
+        if isinstance(self.eval_env, dict):
+            return None
         if self.eval_env is not None:
             shown = read_spaces(self.eval_env, **self.env_options)
             common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
@@ -305,6 +311,44 @@ class ReplayDataModule(LightningDataModule):
         except LitWMError:
             same = False
         return name if same else None
+
+    @cached_property
+    def eval_tasks(self) -> dict[str, dict[str, Any]]:
+        """By name, of the tasks of the sources that have an environment: ``env``, ``env_options`` and
+        ``reference``, see :mod:`lit_wm.scores`.
+
+        Raises:
+            ConfigError: for an environment of ``eval_env`` that is of another task.
+        """
+        model, found = Spaces.from_plain(self.spaces), dict[str, dict[str, Any]]()
+        tasks = {task.name: task for task in task_list(model.tasks)} if model.tasks else {}
+        given = self.eval_env if isinstance(self.eval_env, dict) else {}
+        if unknown := sorted(given.keys() - tasks.keys()):
+            raise ConfigError(
+                f"data.eval_env names {unknown[0]!r}, which is no task of data.sources"
+                f"{nearest(unknown[0], list(tasks))}\n  Their tasks: {', '.join(tasks) or 'none'}"
+            )
+        for spec, cache in zip(self.sources, self.caches, strict=True):
+            for name in [spec.task] if isinstance(spec.task, str) else cache.meta.get("tasks") or []:
+                own = None if len(cache.meta.get("tasks") or []) > 1 else cache.meta.get("env_id")
+                env, options = given.get(name, own), dict(self.env_options)
+                if name not in tasks or name in found or env is None:
+                    continue
+                if name not in given:  # as the data were recorded
+                    options = (cache.meta.get("env_options") or {}) | options
+                try:
+                    wrong = misfit(tasks[name], model, read_spaces(env, **options))
+                except LitWMError as error:
+                    if name in given:
+                        raise
+                    wrong = str(error).splitlines()[0]
+                if wrong and name in given:
+                    raise ConfigError(f"data.eval_env: {env} {wrong}.")
+                if not wrong:
+                    reference = reference_of(spec.uri, cache.meta, env)
+                    found[name] = {"env": env, "env_options": options,
+                                   "reference": None if reference is None else reference._asdict()}  # fmt: skip
+        return found
 
     @cached_property
     def reference(self) -> Reference | None:
@@ -326,10 +370,15 @@ class ReplayDataModule(LightningDataModule):
         """Environment frames per env step, for the x-axis of published curves."""
         return 1 if self.env is None else int(suite_defaults(self.env, **self.env_options)["repeat"])
 
-    def make_envs(self, num_envs: int, seeds: list[int]) -> SyncVectorEnv | AsyncVectorEnv:
-        """A vector environment with this module's id and options. Raises ConfigError if there is none to
-        evaluate in.
+    def make_envs(
+        self, num_envs: int, seeds: list[int], task: str | None = None
+    ) -> SyncVectorEnv | AsyncVectorEnv:
+        """A vector environment with this module's id and options, or that of a task. Raises ConfigError if
+        there is none to evaluate in.
         """
+        if task is not None:
+            known = self.eval_tasks[task]
+            return make_vector_env(known["env"], num_envs, seeds, self.vectorization, **known["env_options"])
         name = self.evaluation_env
         if name is None:
             raise ConfigError(
@@ -450,7 +499,14 @@ class ReplayDataModule(LightningDataModule):
         groups: list[dict[str, RowReplay]] = [{}, {}]
         lead = 0 if self.within_episodes else max(self.replay_context, 1)
         tasks = getattr(getattr(module, "model", None), "tasks", [])
-        if self.evaluation_env is None:  # asked for here, so that a wrong one ends nothing later
+        if len(tasks) > 1 and self._task is None:
+            if lacking := [t.name for t in tasks if t.name not in self.eval_tasks]:
+                self._say(
+                    f"no environment for {len(lacking)} of {len(tasks)} tasks ({', '.join(lacking[:4])}"
+                    f"{' ...' if len(lacking) > 4 else ''}), which are not played for evaluation; "
+                    "data.eval_env names some, {TASK: ENV}"
+                )
+        elif self.evaluation_env is None:  # asked for here, so that a wrong one ends nothing later
             self._say("no environment: nothing is played for evaluation; data.eval_env names one")
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             task = task_number(spec, cache, tasks, self._task)
@@ -852,6 +908,38 @@ class ReplayDataModule(LightningDataModule):
         self.collector = self.replay = self.held_out = self.ratio = self._ahead = None
 
 
+def named_tasks(
+    told: Sequence[tuple[str, Any, Sequence[str] | None]], spaces: Mapping[str, Spaces]
+) -> tuple[dict[str, Any], ...]:
+    """The tasks that sources name, with their sizes and time limits, in the sources' order.
+
+    Args:
+        told: of each source its URI, the task of its entry, and the tasks that it names itself, whose sizes
+            are known if they are of the official sets.
+        spaces: by source.
+
+    Raises:
+        DataError: if two sources of one task have other sizes.
+    """
+    official, found = {task.name: task for task in TASK_SETS["mt80"]}, dict[str, Task]()
+    for uri, given, own in told:
+        seen = sum(s.size for s in spaces[uri].obs.values() if s.dtype == "float32" and not s.is_discrete)
+        acts, length = sum(s.size for s in spaces[uri].action.values()), spaces[uri].episode_length or 1000
+        tasks = [Task(given, seen, acts, length)] if isinstance(given, str) else []
+        if given is None:
+            tasks = [official[name] for name in own or () if name in official]
+        for task in tasks:
+            before = found.setdefault(task.name, task)
+            if before[1:3] != task[1:3]:
+                raise DataError(
+                    f"{uri} has {seen} observed numbers and {acts} action numbers; an earlier source of "
+                    f"task {task.name!r} has {before.obs} and {before.action}.\n  Give it another name."
+                )
+            length = max(task.episode_length, before.episode_length)
+            found[task.name] = task._replace(episode_length=length)
+    return tuple(task._asdict() for task in found.values())
+
+
 def task_number(spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int | None) -> Any:
     """What the tasks of a source are among the model's.
 
@@ -887,7 +975,7 @@ def task_number(spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int |
     if isinstance(spec.task, int) and 0 <= spec.task < len(names):
         return spec.task
     if not names:
-        known = "The model has one task: leave task out, or set model.tasks."
+        known = "The model has one task: leave task out, or set model.tasks: data."
     raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{nearest(str(spec.task), names)}\n  {known}")
 
 

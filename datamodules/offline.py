@@ -14,8 +14,8 @@ from torch import Tensor
 
 from datamodules._torchrl import Storage
 from datamodules.files import checked_file, crc32, read_json, write_json
-from datamodules.rows import _FLAT, Key, RowStorage, row_files, row_specs
-from datamodules.selection import RewardTransform, SourceSpec
+from datamodules.rows import _FLAT, Key, RowStorage, row_files, row_key, row_specs
+from datamodules.selection import RewardTransform, SourceSpec, vectors
 from datamodules.views import NO_LATENT
 from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported
 from lit_wm.types import Spaces, Spec
@@ -34,7 +34,8 @@ class CacheRows(RowStorage):
     [-1, 1], rewards as wanted, and the number of the source and of the task.
 
     Args:
-        spaces: what the model sees: the cache's entries, with stacked images and padded vectors.
+        spaces: what the model sees: the cache's entries, with stacked images and padded vectors, which stand
+            side by side in one if they have another name there.
         episodes: numbers of those that take part, in growing order.
         spec: transforms of the source.
         directory, latents, lead, pin: as in :class:`~datamodules.rows.RowStorage`.
@@ -71,10 +72,15 @@ class CacheRows(RowStorage):
         self._map(directory, {k: s for k, s in self.specs.items() if k[0] != "observation"})
         self._fill(spaces, spec, source, task, rescale)
         self.data = TensorDict(self.columns, [self.ring])
+        own = cache.schema.spaces.obs
+        apart = vectors(own) if vectors(own) != vectors(spaces.obs) else []  # to be put side by side
+        self._parts = [cache.rows[row_key("observation", k, own)].as_subclass(Tensor) for k in apart]
+        for name in spaces.obs:
+            key = row_key("observation", name, spaces.obs)
+            if not apart or name not in vectors(spaces.obs):
+                self.columns[key] = cache.rows[row_key("observation", name, own)].as_subclass(Tensor)
         for key, entry in self.specs.items():
-            if key[0] == "observation":
-                self.columns[key] = cache.rows[key].as_subclass(Tensor)
-            elif key[0] == "latent" and entry.is_discrete:
+            if key[0] == "latent" and entry.is_discrete:
                 self.columns[key].fill_(NO_LATENT)
 
     def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: Any, rescale: bool) -> None:
@@ -165,10 +171,14 @@ class CacheRows(RowStorage):
         return found
 
     def _observe(self, key: Key, index: Tensor, out: Tensor | None) -> Tensor:
-        column, spec = self.columns[key], self.specs[key]
+        spec, column = self.specs[key], self.columns.get(key)
         if out is None:
-            out = self.buffer(key, (*index.shape, *spec.shape), column.dtype)
+            out = self.buffer(key, (*index.shape, *spec.shape), getattr(torch, spec.dtype))
         rows = torch.from_numpy(self._origin(index.numpy()))
+        if column is None:
+            found = torch.cat([part[rows].flatten(index.ndim) for part in self._parts], -1)
+            out.zero_()[..., : found.shape[-1]] = found
+            return out
         if self.stack > 1 and spec.is_image:
             # Frames of the same episode only: before it began, its first.
             age = self.columns["step",][index.reshape(-1)].view(index.shape).long()

@@ -198,16 +198,34 @@ def model_spaces(cache: Cache, stack: int = 1) -> Spaces:
     return replace(spaces, obs=obs, episode_length=length)
 
 
+def vectors(obs: Mapping[str, Spec]) -> list[str]:
+    """The entries that hold numbers, no images and no classes."""
+    return [k for k, s in obs.items() if s.dtype == "float32" and s.classes is None]
+
+
+def joined(spaces: Spaces) -> Spaces:
+    """All vectors of an observation side by side in one, ``obs``, in their order; the rest as it is."""
+    names = vectors(spaces.obs)
+    obs = {k: s for k, s in spaces.obs.items() if k not in names}
+    if names:
+        obs["obs"] = Spec("float32", (sum(spaces.obs[k].size for k in names),))
+    return replace(spaces, obs=obs)
+
+
 def common_spaces(named: Mapping[str, Spaces], pad: bool = False) -> Spaces:
     """The entries that all of several sources have.
 
     Args:
         named: spaces by source.
-        pad: vectors of different widths get the widest, for multi-task models; classes the largest count.
+        pad: for models of several tasks: each source's vectors become one, unless all sources have one of the
+            same name; those of different widths get the widest, classes the largest count.
 
     Raises:
         DataError: if they differ otherwise, with all of them side by side.
     """
+    names = [vectors(s.obs) for s in named.values()]
+    if pad and any(own != names[0][:1] for own in names):
+        named = {name: joined(s) for name, s in named.items()}
     first, *others = named.values()
     obs, action = dict(first.obs), dict(first.action)
     for other in others:

@@ -106,8 +106,8 @@ def tdmpc2_sizes(preset: str, tasks: Any = None, **overrides: int | None) -> dic
 
     Args:
         preset: ``5m`` or ``tdmpc2:5m``.
-        tasks: ``mt30``, ``mt80`` or a list, as :func:`lit_wm.tasks.task_list` takes them; None for one task,
-            which has no use for ``task_dim``.
+        tasks: ``mt30``, ``mt80`` or a list, as :func:`lit_wm.tasks.task_list` takes them, or ``data``; None
+            for one task, which has no use for ``task_dim``.
 
     Raises:
         ConfigError: for an unknown preset or task set, a size below 1, or fewer than the two critics that
@@ -117,7 +117,7 @@ def tdmpc2_sizes(preset: str, tasks: Any = None, **overrides: int | None) -> dic
     from lit_wm.tasks import task_list
 
     name = preset.removeprefix("tdmpc2:")
-    if tasks is not None:
+    if tasks not in (None, "data"):
         task_list(tasks)
     official = {"task_dim": 8 if name == "debug" else 96 if tasks == "mt80" or name in ("1m", "317m") else 64}
     if tasks == "mt30" and name == "19m":

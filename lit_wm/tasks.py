@@ -1,4 +1,4 @@
-"""The official multi-task sets of TD-MPC2 as data; this module imports neither torch nor Lightning.
+"""Models of several tasks, and the official sets of TD-MPC2 as data; imports neither torch nor Lightning.
 
 The order is that of the checkpoints: row i of a task embedding belongs to task i of its set.
 """
@@ -14,11 +14,13 @@ from lit_wm.errors import ConfigError, nearest
 if TYPE_CHECKING:  # types need torch
     from torch import Tensor
 
-    from lit_wm.types import Spaces
+    from lit_wm.types import Spaces, Spec, Tensors
 
 
 class Task(NamedTuple):
-    """One task: its name, sizes of its observation and action, and decisions until its time limit."""
+    """One task: its name, sizes of its observation (of its vectors; 0 if it has images alone) and action (the
+    classes, if it is discrete), and decisions until its time limit.
+    """
 
     name: str
     obs: int
@@ -88,8 +90,8 @@ def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ..
     if isinstance(tasks, str):
         if tasks not in TASK_SETS:
             raise ConfigError(
-                f"unknown task set {tasks!r}{nearest(tasks, list(TASK_SETS))}; known: mt30, mt80, "
-                "or a list of {name, obs, action, episode_length}"
+                f"unknown task set {tasks!r}{nearest(tasks, [*TASK_SETS, 'data'])}; known: mt30, mt80, data "
+                "(those of data.sources), or a list of {name, obs, action, episode_length}"
             )
         return TASK_SETS[tasks]
     out: list[Task] = []
@@ -98,7 +100,7 @@ def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ..
         sizes = [fields.get(k) for k in Task._fields[1:]] if isinstance(fields, Mapping) else []
         if not sizes or set(fields) != set(Task._fields) or not isinstance(fields["name"], str):
             raise ConfigError(f"tasks[{i}] is {given!r}; expected the fields {', '.join(Task._fields)}")
-        if not all(type(n) is int and n >= 1 for n in sizes):
+        if not all(type(n) is int and n >= low for n, low in zip(sizes, (0, 1, 1), strict=True)):
             raise ConfigError(
                 f"tasks[{i}] ({fields['name']}): sizes and length must be 1 or more, got {sizes}"
             )
@@ -111,7 +113,14 @@ def task_list(tasks: str | Sequence[Task | Mapping[str, Any]]) -> tuple[Task, ..
 def list_tasks(
     tasks: str | list[dict[str, Any]] | None, task: str | None, spaces: Spaces
 ) -> tuple[list[Task], int | None]:
-    """The tasks of a model, and the number of the environment's."""
+    """The tasks of a model, ``data`` for those that its sources name, and the number of the environment's."""
+    if tasks == "data":
+        if not spaces.tasks:
+            raise ConfigError(
+                "model.tasks: data, but no source names its task: write task: NAME in the entries of "
+                "data.sources, and pad: true\nWithout data, list them: {name, obs, action, episode_length}"
+            )
+        tasks = list(spaces.tasks)
     if tasks is None:
         if task is not None:
             raise ConfigError(f"model.task is {task!r}, but model.tasks names no tasks")
@@ -125,3 +134,47 @@ def list_tasks(
         known.append(Task(task, obs, action, spaces.episode_length or 1000))
         names.append(task)
     return known, names.index(task)
+
+
+# --- A task in its own environment --------------------------------------------------------------------------
+
+
+def misfit(task: Task, model: Spaces, env: Spaces) -> str | None:
+    """What keeps a model of several tasks from playing one in an environment; None if nothing does."""
+    vectors, others = _split(env.obs)
+    seen, acts = sum(s.size for s in vectors.values()), sum(s.size for s in env.action.values())
+    if (seen, acts) != (task.obs, task.action):
+        return (
+            f"observes {seen} numbers and acts by {acts}; the task {task.name} has {task.obs}, {task.action}"
+        )
+    if others != _split(model.obs)[1] or env.action.keys() != model.action.keys():
+        keys = ", ".join([*model.obs, *model.action])
+        return f"has {', '.join([*env.obs, *env.action])}; the model knows {keys}"
+    return None
+
+
+def as_seen(obs: Tensors, env: Mapping[str, Spec], model: Mapping[str, Spec]) -> Tensors:
+    """An environment's observation as a model of several tasks sees it: its vectors side by side in one, filled
+    up with zeros. (N, *shape) each
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    (vectors, others), wide = _split(env), _split(model)[0]
+    out = {k: obs[k] for k in others}
+    for name, spec in wide.items():
+        flat = torch.cat([obs[k].float().flatten(1) if env[k].shape else obs[k][:, None] for k in vectors], 1)
+        out[name] = pad(flat, (0, spec.size - flat.shape[1]))
+    return out
+
+
+def as_taken(action: Tensors, env: Mapping[str, Spec]) -> Tensors:
+    """The entries of a model's action that an environment has. (N, *shape) each"""
+    return {k: v if env[k].is_discrete else v[:, : env[k].size].reshape(-1, *env[k].shape)
+            for k, v in action.items()}  # fmt: skip
+
+
+def _split(obs: Mapping[str, Spec]) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """Vectors, and all else."""
+    vectors = {k: s for k, s in obs.items() if s.dtype == "float32" and not s.is_discrete}
+    return vectors, {k: s for k, s in obs.items() if k not in vectors}

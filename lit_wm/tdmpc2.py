@@ -36,7 +36,7 @@ from lit_wm.presets import TDMPC2 as TDMPC2_PRESETS
 from lit_wm.presets import tdmpc2_sizes
 from lit_wm.pretrained import Weights
 from lit_wm.returns import gather_values
-from lit_wm.tasks import action_masks, list_tasks, task_list
+from lit_wm.tasks import action_masks, list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -77,7 +77,8 @@ class TDMPC2Module(WorldModelModule):
         episodic: learn and plan with terminations; needed where episodes end by themselves.
         normalize: put vector observations into units of their mean and standard deviation in the training
             rows of ``data.sources``, which are stored with the weights.
-        tasks: ``mt30``, ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
+        tasks: ``data`` for those that ``data.sources`` name, ``mt30``, ``mt80`` or a list of ``{name, obs,
+            action, episode_length}``; None = one task.
         task: the one of ``tasks`` that the environment is; a name that is not there is a further task.
         task_like: the task whose embedding a further one begins with; None = small random numbers.
         start_from: checkpoint whose weights a new run begins with; all but a further task's embedding and
@@ -952,8 +953,8 @@ class TDMPC2(WorldModel):
         state, given = dict(found.tensors), found.hparams
         rows, names = state.get("task_embedding.weight"), [t.name for t in self.tasks]
         further = rows is not None and len(rows) == len(names) - 1  # a new task, the last
-        before = [t.name for t in task_list(given["tasks"])] if self.tasks and given.get("tasks") else []
-        before += [given["task"]] if self.tasks and given.get("task") not in (None, *before) else []
+        named = (given.get("tasks"), given.get("task"), Spaces.from_plain(given["spaces"])) if given else None
+        before = [t.name for t in list_tasks(*named)[0]] if self.tasks and named else []
         if before and before != names[: len(names) - further] and not partial:
             raise CheckpointError(
                 f"{found.path} has the tasks {', '.join(before[:4])} ...; expected those of model.tasks, in "

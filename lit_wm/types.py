@@ -85,13 +85,15 @@ class Spec:
 class Spaces:
     """Named observation and action entries, in the order of the environment.
 
-    A single (non-Dict) observation space is called ``obs``, a single action space ``action``.
+    A single (non-Dict) observation space is called ``obs``, a single action space ``action``. ``tasks`` are
+    those that the sources name, each a dict of the fields of :class:`lit_wm.tasks.Task`.
     """
 
     obs: dict[str, Spec]
     action: dict[str, Spec]
     episode_length: int | None = field(default=None, compare=False)  # decisions until the time limit
     unbounded: tuple[str, ...] = field(default=(), compare=False)  # actions whose range no one knows
+    tasks: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
     def to_plain(self) -> dict[str, Any]:
         """A plain dict for hyper-parameters and checkpoints."""
@@ -100,7 +102,7 @@ class Spaces:
             "action": {k: s.to_plain() for k, s in self.action.items()},
             "episode_length": self.episode_length,
             "unbounded": list(self.unbounded),
-        }
+        } | ({"tasks": [dict(task) for task in self.tasks]} if self.tasks else {})
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any] | Spaces) -> Spaces:
@@ -112,6 +114,7 @@ class Spaces:
             {k: Spec.from_plain(s) for k, s in plain["action"].items()},
             plain.get("episode_length"),
             tuple(plain.get("unbounded", ())),
+            tuple(plain.get("tasks", ())),
         )
 
 
