@@ -11,7 +11,7 @@ import torch
 
 from lit_wm.envs import read_spaces, spaces_from_gym
 from lit_wm.envs.wrappers import Entries
-from lit_wm.errors import CheckpointError, ConfigError, nearest
+from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
 from lit_wm.module import WorldModelModule, arguments_of
 from lit_wm.noise import NoiseStreams
 from lit_wm.presets import DREAMERV3, TDMPC2
@@ -61,10 +61,10 @@ def create_world_model(
         return _of_checkpoint(Path(name), place, obs_shape, action_dim, discrete, data)
     known = [f"{k}:{size}" for k, sizes in PRESETS.items() for size in sizes]
     if kind not in PRESETS or (preset or "debug") not in PRESETS[kind] or str(name).endswith(":"):
-        close = next((k for k in known if k.endswith(f":{name}")), str(name))
+        whole = [k for k in known if k.endswith(f":{name}")]
+        close = f"; did you mean {whole[0]!r}?" if whole else nearest(str(name), [*PRESETS, *known])
         raise ConfigError(
-            f"no world model {str(name)!r}{nearest(close, [*PRESETS, *known])}\n"
-            f"  Known: {', '.join(known)}, and checkpoints"
+            f"no world model {str(name)!r}{close}\n  Known: {', '.join(known)}, and checkpoints"
         )
     said = _said(obs_shape, action_dim, discrete, data, kind == "dreamerv3")
     if not said.obs or not said.action:
@@ -101,6 +101,8 @@ def _device(wanted: str | torch.device | None) -> torch.device:
         raise ConfigError(
             f"device={str(wanted)!r}: PyTorch finds {has} here; expected cpu, cuda, cuda:N or None"
         )
+    if device.type == "cuda" and device.index is None:  # as Lightning will call it
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -129,11 +131,15 @@ def _of_data(data: Any) -> Spaces:
     """Spaces of a dataset, a buffer or an environment."""
     if isinstance(data, Spaces):
         return data
-    from lit_wm.training import is_source, spaces_of
+    from lit_wm.training import no_source, spaces_of
 
-    if isinstance(data, str) and not is_source(data):
+    if not isinstance(data, str) or (reason := no_source(data)) is None:
+        return spaces_of(data)
+    try:
         return read_spaces(data)
-    return spaces_of(data)
+    except EnvError as error:
+        why = str(error).splitlines()[0]
+        raise EnvError(f"{data!r} is neither an environment nor data:\n  {why}\n  {reason}") from error
 
 
 def _entries(argument: str, value: Any, alone: str, make: Any) -> dict[str, Spec]:

@@ -153,12 +153,12 @@ def held_out_losses(
     return total
 
 
-def is_source(data: str) -> bool:
-    """Whether this names a dataset: a path that is there, or a URI of a known scheme."""
+def no_source(data: str) -> str | None:
+    """Why this names no dataset, by a path that is there or a URI of a known scheme; None if it does."""
     try:
-        return parse_uri(find_uri(data))[0] != "env"
-    except (ConfigError, DataError):
-        return False
+        return "an environment" if parse_uri(find_uri(data))[0] == "env" else None
+    except (ConfigError, DataError) as error:
+        return str(error).splitlines()[0]
 
 
 def spaces_of(data: ReplayBuffer | str | Path) -> Spaces:

@@ -142,8 +142,13 @@ def test_a_missing_gpu_and_an_unknown_environment_are_said():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device='cuda': PyTorch finds no GPU here"):
             create_world_model("tdmpc2:debug", (5,), 2, device="cuda")
-    with pytest.raises(EnvError, match="CartPole"):
-        create_world_model("dreamerv3:debug", data="CartPol-v1")
+    for data, why in {
+        "CartPol-v1": "did you mean 'CartPole-v1'",
+        "minri:pendulum/random-v0": "no source; did you mean 'minari'",
+        "demos.npz": "demos.npz does not exist; expected a file",
+    }.items():
+        with pytest.raises(EnvError, match=f"'{data}' is neither an environment nor data:\n.*(\n.*)?{why}"):
+            create_world_model("dreamerv3:debug", data=data, device="cpu")
 
 
 def test_a_checkpoint_is_a_name_too(tmp_path):
