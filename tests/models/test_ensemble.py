@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BOTH, fit, make_batch, make_module
+from small_models import BOTH, fit, make_batch, make_module
 from torch import Tensor
 
 from lit_wm.errors import ConfigError
