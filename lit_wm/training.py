@@ -198,12 +198,20 @@ class _Data(pl.LightningDataModule):
                 "the data have terminations, which a model with episodic=False takes for time limits",
                 stacklevel=3,
             )
+        model.world_model_only = bool(buffer.cache is not None and buffer.cache.meta.get("no_reward"))
+        if model.world_model_only:
+            warnings.warn(
+                "the data have no rewards: the world model learns, and neither actor nor critic", stacklevel=3
+            )
         if inner.normalizer is not None and not inner.normalizer.fitted:
             inner.normalizer.fit(self.windows.statistics())
 
     def ticket(self, module: Any) -> Batch:
         """The batch of the update at hand."""
-        return self.windows.batch(self.batch_size, module.updates).to(module.device)
+        batch = self.windows.batch(self.batch_size, module.updates)
+        if module.world_model_only:
+            batch.rewarded = torch.zeros(self.batch_size, dtype=torch.bool)
+        return batch.to(module.device)
 
     def train_dataloader(self) -> Any:
         """The same ticket for ever, as in :class:`datamodules.ReplayDataModule`."""

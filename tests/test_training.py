@@ -414,3 +414,19 @@ def test_bfloat16_is_an_option_and_a_model_stays_on_its_device():
     quietly(model, buffer, 1)  # goes on in it
     assert model.model.compute_dtype == torch.bfloat16
     assert model.device.type == "cpu"
+
+
+@BOTH
+def test_without_rewards_the_world_model_learns_alone_and_says_so(name, tmp_path):
+    end = np.arange(20) == 19
+    np.savez(tmp_path / "demo.npz", observations=np.random.default_rng(0).normal(size=(20, 3)).astype("f4"),
+             actions=np.zeros((20, 2), "f4"), dones=end)  # fmt: skip
+    buffer = ReplayBuffer.load(tmp_path / "demo.npz")
+    model = made(name, buffer)
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    with pytest.warns(UserWarning, match="no rewards: the world model learns, and neither actor nor critic"):
+        quietly(model, buffer, 3)
+    moved = {k.split(".")[0] for k, v in model.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved
+    assert not moved & {"pol", "val", "slowval", "retnorm", "policy", "critic", "target_critic", "scale"}
+    assert not moved & {"rew", "reward"}
