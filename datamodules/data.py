@@ -346,8 +346,8 @@ class ReplayDataModule(LightningDataModule):
                     raise ConfigError(f"data.eval_env: {env} {wrong}.")
                 if not wrong:
                     reference = reference_of(spec.uri, cache.meta, env)
-                    found[name] = {"env": env, "env_options": options,
-                                   "reference": None if reference is None else reference._asdict()}  # fmt: skip
+                    found[name] = {"env": env, "env_options": options}
+                    found[name]["reference"] = None if reference is None else reference._asdict()
         return found
 
     @cached_property

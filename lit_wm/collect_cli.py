@@ -26,12 +26,13 @@ from datamodules.record import (
     write_played,
 )
 from lit_wm import __version__
-from lit_wm.callbacks.evaluate import Interrupts
+from lit_wm.callbacks.evaluate import Interrupts, acting
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_env, spaces_from_gym
 from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.evaluation_cli import Parser, as_one, check_numbers, check_task, entries_for, load_module
 from lit_wm.noise import NoiseStreams
+from lit_wm.tasks import misfit
 from lit_wm.training_cli import find_checkpoint
 from lit_wm.types import State, Tensors
 
@@ -53,7 +54,7 @@ def collect_parser() -> Parser:
         ("out", str, None, "minari:ID|rows:PATH|npz:FILE", "what to write"),
         ("seed", int, 0, "S", "of the first episode (0)"),
         ("num-envs", int, 1, "K", "environments side by side (1)"),
-        ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
+        ("task", str, None, "NAME", "the one of several tasks of the checkpoint that is played"),
         ("epsilon", float, 0.0, "P", "probability of a random action instead of the policy's (0)"),
         ("max-steps", int, 30_000, "T", "truncate longer episodes (30000)"),
         ("root", Path, None, "DIR", "folder of Minari's datasets (as Minari finds it)"),
@@ -105,8 +106,12 @@ def rows_folder(path: str, overwrite: bool) -> Path:
 def policy_of(given: Any, env: Any, env_id: str, module: Any, trained_in: str | None) -> Policy:
     """A checkpoint as a policy for the environment."""
     spaces = spaces_from_gym(env.observation_space, env.action_space)
+    noise, task = NoiseStreams(given.seed, 0, given.device), check_task(module, given.task)
+    if task is not None:
+        if wrong := misfit(module.model.tasks[task], module.model.spaces, spaces):
+            raise CheckpointError(f"{env_id} {wrong}\nGive the environment and options of that task")
+        return acting(module, given.mode, noise, task, spaces)
     join = entries_for(module.model.spaces, spaces, env_id, trained_in is None or bool(given.task))
-    noise = NoiseStreams(given.seed, 0, given.device)
 
     def policy(obs: Tensors, state: State | None, is_first: torch.Tensor) -> tuple[Tensors, State]:
         if join:
@@ -147,7 +152,8 @@ def collect(argv: list[str]) -> int:
             module, about = load_module(path, given.device, task=given.task)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace("--ckpt_path", "--policy")) from error
-        check_task(module)
+        check_task(module, given.task)
+        about |= (about.get("tasks") or {}).get(given.task, {})
         who = f"{type(module).__name__.removesuffix('Module')} ({given.mode}, {module.updates:,} updates"
         who += f", epsilon {given.epsilon:g})" if given.epsilon else ")"
     env_id = given.env or about["env"]

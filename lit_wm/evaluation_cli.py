@@ -10,7 +10,7 @@ import os
 import pydoc
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,14 @@ import torch
 import yaml
 from PIL import Image
 
-from lit_wm.callbacks.evaluate import PER_EPISODE, Interrupts, run_episodes, write_atomic
+from lit_wm.callbacks.evaluate import (
+    PER_EPISODE,
+    EpisodeResults,
+    Interrupts,
+    acting,
+    run_episodes,
+    write_atomic,
+)  # fmt: skip
 from lit_wm.callbacks.progress import RLProgressBar
 from lit_wm.envs import make_vector_env, spaces_from_gym, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
@@ -27,7 +34,7 @@ from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
 from lit_wm.scores import Reference, reference_of
-from lit_wm.tasks import list_tasks
+from lit_wm.tasks import Task, list_tasks, misfit, open_tasks
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
 from lit_wm.types import Spaces, Spec
@@ -71,7 +78,7 @@ def evaluate_parser() -> Parser:
         ("seed", int, 0, "S", "of everything; never a seed of the training (0)"),
         ("num-envs", int, 8, "K", "environments side by side (8)"),
         ("planner", str, None, "P", "mppi, cem, gradient, random or policy; the checkpoint's by default"),
-        ("task", str, None, "NAME", "TD-MPC2: the one of several tasks that is played"),
+        ("task", str, None, "NAME", "the one of several tasks that is played (all that have an environment)"),
         ("max-episode-steps", int, 30_000, "M", "cut longer episodes (30000)"),
         ("obs-noise", float, 0.0, "SIGMA", "Gaussian noise on observations: vectors in their own "
             "units, images in parts of the whole scale, clipped and rounded; classes stay as they are (0)"),
@@ -104,7 +111,7 @@ def load_module(
 
     Args:
         planner: another than the checkpoint's, with its own default options.
-        task: the one of the checkpoint's tasks that is played; spaces are then of its sizes.
+        task: the one of the checkpoint's tasks that is played; spaces are of the largest one's sizes.
 
     Raises:
         CheckpointError: the file is none, or its class or weights are not of this version.
@@ -122,20 +129,22 @@ def load_module(
         raise CheckpointError(f"{path}: its class {about['class_path']!r} is no world model known here")
     options = {k: v for k, v in loaded["hyper_parameters"].items() if not k.startswith("_")}
     known = inspect.signature(kind).parameters  # more than an older file has options
-    for flag, value in {"planner": planner, "task": task}.items():
-        if value is not None and flag not in known:
-            raise ConfigError(f"--{flag}: {path} is of a {kind.__name__}, which has none: leave it out")
+    lacking = {"planner": planner and "planner" not in known, "task": task and not options.get("tasks")}
+    for flag in [flag for flag, lacks in lacking.items() if lacks]:
+        raise ConfigError(f"--{flag}: {path} is of a {kind.__name__}, which has none: leave it out")
     if planner not in (None, options.get("planner")):
         options |= {"planner": planner, "planner_options": None}
     if task not in (None, options.get("task")):
-        tasks, _ = list_tasks(options["tasks"], options["task"], Spaces.from_plain(options["spaces"]))
-        one = next((t for t in tasks if t.name == task), None)
-        if one is None:
-            close = nearest(str(task), [t.name for t in tasks])
+        tasks, _ = list_tasks(options["tasks"], options.get("task"), Spaces.from_plain(options["spaces"]))
+        if task not in (names := [t.name for t in tasks]):
+            close = nearest(str(task), names)
             raise ConfigError(
                 f"--task {task}: none of the checkpoint's{close or f', which has {len(tasks)}'}"
             )
-        options |= {"tasks": [t._asdict() for t in tasks], "task": task, "spaces": one.spaces().to_plain()}
+        if options.get("task") is not None:  # its spaces are of that one's sizes
+            largest = Task("all", max(t.obs for t in tasks), max(t.action for t in tasks), 1)
+            options |= {"tasks": [t._asdict() for t in tasks], "task": None}
+            options["spaces"] = largest.spaces().to_plain()
     try:
         module = kind(**options)
         module.load_state_dict(loaded["state_dict"])
@@ -163,11 +172,16 @@ def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
                 )
 
 
-def check_task(module: WorldModelModule) -> None:
-    """Raise a ConfigError if the model knows several tasks and nobody said which one is played."""
-    if (tasks := getattr(module.model, "tasks", None)) and module.model.task_index is None:
-        names = ", ".join(t.name for t in tasks[:8]) + (" ..." if len(tasks) > 8 else "")
-        raise ConfigError(f"say with --task which of the checkpoint's tasks is played: {names}")
+def check_task(module: WorldModelModule, task: str | None) -> int | None:
+    """The number of ``task`` for the policy; None for a model that has one to play. Raises ConfigError if it
+    knows several and nobody said which.
+    """
+    if not (names := open_tasks(module.model)):
+        return None
+    if task is None:
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        raise ConfigError(f"say with --task which of the checkpoint's tasks is played: {shown}")
+    return names.index(task)
 
 
 def entries_for(model: Spaces, env: Spaces, env_id: str, foreign: bool) -> list[str]:
@@ -293,6 +307,120 @@ def check_numbers(given: argparse.Namespace, lowest: dict[str, int]) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {low} or more")
 
 
+@dataclass
+class Play:
+    """What :func:`evaluate` plays, and what it has seen of it."""
+
+    env_id: str
+    options: dict[str, Any]
+    task: int | None = None  # number of the one of several
+    name: str | None = None
+    reference: Reference | None = None
+    results: EpisodeResults = field(default_factory=EpisodeResults)
+    frames: list[np.ndarray] = field(default_factory=list)
+    fps: float = 30
+
+
+def plays_of(
+    module: WorldModelModule, about: dict[str, Any], given: argparse.Namespace, path: Path
+) -> list[Play]:
+    """The environment to play in; of several tasks those of all that have one, unless one is asked for.
+
+    Raises:
+        ConfigError: if nobody says which.
+    """
+    known, options = about.get("tasks") or {}, given.env_options
+    if not isinstance(options, dict | None):
+        raise ConfigError(f"--env-options: expected keys and values such as '{{size: 64}}', got {options!r}")
+    names = open_tasks(module.model)
+    every = [name for name in names if name in known and given.task in (None, name)] if not given.env else []
+    if len(every) > 1 and given.video:
+        raise ConfigError(f"--video shows one task of {', '.join(every[:4])}: say which with --task")
+    if every:
+        return [
+            Play(known[n]["env"], known[n]["env_options"] if options is None else options, names.index(n), n,
+                 Reference(**known[n]["reference"]) if known[n]["reference"] and options is None else None)
+            for n in every
+        ]  # fmt: skip
+    task, env_id = check_task(module, given.task), given.env or about["env"]
+    if env_id is None:
+        raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
+    if options is None:
+        options = about["env_options"] or {} if env_id == about["env"] else {}
+    # The reference that the checkpoint notes is of its own environment.
+    same = about["env"] is None or (env_id, options) == (about["env"], about["env_options"] or {})
+    noted = about.get("reference") if same and not given.task else None
+    reference = Reference(**noted) if noted else reference_of("", {}, env_id)
+    return [Play(env_id, options, task, given.task if task is not None else None, reference)]
+
+
+def perform(
+    play: Play,
+    module: WorldModelModule,
+    about: dict[str, Any],
+    given: argparse.Namespace,
+    signals: Interrupts,
+) -> None:
+    """Play the episodes."""
+    spaces, bar = module.model.spaces, RLProgressBar()
+    rendered = given.video is not None and not any(s.is_image for s in spaces.obs.values())
+    env = open_envs(play.env_id, min(given.num_envs, given.episodes), play.options, rendered)
+    try:
+        shown, join = spaces_from_gym(env.single_observation_space, env.single_action_space), list[str]()
+        if play.task is None:
+            join = entries_for(spaces, shown, play.env_id, about["env"] is None or bool(given.task))
+            theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
+            # Where datasets were all there was, their longest episode may stand for the limit.
+            if about["env_steps"] and None not in (theirs, ours) and theirs != ours:
+                print(
+                    f"note: an episode of {play.env_id} has {ours:,} decisions here, the checkpoint's had "
+                    f"{theirs:,}: another time_limit or repeat? Say which by --env-options",
+                    file=sys.stderr,
+                )
+        elif wrong := misfit(module.model.tasks[play.task], spaces, shown):
+            raise CheckpointError(f"{play.env_id} {wrong}\nGive the environment and options of that task")
+        film = given.video is not None
+        stage = Stage(env, spaces if play.task is None else shown, given.obs_noise, given.seed, film, join)
+        play.results = run_episodes(
+            acting(module, "eval", NoiseStreams(given.seed, 0, given.device), play.task, shown),
+            stage,
+            given.episodes,
+            stream_seed(given.seed, 0, "evaluate") % 2**30,  # apart from all seeds of a training
+            device=given.device,
+            max_steps=given.max_episode_steps,
+            stop=lambda: signals.number is not None,
+            progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
+        )
+        play.frames, play.fps = stage.frames, env.envs[0].metadata.get("render_fps", 30)
+    finally:
+        bar.clear()
+        env.close()
+    signals.check(len(play.results.returns), given.episodes)
+    play.results.reference = play.reference
+
+
+def show(play: Play, given: argparse.Namespace) -> None:
+    """Print what was found."""
+    results, score = play.results, play.results.summary("")
+    spread, lengths = "", results.lengths
+    if "return_std" in score:
+        spread = ", std {return_std:.2f}".format(**score)
+    if "return_low" in score:
+        spread += ", 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
+    cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
+    if play.name:
+        print(f"task:       {play.name} ({play.env_id})")
+    print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
+    if results.reference:
+        print(f"normalized: {score['normalized']:.2f} ({results.reference}; played in {play.env_id})")
+    print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
+    print(f"terminated: {score['terminated']:.0%}")
+    if "success" in score:
+        print(f"success:    {score['success']:.0%}")
+    if "jitter" in score:
+        print(f"jitter:     {score['jitter']:.3f} of half the range per decision")
+
+
 def evaluate(argv: list[str]) -> int:
     """``lit-wm evaluate``: play, print, write.
 
@@ -307,69 +435,21 @@ def evaluate(argv: list[str]) -> int:
     path = find_checkpoint("evaluate", given.ckpt, {})
     assert path is not None
     module, about = load_module(path, given.device, given.planner, given.task)
-    check_task(module)
-    env_id = given.env or about["env"]
-    if env_id is None:
-        raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
-    options = given.env_options
-    if options is None:
-        options = about["env_options"] or {} if env_id == about["env"] else {}
-    if not isinstance(options, dict):
-        raise ConfigError(f"--env-options: expected keys and values such as '{{size: 64}}', got {options!r}")
-
-    spaces, bar = module.model.spaces, RLProgressBar()
-    rendered = given.video is not None and not any(s.is_image for s in spaces.obs.values())
-    env = open_envs(env_id, min(given.num_envs, given.episodes), options, rendered)
-    try:
-        shown = spaces_from_gym(env.single_observation_space, env.single_action_space)
-        join = entries_for(spaces, shown, env_id, about["env"] is None or bool(given.task))
-        theirs, ours = spaces.episode_length, env.get_attr("episode_length")[0]
-        # Where datasets were all there was, their longest episode may stand for the limit.
-        if about["env_steps"] and None not in (theirs, ours) and theirs != ours:
-            print(
-                f"note: an episode of {env_id} has {ours:,} decisions here, the checkpoint's had "
-                f"{theirs:,}: another time_limit or repeat? Say which by --env-options",
-                file=sys.stderr,
-            )
-        stage = Stage(env, spaces, given.obs_noise, given.seed, given.video is not None, join)
-        noise = NoiseStreams(given.seed, 0, given.device)
-        print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
+    plays = plays_of(module, about, given, path)
+    for play in plays:
         with Interrupts() as signals:
-            results = run_episodes(
-                lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
-                stage,
-                given.episodes,
-                stream_seed(given.seed, 0, "evaluate") % 2**30,  # apart from all seeds of a training
-                device=given.device,
-                max_steps=given.max_episode_steps,
-                stop=lambda: signals.number is not None,
-                progress=lambda done, steps: bar.episodes(done, given.episodes, steps),
-            )
-        fps = env.envs[0].metadata.get("render_fps", 30)
-    finally:
-        bar.clear()
-        env.close()
-    signals.check(len(results.returns), given.episodes)
-
-    # The reference that the checkpoint notes is of its own environment.
-    same = about["env"] is None or (env_id, options) == (about["env"], about["env_options"] or {})
-    noted = about.get("reference") if same and not given.task else None
-    results.reference = Reference(**noted) if noted else reference_of("", {}, env_id)
-    score, lengths, spread = results.summary(""), results.lengths, ""
-    if "return_std" in score:
-        spread = ", std {return_std:.2f}".format(**score)
-    if "return_low" in score:
-        spread += ", 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
-    cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
-    print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
-    if results.reference:
-        print(f"normalized: {score['normalized']:.2f} ({results.reference}; played in {env_id})")
-    print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
-    print(f"terminated: {score['terminated']:.0%}")
-    if "success" in score:
-        print(f"success:    {score['success']:.0%}")
-    if "jitter" in score:
-        print(f"jitter:     {score['jitter']:.3f} of half the range per decision")
+            if play is plays[0]:
+                print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
+            perform(play, module, about, given, signals)
+        show(play, given)
+    play = plays[0]
+    results = play.results
+    if len(plays) > 1:
+        results = EpisodeResults.of_tasks({str(p.name): p.results for p in plays})
+    score = results.summary("")
+    if len(plays) > 1:
+        also = f", normalized {score['normalized']:.2f}" if "normalized" in score else ""
+        print(f"mean of {len(plays)} tasks: return {score['return']:.2f}{also}")
     if given.json:
         asked = (
             "episodes",
@@ -381,21 +461,36 @@ def evaluate(argv: list[str]) -> int:
             "planner",
             "task",
         )
-        report = {"checkpoint": str(path), "env": env_id, "env_options": options, "metrics": score}
+        report: dict[str, Any] = {
+            "checkpoint": str(path),
+            "env": play.env_id,
+            "env_options": play.options,
+            "metrics": score,
+        }
         report["reference"] = results.reference and results.reference._asdict()
         report |= {k: about[k] for k in ("class_path", "precision", "updates", "env_steps")}
         report |= {k: getattr(given, k) for k in asked} | {"threads": torch.get_num_threads()}
-        report |= {k: getattr(results, k) for k in PER_EPISODE}
+        if results.tasks:
+            report |= {"env": None, "env_options": None, "tasks": {}}
+        for p in plays:
+            lists = {k: getattr(p.results, k) for k in PER_EPISODE}
+            if not results.tasks:
+                report |= lists
+                continue
+            reference = p.reference and p.reference._asdict()
+            named = {"env": p.env_id, "env_options": p.options, "reference": reference}
+            report["tasks"][p.name] = named | lists
         text = json.dumps(report | {"versions": versions()}, indent=1) + "\n"
         write_atomic(given.json, lambda part: part.write_text(text))
         print(f"results:    {given.json}")
     if given.video:
-        fps *= suite_defaults(env_id)["repeat"] / suite_defaults(env_id, **options)["repeat"]
-        video = torch.from_numpy(np.stack(stage.frames))
+        fps = play.fps * suite_defaults(play.env_id)["repeat"]
+        fps /= suite_defaults(play.env_id, **play.options)["repeat"]
+        video = torch.from_numpy(np.stack(play.frames))
         print(f"writing {given.video} ...", flush=True)
         # Viewers slow down what is faster than 50 frames per second.
         write_atomic(given.video, lambda part: write_gif(part, video, min(fps, 50)))
-        print(f"video:      {given.video} ({len(stage.frames)} frames)")
+        print(f"video:      {given.video} ({len(play.frames)} frames)")
     return 0
 
 

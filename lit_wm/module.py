@@ -24,6 +24,7 @@ from lit_wm.errors import CheckpointError, ConfigError, nearest
 from lit_wm.heldout import foresee
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.pretrained import LoadReport, read_weights
+from lit_wm.tasks import open_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -376,6 +377,7 @@ class WorldModelModule(pl.LightningModule):
             "env": env if options is not None else None,
             "env_options": options,
             "reference": None if reference is None else reference._asdict(),
+            "tasks": getattr(data, "eval_tasks", {}) if open_tasks(self.model) else {},
             "precision": "32-true" if trainer is None else str(trainer.precision),
             "updates": self.updates,
             "env_steps": self.env_steps,
@@ -445,12 +447,15 @@ class WorldModelModule(pl.LightningModule):
         is_first: Tensor | None = None,
         mode: str = "train",
         noise: Any = None,
+        task: int | None = None,
     ) -> tuple[Tensors, State]:
         """``act`` as collectors and evaluators call it: no autograd, no autocast, any device in, actions on
-        the CPU.
+        the CPU. ``task`` is the number of the one of several that is played.
         """
+        rows = len(next(iter(obs.values())))
+        more: dict[str, Any] = {} if task is None else {"task": torch.full((rows,), task, device=self.device)}
         with torch.autocast(self.device.type, enabled=False):
-            action, state = self.model.act(obs, state, is_first, mode, noise)
+            action, state = self.model.act(obs, state, is_first, mode, noise, **more)
         return {k: v.cpu() for k, v in action.items()}, state
 
 

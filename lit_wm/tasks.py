@@ -139,14 +139,18 @@ def list_tasks(
 # --- A task in its own environment --------------------------------------------------------------------------
 
 
+def open_tasks(model: Any) -> list[str]:
+    """Names of a model's tasks, in their order, unless its environment is one of them."""
+    tasks = getattr(model, "tasks", [])
+    return [t.name for t in tasks] if getattr(model, "task_index", None) is None else []
+
+
 def misfit(task: Task, model: Spaces, env: Spaces) -> str | None:
     """What keeps a model of several tasks from playing one in an environment; None if nothing does."""
     vectors, others = _split(env.obs)
     seen, acts = sum(s.size for s in vectors.values()), sum(s.size for s in env.action.values())
     if (seen, acts) != (task.obs, task.action):
-        return (
-            f"observes {seen} numbers and acts by {acts}; the task {task.name} has {task.obs}, {task.action}"
-        )
+        return f"observes {seen} numbers and acts by {acts}; {task.name} has {task.obs} and {task.action}"
     if others != _split(model.obs)[1] or env.action.keys() != model.action.keys():
         keys = ", ".join([*model.obs, *model.action])
         return f"has {', '.join([*env.obs, *env.action])}; the model knows {keys}"
@@ -154,8 +158,8 @@ def misfit(task: Task, model: Spaces, env: Spaces) -> str | None:
 
 
 def as_seen(obs: Tensors, env: Mapping[str, Spec], model: Mapping[str, Spec]) -> Tensors:
-    """An environment's observation as a model of several tasks sees it: its vectors side by side in one, filled
-    up with zeros. (N, *shape) each
+    """An environment's observation as a model of several tasks sees it: its vectors side by side in one, which
+    is filled up with zeros. (N, *shape) each
     """
     import torch
     from torch.nn.functional import pad

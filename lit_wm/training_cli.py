@@ -34,6 +34,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_wm.callbacks import DreamVideo, Evaluate, ResumableCheckpoint, RLProgressBar
+from lit_wm.callbacks.evaluate import playable
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
 from lit_wm.strategy import ReplicatedStrategy
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger, flatten, folder_name
@@ -654,7 +655,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if self.trainer.global_step == self._done_before:
                 print("fit: nothing was left to do: raise data.max_env_steps or trainer.max_steps")
-            where = "" if getattr(self.datamodule, "evaluation_env", "") is not None else " --env ENV"
+            where = "" if playable(self.trainer) else " --env ENV"
             print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}{where}")
 
     def after_validate(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.planners import Planner, make_planner
 from lit_wm.pretrained import LoadReport, Weights, load, read_weights
+from lit_wm.tasks import Task
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
 
@@ -33,6 +34,7 @@ class WorldModel(nn.Module, ABC):
         reward_scale: what a reward of 1 in the data is in the model's rewards and values.
         contdisc: whether ``continues`` holds the discount.
         planner: what ``act`` plans with; None: the policy acts.
+        tasks, task_index: the several tasks that it knows, and the number of the one that its environment is.
         policy_part, critic_part, slow_part: names of the policy, the critic and the critic's slow copy.
         anew: tensors that :meth:`load_weights` leaves as they are.
     """
@@ -41,6 +43,8 @@ class WorldModel(nn.Module, ABC):
     reward_scale: float = 1.0
     contdisc: bool = False
     planner: Planner | None = None
+    tasks: Sequence[Task] = ()
+    task_index: int | None = None
     policy_part: str
     critic_part: str
     slow_part: str

@@ -22,11 +22,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_wm.envs import spaces_from_gym
 from lit_wm.errors import ConfigError, Interrupted
 from lit_wm.noise import NoiseStreams
 from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
 from lit_wm.scores import Reference, normalized_score
-from lit_wm.types import State, Tensors
+from lit_wm.tasks import as_seen, as_taken, open_tasks
+from lit_wm.types import Spaces, State, Tensors
 
 Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
 
@@ -83,6 +85,7 @@ class EpisodeResults:
             ``terminated``, ``truncated`` with one row per observation; the last row's action is zero, it was
             never executed.
         reference: what normalised scores are relative to, if that is known.
+        tasks: of a model of several tasks the results of each; the lists above are then those of all.
     """
 
     returns: list[float] = field(default_factory=list)
@@ -94,17 +97,32 @@ class EpisodeResults:
     windows: Windows | None = None
     rows: list[dict[str, np.ndarray]] = field(default_factory=list)
     reference: Reference | None = None
+    tasks: dict[str, EpisodeResults] = field(default_factory=dict)
+
+    @classmethod
+    def of_tasks(cls, tasks: dict[str, EpisodeResults]) -> EpisodeResults:
+        """The results of several tasks together."""
+        lists = {k: [x for part in tasks.values() for x in getattr(part, k)] for k in PER_EPISODE}
+        return cls(**lists, tasks=tasks)  # type: ignore[arg-type]
 
     def summary(self, prefix: str = "eval/") -> dict[str, float]:
         """Means over the episodes; from two on their spread, from five on the return's 95 % interval.
 
         ``success`` is there if the environment reports it (an episode without a report counts as failed),
         ``normalized`` with a reference, ``jitter`` with continuous actions, ``cut``, the number of episodes
-        cut by the evaluation's limit, if there are any.
+        cut by the evaluation's limit, if there are any. Of several tasks each has its own as
+        ``TASK/return`` ...; ``return``, ``normalized``, ``length``, ``terminated`` and ``success`` are the
+        means of those that all have.
         """
         result = {f"{prefix}episodes": float(len(self.returns))}
         if not self.returns:
             return result
+        if self.tasks:
+            each = {name: part.summary("") for name, part in self.tasks.items()}
+            for key in ("return", "normalized", "length", "terminated", "success"):
+                if all(key in part for part in each.values()):
+                    result[f"{prefix}{key}"] = float(np.mean([part[key] for part in each.values()]))
+            return result | {f"{prefix}{n}/{k}": v for n, part in each.items() for k, v in part.items()}
         values = np.asarray(self.returns, np.float64)
         result[f"{prefix}return"] = float(values.mean())
         if self.reference is not None:
@@ -321,6 +339,21 @@ def _change(before: Tensors, now: Tensors) -> np.ndarray:
     return torch.cat(changes, 1).double().mean(1).numpy() if changes else np.array(np.nan)
 
 
+def acting(module: Any, mode: str, noise: Any, task: int | None = None, own: Spaces | None = None) -> Policy:
+    """How a module acts: in its environment, or in that of the ``task`` of this number, with its ``own``
+    spaces.
+    """
+    if task is None or own is None:
+        return lambda obs, state, is_first: module.policy(obs, state, is_first, mode, noise)
+
+    def policy(obs: Tensors, state: State | None, is_first: Tensor) -> tuple[Tensors, State]:
+        seen = as_seen(obs, own.obs, module.model.spaces.obs)
+        action, state = module.policy(seen, state, is_first, mode, noise, task)
+        return as_taken(action, own.action), state
+
+    return policy
+
+
 class Interrupts:
     """While entered, Ctrl-C and SIGTERM are noted in ``number``; Ctrl-C after that stops at once.
 
@@ -408,7 +441,9 @@ class Evaluate(pl.Callback):
     with continuous actions (mean absolute change from decision to decision, in units of half their range),
     and, for models that decode, the errors of :func:`foresight` as ``dream/...``. ``eval/return`` can be
     monitored. Every validation meets the same seeds. With several processes each plays its share with seeds
-    of its own.
+    of its own. A model of several tasks plays ``episodes`` of each one that has an environment (see
+    ``eval_tasks`` of the data module): ``eval/TASK/return`` and so on, and their means as ``eval/return``;
+    such runs have no ``dream/...``.
 
     Args:
         episodes: episodes of a validation.
@@ -446,8 +481,7 @@ class Evaluate(pl.Callback):
         self.errors: dict[str, float] = {}
         self.prediction: Tensors | None = None
         self.measured_at = -1  # updates when errors and prediction were taken
-        self._env: Any = None
-        self._env_count = 0
+        self._envs: dict[str | None, Any] = {}  # by task
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a seed with which evaluation would meet the training's episodes."""
@@ -462,13 +496,29 @@ class Evaluate(pl.Callback):
     def run(
         self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
     ) -> EpisodeResults:
-        """Play this process's share of ``episodes`` and bring the numbers of all processes together.
+        """Play this process's share of ``episodes``, of several tasks so many of each, and bring the numbers of
+        all processes together.
 
         Windows and recorded rows stay those of this process.
 
         Raises:
             Interrupted: by Ctrl-C or SIGTERM outside of a training, which has its own way to stop.
         """
+        names = open_tasks(module.model)
+        if not names:
+            return self._run(trainer, module, episodes, seed, record)
+        played = [name for name in names if name in data_of(trainer).eval_tasks]
+        each = {}
+        for name in played:
+            each[name] = self._run(trainer, module, episodes, seed, record, name, names.index(name))
+            known = data_of(trainer).eval_tasks[name]["reference"]
+            each[name].reference = known and Reference(**known)
+        return EpisodeResults.of_tasks(each)
+
+    def _run(
+        self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool,
+        task: str | None = None, number: int | None = None,
+    ) -> EpisodeResults:  # fmt: skip
         rank, world = trainer.global_rank, trainer.world_size
         mine = episodes // world + (rank < episodes % world)
         results = EpisodeResults()
@@ -476,15 +526,19 @@ class Evaluate(pl.Callback):
         with Interrupts(enabled=not fitting) as signals:
             if mine:
                 # Streams of its own, so that evaluating draws nothing from training's.
-                noise = NoiseStreams(seed, rank, module.device)
+                env, own = self._open_env(data_of(trainer), mine, world, task), None
+                if task is not None:
+                    own = spaces_from_gym(env.single_observation_space, env.single_action_space)
                 results = run_episodes(
-                    lambda obs, state, is_first: module.policy(obs, state, is_first, "eval", noise),
-                    self._open_env(data_of(trainer), mine, world),
+                    acting(module, "eval", NoiseStreams(seed, rank, module.device), number, own),
+                    env,
                     mine,
                     seed + 10_000 * rank,
                     device=module.device,
                     max_steps=self.max_episode_steps,
-                    windows=self.windows if getattr(module.model, "decodes", True) and not record else 0,
+                    windows=0
+                    if record or task or not getattr(module.model, "decodes", True)
+                    else self.windows,
                     window_length=self.window_length,
                     record=record,
                     stop=lambda: leaving(trainer) if fitting else signals.number is not None,
@@ -500,20 +554,19 @@ class Evaluate(pl.Callback):
         results.reference = getattr(data_of(trainer), "reference", None)
         return results
 
-    def _open_env(self, data: Any, episodes: int, world_size: int) -> Any:
+    def _open_env(self, data: Any, episodes: int, world_size: int, task: str | None) -> Any:
         count = min(max(1, data.eval_envs // world_size), episodes)
-        if self._env is not None and self._env_count != count:
-            self._close()
-        if self._env is None:
+        if task in self._envs and self._envs[task].num_envs != count:
+            self._envs.pop(task).close()
+        if task not in self._envs:
             seeds = list(range(self.seed, self.seed + count))  # each run resets with its own
-            self._env_count = count
-            self._env = data.make_envs(count, seeds)
-        return self._env
+            more = {} if task is None else {"task": task}
+            self._envs[task] = data.make_envs(count, seeds, **more)
+        return self._envs[task]
 
     def _close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-        self._env = None
+        while self._envs:
+            self._envs.popitem()[1].close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the environments."""
@@ -546,8 +599,9 @@ class Evaluate(pl.Callback):
         results = self.run(trainer, pl_module, self.episodes, self.seed)
         if leaving(trainer):
             return  # broken off: its numbers would be of too few and too short episodes
-        if self.results is None and results.reference and trainer.is_global_zero:
-            print(f"eval/normalized: {results.reference}", file=sys.stderr)
+        for name, part in (results.tasks or {"": results}).items():
+            if self.results is None and part.reference and trainer.is_global_zero:
+                print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)
         self.results = results
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
         self._log(trainer, pl_module, metrics, "eval/return")
@@ -578,6 +632,9 @@ class Evaluate(pl.Callback):
             "success": self.results.success,
             "jitter": self.results.jitter,
         }
+        if self.results.tasks:
+            lists = {n: {k: getattr(part, k) for k in PER_EPISODE} for n, part in self.results.tasks.items()}
+            report["tasks"] = {n: data_of(trainer).eval_tasks[n] | per for n, per in lists.items()}
         path = Path(trainer.default_root_dir) / "test.json"
         write_atomic(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
         value, low, high = (metrics.get(f"test/return{x}", float("nan")) for x in ("", "_low", "_high"))
@@ -595,12 +652,13 @@ class Evaluate(pl.Callback):
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record episodes: each process writes those it played."""
         results = self.run(trainer, pl_module, self.predict_episodes, self.seed, record=True)
-        if not results.rows:
-            return
-        suffix = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.default_root_dir) / f"episodes{suffix}.npz"
-        write_episodes(path, results.rows)
-        print(f"predict: {len(results.rows)} episodes, {sum(map(len_rows, results.rows))} rows: {path}")
+        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        for name, part in (results.tasks or {"": results}).items():
+            if not part.rows:
+                continue
+            name = f"episodes{f'-{name}' if name else ''}{rank}.npz".replace("/", "_")
+            path = write_episodes(Path(trainer.default_root_dir) / name, part.rows)
+            print(f"predict: {len(part.rows)} episodes, {sum(map(len_rows, part.rows))} rows: {path}")
 
     def _log(self, trainer: pl.Trainer, module: Any, metrics: dict[str, float], watch: str) -> None:
         # Loggers get integers as steps (a metric called "step" would be rounded to float32); `log` feeds only
@@ -617,7 +675,9 @@ def data_of(trainer: pl.Trainer) -> Any:
 
 
 def playable(trainer: pl.Trainer) -> bool:
-    """Whether the data module has an environment to play episodes in."""
+    """Whether the data module has an environment to play episodes in, of several tasks of one at least."""
+    if open_tasks(getattr(trainer.lightning_module, "model", None)):
+        return bool(getattr(data_of(trainer), "eval_tasks", None))
     return getattr(data_of(trainer), "evaluation_env", "") is not None
 
 
