@@ -66,6 +66,7 @@ class TDMPC2Module(WorldModelModule):
         entropy_coef: weight of the policy's entropy.
         bc_coef: weight, beside the scaled values, of the squared distance of the policy's mean from recorded
             actions (the cross-entropy, if they are discrete): behaviour cloning.
+        reward_scale: factor on the rewards of the data; the model's rewards and values are in its units.
         tau: share of the new values in each update of the target critics and of the value scale.
         lr: learning rate.
         enc_lr_scale: factor on it for the encoder.
@@ -134,6 +135,7 @@ class TDMPC2Module(WorldModelModule):
         termination_coef: float = 1.0,
         entropy_coef: float = 1e-4,
         bc_coef: float = 0.0,
+        reward_scale: float = 1.0,
         tau: float = 0.01,
         lr: float = 3e-4,
         enc_lr_scale: float = 0.3,
@@ -314,12 +316,13 @@ class TDMPC2(WorldModel):
         self.coefs = {"consistency": o.consistency_coef, "reward": o.reward_coef, "value": o.value_coef}
         self.coefs |= {"termination": o.termination_coef} if o.episodic else {}
         self.episodic = o.episodic
-        self.bc_coef = o.bc_coef
+        self.bc_coef, self.reward_scale = o.bc_coef, o.reward_scale
         inf = float("inf")
         coefs = (*self.coefs, "termination", "entropy", "bc")
         bounds = dict.fromkeys([f"{k}_coef" for k in coefs], (0.0, inf)) | {
             "horizon": (1, inf), "num_q": (2, inf), "num_bins": (2, inf), "num_channels": (1, inf),
             "simnorm_dim": (2, inf), "dropout": (0.0, 0.99), "tau": (0.0, 1.0), "rho": (0.0, 1.0),
+            "reward_scale": (1e-9, inf),
             "discount_denom": (1e-6, inf), "discount_min": (0.0, o.discount_max), "discount_max": (0.0, 1.0),
         }  # fmt: skip
         for name, (least, most) in bounds.items():
@@ -466,7 +469,8 @@ class TDMPC2(WorldModel):
         obs = self.observations(self.normalized(batch.obs))
         action = self.actions(batch.prev_action)
         obs, action = obs.transpose(0, 1), action[:, 1:].transpose(0, 1)  # (H+1, B, ...), (H, B, A)
-        reward, terminated = batch.reward[:, 1:].T, batch.is_terminal[:, 1:].T.float()  # (H, B)
+        reward = batch.reward[:, 1:].T * self.reward_scale  # (H, B)
+        terminated = batch.is_terminal[:, 1:].T.float()  # (H, B)
         H, B = reward.shape
         if self.horizon != H:
             raise ConfigError(

@@ -768,3 +768,14 @@ def test_a_checkpoint_is_evaluated_and_predicts(tmp_path: Path, monkeypatch: pyt
     module = TDMPC2Module.load_from_checkpoint("alone.ckpt", weights_only=True)
     assert module.model.episodic
     assert module.model.discrete
+
+
+def test_a_reward_scale_is_a_factor_on_the_rewards() -> None:
+    batch = make_batch()
+    plain, scaled = make_module(), make_module(reward_scale=20.0)
+    expected = plain.model.model_loss(replace(batch, reward=20 * batch.reward), NoiseStreams(0))
+    found = scaled.model.model_loss(batch, NoiseStreams(0))
+    assert torch.equal(found.total, expected.total)
+    assert not torch.equal(found.total, plain.model.model_loss(batch, NoiseStreams(0)).total)
+    with pytest.raises(ConfigError, match="model.reward_scale is 0"):
+        make_module(reward_scale=0.0)
