@@ -106,7 +106,7 @@ def train(proof: Proof, seed: int, run: Path) -> None:
     last = run / "checkpoints" / "last.ckpt"
     if last.exists():
         check_same(proof, seed, run)
-        if env_steps(last) >= settings(proof)["data"]["init_args"]["max_env_steps"]:
+        if finished(proof, last):
             return
     words = ["fit", "--ckpt_path", str(last)] if last.exists() else fit_command(proof, seed)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def train(proof: Proof, seed: int, run: Path) -> None:
         file.write(f"{used.ru_utime + used.ru_stime:.0f}\n")
     if process.returncode not in (0, 130, 143):  # Ctrl-C and SIGTERM leave a checkpoint
         raise SystemExit(f"the training of seed {seed} failed: see {run.with_suffix('.log')}")
-    if not last.exists() or env_steps(last) < settings(proof)["data"]["init_args"]["max_env_steps"]:
+    if not last.exists() or not finished(proof, last):
         raise SystemExit(f"the training of seed {seed} was interrupted; the same command goes on with it")
 
 
@@ -136,10 +136,13 @@ def settings(proof: Proof) -> dict[str, Any]:
     return config
 
 
-def env_steps(checkpoint: Path) -> int:
-    """Environment steps that a checkpoint has seen."""
+def finished(proof: Proof, checkpoint: Path) -> bool:
+    """Whether a checkpoint has the proof's environment steps, or the updates of a training without any."""
     loaded = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return int(loaded["ReplayDataModule"]["env_steps"])
+    config = settings(proof)
+    if updates := config["trainer"].get("max_steps"):
+        return int(loaded["global_step"]) >= updates
+    return int(loaded["ReplayDataModule"]["env_steps"]) >= config["data"]["init_args"]["max_env_steps"]
 
 
 def check_same(proof: Proof, seed: int, run: Path) -> None:
@@ -155,7 +158,11 @@ def check_same(proof: Proof, seed: int, run: Path) -> None:
 
 def fit_command(proof: Proof, seed: int) -> list[str]:
     """The words behind ``lit-wm`` that repeat a training."""
-    options = [word for path, value in proof.options.items() for word in (f"--{path}", str(value))]
+    options = [
+        word
+        for path, value in proof.options.items()
+        for word in (f"--{path}", value if isinstance(value, str) else json.dumps(value))
+    ]
     return ["fit", "--config", f"configs/{proof.config}.yaml", *options, "--seed_everything", str(seed)]
 
 
