@@ -25,7 +25,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes
+from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes, vectors
 from datamodules.sources import parse_uri
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
 from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
@@ -314,8 +314,8 @@ class ReplayDataModule(LightningDataModule):
 
     @cached_property
     def eval_tasks(self) -> dict[str, dict[str, Any]]:
-        """By name, of the tasks of the sources that have an environment: ``env``, ``env_options`` and
-        ``reference``, see :mod:`lit_wm.scores`.
+        """By name, of the tasks of the sources that have an environment: ``env``, ``env_options``,
+        ``order`` of the vectors, and ``reference``, see :mod:`lit_wm.scores`.
 
         Raises:
             ConfigError: for an environment of ``eval_env`` that is of another task.
@@ -346,7 +346,8 @@ class ReplayDataModule(LightningDataModule):
                     raise ConfigError(f"data.eval_env: {env} {wrong}.")
                 if not wrong:
                     reference = reference_of(spec.uri, cache.meta, env)
-                    found[name] = {"env": env, "env_options": options}
+                    order = vectors(cache.schema.spaces.obs)
+                    found[name] = {"env": env, "env_options": options, "order": order}
                     found[name]["reference"] = None if reference is None else reference._asdict()
         return found
 
@@ -922,6 +923,7 @@ def named_tasks(
         DataError: if two sources of one task have other sizes.
     """
     official, found = {task.name: task for task in TASK_SETS["mt80"]}, dict[str, Task]()
+    orders: dict[str, list[str]] = {}
     for uri, given, own in told:
         seen = sum(s.size for s in spaces[uri].obs.values() if s.dtype == "float32" and not s.is_discrete)
         acts, length = sum(s.size for s in spaces[uri].action.values()), spaces[uri].episode_length or 1000
@@ -929,7 +931,12 @@ def named_tasks(
         if given is None:
             tasks = [official[name] for name in own or () if name in official]
         for task in tasks:
-            before = found.setdefault(task.name, task)
+            before, order = found.setdefault(task.name, task), vectors(spaces[uri].obs)
+            if sorted(order) == sorted(orders.setdefault(task.name, order)) and order != orders[task.name]:
+                raise DataError(
+                    f"{uri} has {', '.join(order)}, in another order than an earlier source of task "
+                    f"{task.name!r}, {', '.join(orders[task.name])}.\n  Collect both in one format."
+                )
             if before[1:3] != task[1:3]:
                 raise DataError(
                     f"{uri} has {seen} observed numbers and {acts} action numbers; an earlier source of "

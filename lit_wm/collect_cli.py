@@ -32,7 +32,7 @@ from lit_wm.envs import make_env, spaces_from_gym
 from lit_wm.errors import CheckpointError, ConfigError
 from lit_wm.evaluation_cli import Parser, as_one, check_numbers, check_task, entries_for, load_module
 from lit_wm.noise import NoiseStreams
-from lit_wm.tasks import misfit
+from lit_wm.tasks import misfit, ordered
 from lit_wm.training_cli import find_checkpoint
 from lit_wm.types import State, Tensors
 
@@ -103,14 +103,15 @@ def rows_folder(path: str, overwrite: bool) -> Path:
     return folder
 
 
-def policy_of(given: Any, env: Any, env_id: str, module: Any, trained_in: str | None) -> Policy:
+def policy_of(given: Any, env: Any, env_id: str, module: Any, about: dict[str, Any]) -> Policy:
     """A checkpoint as a policy for the environment."""
     spaces = spaces_from_gym(env.observation_space, env.action_space)
     noise, task = NoiseStreams(given.seed, 0, given.device), check_task(module, given.task)
+    trained_in, order = about["env"], about.get("order")
     if task is not None:
         if wrong := misfit(module.model.tasks[task], module.model.spaces, spaces):
             raise CheckpointError(f"{env_id} {wrong}\nGive the environment and options of that task")
-        return acting(module, given.mode, noise, task, spaces)
+        return acting(module, given.mode, noise, task, ordered(spaces, order))
     join = entries_for(module.model.spaces, spaces, env_id, trained_in is None or bool(given.task))
 
     def policy(obs: Tensors, state: State | None, is_first: torch.Tensor) -> tuple[Tensors, State]:
@@ -166,7 +167,7 @@ def collect(argv: list[str]) -> int:
     ends: list[tuple[float, int, bool]] = []  # return, length and whether it terminated, by episode
     bar = RLProgressBar()
     try:
-        policy = None if module is None else policy_of(given, envs[0], env_id, module, about["env"])
+        policy = None if module is None else policy_of(given, envs[0], env_id, module, about)
         shown, spec = portable(envs[0], options) if scheme == "minari" else (envs[0], None)
         with Interrupts() as signals:
 

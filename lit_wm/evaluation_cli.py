@@ -34,7 +34,7 @@ from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.openloop import rgb, write_gif
 from lit_wm.scores import Reference, reference_of
-from lit_wm.tasks import Task, list_tasks, misfit, open_tasks
+from lit_wm.tasks import Task, list_tasks, misfit, open_tasks, ordered
 from lit_wm.tracking import flatten, versions
 from lit_wm.training_cli import find_checkpoint, stored_run
 from lit_wm.types import Spaces, Spec
@@ -377,7 +377,9 @@ def perform(
                     f"{theirs:,}: another time_limit or repeat? Say which by --env-options",
                     file=sys.stderr,
                 )
-        elif wrong := misfit(module.model.tasks[play.task], spaces, shown):
+        else:
+            shown = ordered(shown, (about.get("tasks") or {}).get(play.name, {}).get("order"))
+        if play.task is not None and (wrong := misfit(module.model.tasks[play.task], spaces, shown)):
             raise CheckpointError(f"{play.env_id} {wrong}\nGive the environment and options of that task")
         film = given.video is not None
         stage = Stage(env, spaces if play.task is None else shown, given.obs_noise, given.seed, film, join)

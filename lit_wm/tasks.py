@@ -6,6 +6,7 @@ The order is that of the checkpoints: row i of a task embedding belongs to task 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,9 +158,17 @@ def misfit(task: Task, model: Spaces, env: Spaces) -> str | None:
     return None
 
 
+def ordered(env: Spaces, order: Sequence[str] | None) -> Spaces:
+    """An environment's spaces with its vectors in the order of a dataset, if they are the same: Minari sorts."""
+    vectors, others = _split(env.obs)
+    if order is None or sorted(order) != sorted(vectors):
+        return env
+    return replace(env, obs=others | {k: vectors[k] for k in order})
+
+
 def as_seen(obs: Tensors, env: Mapping[str, Spec], model: Mapping[str, Spec]) -> Tensors:
-    """An environment's observation as a model of several tasks sees it: its vectors side by side in one, which
-    is filled up with zeros. (N, *shape) each
+    """An environment's observation as a model of several tasks sees it: its vectors side by side in one,
+    which is filled up with zeros. (N, *shape) each
     """
     import torch
     from torch.nn.functional import pad

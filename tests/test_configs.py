@@ -45,7 +45,7 @@ def test_the_configuration_runs(name, tmp_path, monkeypatch):
         pytest.importorskip("ale_py", reason="needs the extra 'atari'")
     if "mujoco" in name:
         pytest.importorskip("mujoco")
-    if any(word in name for word in ("dmc", "finetune", "crafter")):
+    if any(word in name for word in ("dmc", "finetune", "mt30", "crafter")):
         if (
             ("vision" in name or "rgb" in name)
             and physics.choose_gl() is None
@@ -64,6 +64,14 @@ def test_the_configuration_runs(name, tmp_path, monkeypatch):
         flags += ["--trainer.precision", "bf16-mixed"]
     if any(word in name for word in ("minari", "d4rl", "demos")):
         flags += ["--data.sources", f"[{local_source(name, tmp_path)}]", "--data.cache_dir", "cache"]
+    if "mt30" in name:
+        flags += [
+            "--data.sources",
+            f"[tdmpc2:{DATA}/tdmpc2/chunk_*.pt?tasks=mt30]",
+            "--data.cache_dir",
+            "cache",
+        ]
+        flags += ["--data.eval_env", "{walker-walk: dmc:walker_walk, cup-catch: dmc:cup_catch}"]
     if "demos" in name:
         flags += ["--model.pretrain", "{world_model: 2, actor: 1}", "--data.prefill", "40"]
     if "finetune" in name:  # tests/test_tdmpc2.py begins with a file

@@ -27,7 +27,7 @@ from lit_wm.errors import ConfigError, Interrupted
 from lit_wm.noise import NoiseStreams
 from lit_wm.openloop import open_loop, open_loop_errors, reconstruct
 from lit_wm.scores import Reference, normalized_score
-from lit_wm.tasks import as_seen, as_taken, open_tasks
+from lit_wm.tasks import as_seen, as_taken, open_tasks, ordered
 from lit_wm.types import Spaces, State, Tensors
 
 Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
@@ -496,8 +496,8 @@ class Evaluate(pl.Callback):
     def run(
         self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
     ) -> EpisodeResults:
-        """Play this process's share of ``episodes``, of several tasks so many of each, and bring the numbers of
-        all processes together.
+        """Play this process's share of ``episodes``, of several tasks so many of each, and bring the numbers
+        of all processes together.
 
         Windows and recorded rows stay those of this process.
 
@@ -529,6 +529,7 @@ class Evaluate(pl.Callback):
                 env, own = self._open_env(data_of(trainer), mine, world, task), None
                 if task is not None:
                     own = spaces_from_gym(env.single_observation_space, env.single_action_space)
+                    own = ordered(own, data_of(trainer).eval_tasks[task].get("order"))
                 results = run_episodes(
                     acting(module, "eval", NoiseStreams(seed, rank, module.device), number, own),
                     env,
