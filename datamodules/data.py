@@ -288,10 +288,11 @@ class ReplayDataModule(LightningDataModule):
         DataError if they differ, or a source cannot be read.
         """
         named = {} if self.env is None else {self.env: read_spaces(self.env, **self.env_options)}
-        for spec, cache in zip(self.sources, self.caches, strict=True):
-            named[spec.uri] = model_spaces(cache, self.stack)
+        told = []  # a URI may stand there twice, with other options
+        for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
+            told.append((f"{spec.uri} (source {number})", spec.task, cache.meta.get("tasks")))
+            named[told[-1][0]] = model_spaces(cache, self.stack)
         spaces = common_spaces(named, self.pad)
-        told = [(s.uri, s.task, c.meta.get("tasks")) for s, c in zip(self.sources, self.caches, strict=True)]
         return replace(spaces, tasks=named_tasks(told, named)).to_plain()
 
     @cached_property
@@ -673,6 +674,12 @@ class ReplayDataModule(LightningDataModule):
             rewarded=None if self._rewarded is None else self._rewarded[source],
         )
 
+    def _with_task(self, batch: Batch) -> Batch:
+        """The batch with the task of the environment's rows."""
+        if batch.task is not None and self.collector is not None and self._task is not None:
+            batch.task[batch.info["source"] == len(self.sources)] = self._task
+        return batch
+
     def _numbered(self, columns: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """Held-out rows with the numbers of their sources, not all of which have some."""
         assert self.held_out is not None
@@ -684,16 +691,14 @@ class ReplayDataModule(LightningDataModule):
 
         replay, rows = self._replay, nested(columns)
         if self.within_episodes:
-            batch = tdmpc2_view(rows, self._multitask)
-            if batch.task is not None and self.collector is not None and self._task is not None:
-                batch.task[batch.info["source"] == len(self.sources)] = self._task
-            batch = self._with_source(batch, columns)
+            batch = self._with_source(self._with_task(tdmpc2_view(rows, self._multitask)), columns)
             return batch if torch.device(device).type == "cpu" else batch.to(device)
         latents = replay.latents if "latent" in rows else None
         ends: bool | Tensor = self.time_limit_is_terminal
         if ends and self._time_limit_is_terminal is None and self.sources:  # the suite's word on its own rows
             ends = columns["source",] == len(self.sources)
-        batch = self._with_source(dreamer_view(rows, self.replay_context, ends, latents), columns)
+        batch = dreamer_view(rows, self.replay_context, ends, latents, self._multitask)
+        batch = self._with_source(self._with_task(batch), columns)
         place = batch.info
 
         def write_back(states: State) -> None:
@@ -915,8 +920,8 @@ def named_tasks(
     """The tasks that sources name, with their sizes and time limits, in the sources' order.
 
     Args:
-        told: of each source its URI, the task of its entry, and the tasks that it names itself, whose sizes
-            are known if they are of the official sets.
+        told: of each source its URI or another name of its own, the task of its entry, and the tasks that it
+            names itself, whose sizes are known if they are of the official sets.
         spaces: by source.
 
     Raises:

@@ -55,8 +55,9 @@ def to_state(latents: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> State:
 
 
 def dreamer_view(
-    rows: Any, context: int, time_limit_is_terminal: bool | Tensor, latents: Mapping[str, Spec] | None = None
-) -> Batch:
+    rows: Any, context: int, time_limit_is_terminal: bool | Tensor, latents: Mapping[str, Spec] | None = None,
+    tasks: bool = False,
+) -> Batch:  # fmt: skip
     """Sampled rows as a Dreamer batch.
 
     Args:
@@ -65,6 +66,7 @@ def dreamer_view(
         time_limit_is_terminal: whether the value after a time limit is zero, as in the official Atari runs;
             of each row, if it is a tensor (B,).
         latents: the stored latents; None leaves ``carry`` empty.
+        tasks: whether the batch names the task of each step of it.
 
     Returns:
         A batch of T steps. ``is_last`` is also set where the next row starts an episode, which repairs
@@ -94,6 +96,7 @@ def dreamer_view(
         is_last=is_last,
         is_terminal=is_terminal,
         carry=to_state(rows["latent"], latents) if latents and context else None,
+        task=rows["task"][:, lead:].long() if tasks else None,
         fake=rows["fake_last"].squeeze(-1)[:, lead:] if "fake_last" in rows else None,
         info={k: rows[k] if k == "source" else rows[k][:, lead:] for k in _PLACE if k in rows},
     )

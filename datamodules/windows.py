@@ -98,7 +98,7 @@ class BufferWindows:
         rows = nested(columns)
         if self.within_episodes:
             return tdmpc2_view(rows, self.tasks)
-        batch = dreamer_view(rows, 0, False)
+        batch = dreamer_view(rows, 0, False, tasks=self.tasks)
         skip = int(self.storage.lead == 0)  # a ring reads the observation of the row before too
         return replace(batch, obs={k: v[:, skip:] for k, v in batch.obs.items()})
 

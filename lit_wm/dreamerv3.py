@@ -30,12 +30,15 @@ from lit_wm.module import Pretraining, WorldModelModule, arguments_of
 from lit_wm.nets.coders import Decoder, Encoder, greedy
 from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
+from lit_wm.nets.multitask import TaskSpaces
 from lit_wm.nets.rssm import RSSM
 from lit_wm.noise import Noise
 from lit_wm.optim import LaProp
 from lit_wm.planners import Planner
 from lit_wm.presets import DREAMERV3, dreamerv3_sizes
+from lit_wm.pretrained import Weights
 from lit_wm.returns import ReturnNorm, lambda_return
+from lit_wm.tasks import list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
 from lit_wm.world_model import WorldModel
 
@@ -119,6 +122,9 @@ class DreamerV3Module(WorldModelModule):
         start_from: checkpoint whose weights a new run begins with; optimisers and replay begin anew.
         start_partial: take from it what fits by name and shape; else all has to.
         freeze: names of parts that are not trained, of enc, dyn, dec, rew, con, pol and val.
+        tasks: several, learnt from datasets: ``data`` for those that ``data.sources`` name, ``mt30``,
+            ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
+        task_dim: size of a task's embedding.
         log_every: updates between two lines of metrics.
         seed: seed of the noise streams.
     """
@@ -182,6 +188,8 @@ class DreamerV3Module(WorldModelModule):
         start_from: str | None = None,
         start_partial: bool = False,
         freeze: list[str] | None = None,
+        tasks: str | list[dict[str, Any]] | None = None,
+        task_dim: int = 64,
         log_every: int = 100,
         seed: int = 0,
     ):
@@ -370,12 +378,22 @@ class DreamerV3(WorldModel):
             )
         self.follow_schedules(0)
 
+        # Several tasks: what they observe has places of its own, and an embedding stands beside every action,
+        # so that each state knows its task, and with it all heads.
+        self.tasks, self.task_index = list_tasks(o.tasks, None, spaces)
+        self.task_spaces: TaskSpaces | None = None
+        obs, action = spaces.obs, self.action_dim
+        if len(self.tasks) > 1:
+            self.task_spaces = TaskSpaces(self.tasks, spaces, o.task_dim)
+            obs, action = self.task_spaces.specs, action + o.task_dim
+        elif self.tasks:
+            self.task_index = 0
+
         feat = o.deter + o.stoch * o.classes
-        self.enc = Encoder(spaces.obs, o.depth, o.units, o.strided, o.outer, o.squash, depths["enc"])
-        action = self.action_dim
+        self.enc = Encoder(obs, o.depth, o.units, o.strided, o.outer, o.squash, depths["enc"])
         self.dyn = RSSM(self.enc.token_size, action, o.deter, o.hidden, o.stoch, o.classes, o.blocks, o.mix)
         self.dec = Decoder(
-            spaces.obs,
+            obs,
             o.deter,
             o.stoch * o.classes,
             o.depth,
@@ -439,17 +457,19 @@ class DreamerV3(WorldModel):
 
         # 1. World model: what happened? --------------------------------------------------------------
         with torch.set_grad_enabled(trained["world_model"] and torch.is_grad_enabled()):
-            obs = self.normalized(batch.obs)
+            task = self.task_of(batch.task, batch.reward.shape)  # (B, T), None with a single task
+            obs, own = self.spread(self.normalized(batch.obs), task)
             tokens = self.enc(obs, dtype)  # (B, T, E)
             post, post_logit = self.dyn.observe(
                 tokens, self.previous_action(batch), batch.is_first, carry, noise
             )
+            post.task = task
             prior_logit = self.dyn.prior(post.deter)  # (B, T, S, C)
             feat = self.feat(post)  # (B, T, F)
             kl, metrics = self.kl_losses(post_logit, prior_logit)
             losses |= kl
             if any(self.loss_scales[k] for k in self.spaces.obs):
-                losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), obs)  # type: ignore[union-attr]
+                losses |= self.dec.losses(post.deter, post.stoch.flatten(-2), obs, own)  # type: ignore[union-attr]
             if batch.fake is not None:  # of a copied observation there is nothing to learn but how it came
                 losses = {k: v.masked_fill(batch.fake, 0.0) for k, v in losses.items()}
             rew_logits, con_logit = batched_heads(feat, [self.rew, self.con])
@@ -522,9 +542,11 @@ class DreamerV3(WorldModel):
         H, N = self.imag_steps, start.deter.shape[0]
         feats = start.deter.new_empty(H + 1, N, self.dyn.deter + self.dyn.stoch * self.dyn.classes)
 
+        mask = self.action_mask_of(start)
+
         def policy(feat: Tensor, t: int) -> tuple[Tensors, Tensor]:
-            action = sample_actions(self.pol(feat), noise, "policy", t)
-            return action, flat_action(action, self.spaces.action, feat.dtype)
+            action = sample_actions(self.pol(feat, mask), noise, "policy", t)
+            return action, self.flat(action, start.task, feat.dtype)
 
         actions = self.dyn.imagine_into(feats, start, policy, noise)
         rew, con, slow = batched_heads(feats, [self.rew, self.con, self.slowval])
@@ -536,7 +558,7 @@ class DreamerV3(WorldModel):
 
         with torch.enable_grad():
             pol_in, val_in = stacked_linear(feats[:-1], [self.pol.mlp.layer(0)[0], self.val.mlp.layer(0)[0]])
-            dist, value_logits = self.pol.from_first(pol_in), self.val.from_first(val_in)
+            dist, value_logits = self.pol.from_first(pol_in, mask), self.val.from_first(val_in)
         log_probs = value_logits.detach().log_softmax(-1)  # (H, N, bins)
         value = two_hot_mean(log_probs.exp(), self.bins)
         final = two_hot_mean(self.val(feats[-1]).softmax(-1), self.bins)
@@ -548,7 +570,7 @@ class DreamerV3(WorldModel):
         lam: float | Tensor = self.lam
         doubt = None
         if self.doubts:
-            taken = torch.stack([flat_action(a, self.spaces.action, feats.dtype) for a in actions])
+            taken = torch.stack([self.flat(a, start.task, feats.dtype) for a in actions])
             x = torch.cat([feats[:-1], taken], -1)
             doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]  # (H, N)
             reward = torch.cat([reward[:1], reward[1:] - self.disagreement * (doubt - 1)])
@@ -611,7 +633,9 @@ class DreamerV3(WorldModel):
     def cloning_loss(self, batch: Batch, feat: Tensor) -> Tensor:
         """-log p of the recorded actions, of datasets where the batch holds other rows too. (B, T-1)"""
         taken = {k: v[:, 1:] for k, v in batch.prev_action.items()}  # a[t] lies beside o[t+1]
-        log_prob = sum(d.log_prob(taken[k]) for k, d in self.pol(feat[:, :-1]).items())
+        task = self.task_of(batch.task, batch.reward.shape)
+        mask = None if task is None else self.task_spaces.action_mask[task][:, :-1]  # type: ignore[union-attr]
+        log_prob = sum(d.log_prob(taken[k]) for k, d in self.pol(feat[:, :-1], mask).items())
         known = ~batch.is_first[:, 1:]
         if batch.recorded is not None:
             known = known & batch.recorded.unsqueeze(1)
@@ -677,10 +701,31 @@ class DreamerV3(WorldModel):
         return torch.cat([state.deter, state.stoch.flatten(-2).to(state.deter.dtype)], -1)  # type: ignore[union-attr]
 
     def previous_action(self, batch: Batch) -> Tensor:
-        """Flat previous actions, zero where an episode begins. (B, T, A)"""
-        flat = flat_action(batch.prev_action, self.spaces.action, self.compute_dtype)
+        """Flat previous actions, zero where an episode begins, see :meth:`flat`. (B, T, A)"""
+        task = self.task_of(batch.task, batch.reward.shape)
+        return self.flat(batch.prev_action, task, self.compute_dtype, ~batch.is_first)
+
+    def flat(
+        self, action: Tensors, task: Tensor | None, dtype: torch.dtype, keep: Tensor | None = None
+    ) -> Tensor:
+        """Actions as the dynamics read them, zero unless ``keep``; of several tasks without padding and
+        beside the embedding. (..., A)
+        """
+        flat = flat_action(action, self.spaces.action, dtype)
         # Masked after the one-hot: class 0 of a zeroed index is not the zero vector.
-        return flat * (~batch.is_first).unsqueeze(-1).to(flat.dtype)
+        flat = flat if keep is None else flat * keep.unsqueeze(-1).to(flat.dtype)
+        return flat if self.task_spaces is None else self.task_spaces.beside(flat, task)
+
+    def spread(self, obs: Tensors, task: Tensor | None) -> tuple[Tensors, Tensors | None]:
+        """Observations as the encoder reads them, and which entries of vectors are the task's own."""
+        return (obs, None) if self.task_spaces is None else self.task_spaces.spread(obs, task)
+
+    def task_of(self, task: Tensor | None, lead: tuple[int, ...]) -> Tensor | None:
+        """Task of each row and step; None with a single one. (B,) or (B, T) -> (*lead)"""
+        if self.task_spaces is None:
+            return None
+        task = self.task_spaces.known(task).to(self.device, torch.int64)
+        return task.view(*task.shape, *[1] * (len(lead) - task.ndim)).expand(lead)
 
     def start_carry(self, batch: Batch, last: State | None) -> State:
         """State before the batch: zeros, the stored latent, or where ``consecutive`` the end of the previous
@@ -699,20 +744,22 @@ class DreamerV3(WorldModel):
     # --- What planners need -------------------------------------------------------------------------
 
     def action_mask_of(self, state: State) -> Tensor | None:
-        """None: there are no tasks that lack entries."""
-        return None
+        """1 for the action entries that the task has; None with a single one. (N, A)"""
+        return None if self.task_spaces is None else self.task_spaces.action_mask[state.task]
 
     @torch.no_grad()
     def propose(self, state: State, n: int, horizon: int, noise: Noise) -> Tensor:
         """Roll out the policy ``n`` times from each state, its actions cut to -1 ... 1. (N, n, H, A)"""
-        start = State(state.deter, state.stoch).map(lambda x: x.repeat_interleave(n, 0))
+        start = State(state.deter, state.stoch, task=state.task).map(lambda x: x.repeat_interleave(n, 0))
+        mask = self.action_mask_of(start)
         feats = self.feat(start).to(self.compute_dtype).expand(horizon, -1, -1).clone()
         taken = []
 
         def policy(feat: Tensor, t: int) -> tuple[Tensors, Tensor]:
-            action = sample_actions(self.pol(feat), noise, "plan/propose", t)
+            action = sample_actions(self.pol(feat, mask), noise, "plan/propose", t)
             taken.append(flat_action(action, self.spaces.action, torch.float32).clamp(-1, 1))
-            return action, taken[-1].to(feat.dtype)
+            flat = taken[-1].to(feat.dtype)
+            return action, flat if self.task_spaces is None else self.task_spaces.beside(flat, start.task)
 
         self.dyn.imagine_into(feats, start, policy, noise, "plan/proposed")
         policy(feats[-1], horizon - 1)
@@ -743,6 +790,8 @@ class DreamerV3(WorldModel):
                 return torch.ones(shape[2:], device=actions.device)
             return noise.exponential("plan/prior", shape, t * H + step).expand(-1, S, -1, -1).flatten(0, 1)
 
+        if self.task_spaces is not None:
+            actions = self.task_spaces.beside(actions, state.task.view(N, 1, 1))  # type: ignore[union-attr]
         total, weight = actions.new_zeros(()), actions.new_ones(())
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         before = self.feat(state).repeat_interleave(S, 0) if self.doubts else None
@@ -783,6 +832,7 @@ class DreamerV3(WorldModel):
         action: Tensors | Tensor | None = None,
         is_first: Tensor | None = None,
         noise: Noise | None = None,
+        task: Tensor | None = None,
     ) -> State:
         """One filtering step.
 
@@ -792,6 +842,7 @@ class DreamerV3(WorldModel):
             action: action executed since; None takes ``state.action``, the one that ``act`` chose. Without a
                 state there was none.
             is_first: rows that start an episode. (B,) bool
+            task: number of the task of each row, of a model of several; None = that of ``state``. (B,)
         """
         obs = self.obs_dict(obs)
         key, spec = next(iter(self.spaces.obs.items()))
@@ -802,6 +853,7 @@ class DreamerV3(WorldModel):
             first = torch.full((B,), state is None, device=self.device)
         else:
             first = is_first.to(self.device)
+        task = self.task_of(state.task if task is None and state is not None else task, (B,))
         if state is None:
             state, action = self.initial(B), self.zero_action(B)
         elif action is not None:
@@ -809,12 +861,12 @@ class DreamerV3(WorldModel):
         elif (action := state.action) is None:
             raise ValueError("encode needs the action executed since `state`, which does not hold one itself")
         dtype, keep = self.compute_dtype, (~first).unsqueeze(-1)
-        flat = flat_action(action, self.spaces.action, dtype) * keep
+        flat = self.flat(action, task, dtype, ~first)
         stoch = state.stoch.to(dtype) * keep.unsqueeze(-1)  # type: ignore[union-attr]
         deter = self.dyn.step(State(state.deter.to(dtype) * keep, stoch), flat)
-        logit = self.dyn.posterior(deter, self.enc(obs, dtype))
+        logit = self.dyn.posterior(deter, self.enc(self.spread(obs, task)[0], dtype))
         race = self.source(noise).exponential("act/posterior", tuple(logit.shape))
-        return State(deter, self.dyn.sample(logit, race, dtype))
+        return State(deter, self.dyn.sample(logit, race, dtype), task=task)
 
     def act(
         self,
@@ -825,19 +877,22 @@ class DreamerV3(WorldModel):
         noise: Noise | None = None,
         planner: Planner | str | None = None,
         max_ms: float | None = None,
+        task: Tensor | None = None,
     ) -> tuple[Tensors, State]:
         """Filter ``obs`` and sample an action of the policy, in evaluation too, as the reference does; or
-        plan one. Actions (B, ...) by key; arguments as :meth:`WorldModel.act`'s.
+        plan one. Actions (B, ...) by key; arguments as :meth:`WorldModel.act`'s; ``task`` as
+        :meth:`encode`'s.
         """
         if mode not in ("train", "eval"):
             raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
-        now, noise = self.encode(obs, state, None, is_first, noise), self.source(noise)
+        now, noise = self.encode(obs, state, None, is_first, noise, task), self.source(noise)
         found = self.search(now, state, is_first, mode, noise, planner, max_ms)
         if found is None:
-            action, plan = sample_actions(self.pol(self.feat(now)), noise, "act/policy"), None
+            policy, plan = self.pol(self.feat(now), self.action_mask_of(now)), None
+            action = sample_actions(policy, noise, "act/policy")
         else:
             action, plan = self.action_keys(found[0]), found[1]
-        return action, State(now.deter, now.stoch, action, plan)
+        return action, State(now.deter, now.stoch, action, plan, now.task)
 
     def imagine(
         self,
@@ -851,12 +906,13 @@ class DreamerV3(WorldModel):
         given = None if actions is None else self.action_dict(actions, len(state.deter), True)
         steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
         states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []
+        mask = self.action_mask_of(state)
         for t in range(steps):
             if given is None:
-                action = sample_actions(self.pol(self.feat(states[-1])), noise, "imagine/policy", t)
+                action = sample_actions(self.pol(self.feat(states[-1]), mask), noise, "imagine/policy", t)
             else:
                 action = {k: v[:, t] for k, v in given.items()}
-            deter = self.dyn.step(states[-1], flat_action(action, self.spaces.action, self.compute_dtype))
+            deter = self.dyn.step(states[-1], self.flat(action, state.task, self.compute_dtype))
             logit = self.dyn.prior(deter)
             race = noise.exponential("imagine/prior", tuple(logit.shape), t)
             states.append(State(deter, self.dyn.sample(logit, race, deter.dtype)))
@@ -864,6 +920,7 @@ class DreamerV3(WorldModel):
         stacked = State(
             torch.stack([s.deter for s in states], 1),
             torch.stack([s.stoch.to(s.deter.dtype) for s in states], 1),  # type: ignore[union-attr]
+            task=None if state.task is None else state.task.unsqueeze(1).expand(-1, steps + 1),
         )
         rew, con = batched_heads(self.feat(stacked)[:, 1:], [self.rew, self.con])
         return Trajectory(
@@ -877,7 +934,10 @@ class DreamerV3(WorldModel):
         """Expected observations: images in 0 ... 1 in their stored layout, vectors in their own units, class
         indices.
         """
-        out = greedy(self.dec(state.deter, state.stoch.to(state.deter.dtype).flatten(-2)), self.spaces.obs)  # type: ignore[union-attr]
+        out = self.dec(state.deter, state.stoch.to(state.deter.dtype).flatten(-2))  # type: ignore[union-attr]
+        if self.task_spaces is not None:
+            out = self.task_spaces.gather(out, state.task)
+        out = greedy(out, self.spaces.obs)
         for k, spec in self.spaces.obs.items():
             if spec.is_image:
                 out[k] = out[k].float().movedim(-1, -3) if spec.channels_first else out[k].float()
@@ -899,6 +959,13 @@ class DreamerV3(WorldModel):
     def gamma(self, task: Tensor | None = None) -> float:
         """Discount, 1 - 1/horizon."""
         return 1 - 1 / self.horizon
+
+    def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
+        """The tensors of a file; embeddings only if its tasks are these."""
+        given = found.hparams
+        named = list_tasks(given.get("tasks"), None, Spaces.from_plain(given["spaces"]))[0] if given else []
+        same = [t.name for t in named] == [t.name for t in self.tasks]
+        return {k: v for k, v in found.tensors.items() if same or k != "task_spaces.embedding"}
 
     def zero_action(self, batch_size: int) -> Tensors:
         """Zeros of every action key."""

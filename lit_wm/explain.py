@@ -186,6 +186,8 @@ def update_memory(module: DreamerV3Module | TDMPC2Module, batch: int, length: in
         groups = [
             sum(p.nbytes for p in model.group(k) if p.requires_grad) for k, on in module.trained.items() if on
         ]
+        if model.tasks and model.task_index is None:
+            data.task = torch.empty(batch, dtype=torch.int64)
         if isinstance(model, DreamerV3):
             model.follow_schedules(2**62)  # imagination at its full length
             out = model.loss(data, model.initial(batch), noise, module.trained)
@@ -194,8 +196,6 @@ def update_memory(module: DreamerV3Module | TDMPC2Module, batch: int, length: in
             # live.
             peak, gradients, slow = max(live.peak, live.now + 2 * max(groups)), sum(groups), model.slowval
         else:  # two optimizers, one after the other, whose steps need no more memory
-            if model.tasks and model.task_index is None:
-                data.task = torch.empty(batch, dtype=torch.int64)
             foreseen = model.model_loss(data, noise)
             if module.trained["model"]:
                 foreseen.total.backward()

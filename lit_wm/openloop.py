@@ -79,7 +79,9 @@ def dream(model: Any, start: State, actions: Tensors, noise: Any = None) -> Stat
     """Imagine from ``start`` (B, ...) with ``actions`` (B, H, ...): the H states after it, (B, H, ...)."""
     horizon = next(iter(actions.values())).shape[1]
     extra = {} if noise is None else {"noise": noise}
-    states = model.imagine(State(start.deter, start.stoch), actions, horizon, **extra).states.stacked
+    states = model.imagine(
+        State(start.deter, start.stoch, task=start.task), actions, horizon, **extra
+    ).states.stacked
     return State(states.deter[:, 1:], None if states.stoch is None else states.stoch[:, 1:])
 
 

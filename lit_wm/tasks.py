@@ -159,7 +159,7 @@ def misfit(task: Task, model: Spaces, env: Spaces) -> str | None:
 
 
 def ordered(env: Spaces, order: Sequence[str] | None) -> Spaces:
-    """An environment's spaces with its vectors in the order of a dataset, if they are the same: Minari sorts."""
+    """An environment's spaces, its vectors in the order of a dataset if that has them: Minari sorts."""
     vectors, others = _split(env.obs)
     if order is None or sorted(order) != sorted(vectors):
         return env

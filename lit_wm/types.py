@@ -214,7 +214,8 @@ class Batch:
         carry: latent state of the step before the first one; None starts from zeros. (B, ...)
         consecutive: True where the row goes on where the previous batch's row ended. (B,) bool or None
         write_back: called with the new (B, T, ...) states, so that the replay keeps fresh latents.
-        task: number of the task that a row is of; None for single-task data.          (B,) int64
+        task: number of the task of a row, or of each step where it may change in a row; None for
+            single-task data.                                            (B,) or (B, T) int64
         fake: the observation is a copy of the one before, as its source lacks the last one, and nothing
             shall learn to predict it; None if there is none.                          (B, T) bool
         source: number of the source of a row, in the order of the data module.        (B,) int64

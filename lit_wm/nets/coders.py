@@ -193,8 +193,10 @@ class Decoder(nn.Module):
             out |= dict(zip(self.image_keys, image.split(channels, -1), strict=True))
         return out
 
-    def losses(self, deter: Tensor, stoch: Tensor, obs: Tensors) -> Tensors:
-        """Reconstruction losses by key, in float32. (B, T, D), (B, T, S*C), (B, T, ...) -> (B, T) each."""
+    def losses(self, deter: Tensor, stoch: Tensor, obs: Tensors, own: Tensors | None = None) -> Tensors:
+        """Reconstruction losses by key, in float32. (B, T, D), (B, T, S*C), (B, T, ...) -> (B, T) each; of
+        vectors those entries alone that ``own`` marks by 1.
+        """
         lead = deter.shape[:-1]
         losses: Tensors = {}
         mean = self(deter, stoch)
@@ -207,7 +209,8 @@ class Decoder(nn.Module):
                 loss = -torch.log_softmax(logits, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
                 loss = loss.reshape(*lead, -1).sum(-1)
             else:
-                loss = (mean[k] - symlog(obs[k].float())).square().reshape(*lead, -1).sum(-1)
+                missed = (mean[k] - symlog(obs[k].float())).square()
+                loss = (missed * own[k] if own and k in own else missed).reshape(*lead, -1).sum(-1)
             losses[k] = loss
         return losses
 

@@ -55,30 +55,37 @@ def batched_heads(feat: Tensor, heads: list[Head]) -> list[Tensor]:
 
 class ActionDist(NamedTuple):
     """Policy output of one action key: ``log_p`` (..., C) of a discrete one, ``mean`` and ``std`` (..., A)
-    otherwise.
+    otherwise, of which only entries with a 1 in ``mask`` are sampled and scored.
     """
 
     spec: Spec
     log_p: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    mask: Tensor | None = None
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-probability of ``action``, summed over all its dimensions. (...)"""
         if self.log_p is not None:
             return _sum_dims(dists.categorical_log_prob(self.log_p, action), self.spec)
         x, mean, std = (_as_vector(v, self.spec) for v in (action, self.mean, self.std))  # type: ignore[arg-type]
+        if self.mask is not None:
+            each = dists.normal_log_prob(x.unsqueeze(-1), mean.unsqueeze(-1), std.unsqueeze(-1))
+            return (each * self.mask).sum(-1)
         return dists.normal_log_prob(x, mean, std)
 
     def entropy(self) -> Tensor:
         """Entropy in nats, summed over all dimensions. (...)"""
         if self.log_p is not None:
             return _sum_dims(dists.categorical_entropy(self.log_p.exp(), self.log_p), self.spec)
-        return _sum_dims(dists.normal_entropy(self.std), self.spec)  # type: ignore[arg-type]
+        entropy = dists.normal_entropy(self.std)  # type: ignore[arg-type]
+        return _sum_dims(entropy if self.mask is None else entropy * self.mask, self.spec)
 
-    def entropy_range(self) -> tuple[float, float]:
+    def entropy_range(self) -> tuple[float | Tensor, float | Tensor]:
         """Smallest and largest entropy that this policy can have."""
-        dims = self.spec.size // (self.spec.classes or 1)
+        dims: float | Tensor = self.spec.size // (self.spec.classes or 1)
+        if self.mask is not None:
+            dims = self.mask.sum(-1).mean()
         if self.spec.is_discrete:
             return 0.0, dims * math.log(self.spec.classes or 1)
         lo, hi = (0.5 * math.log(2 * math.pi * math.e * std**2) for std in (dists.MIN_STD, dists.MAX_STD))
@@ -91,7 +98,8 @@ class ActionDist(NamedTuple):
                 self.log_p.exp(), noise.exponential(stream, tuple(self.log_p.shape), t)
             )
         eps = noise.normal(stream, tuple(self.mean.shape), t)  # type: ignore[union-attr]
-        return self.mean + self.std * eps  # type: ignore[operator]
+        sample = self.mean + self.std * eps  # type: ignore[operator]
+        return sample if self.mask is None else sample * self.mask
 
 
 def _as_vector(x: Tensor, spec: Spec) -> Tensor:
@@ -115,26 +123,30 @@ class PolicyHead(nn.Module):
             names = ("logits",) if spec.is_discrete else ("mean", "stddev")
             self.head[module_key(k)] = nn.ModuleDict({n: Linear(units, spec.size, outscale) for n in names})
 
-    def forward(self, feat: Tensor) -> dict[str, ActionDist]:
-        """(..., F) -> one distribution per action key."""
-        return self.from_hidden(self.mlp(feat))
+    def forward(self, feat: Tensor, mask: Tensor | None = None) -> dict[str, ActionDist]:
+        """(..., F) -> one distribution per action key; of a single one ``mask`` (..., A) says by 1 which
+        entries or classes there are.
+        """
+        return self.from_hidden(self.mlp(feat), mask)
 
-    def from_first(self, x: Tensor) -> dict[str, ActionDist]:
+    def from_first(self, x: Tensor, mask: Tensor | None = None) -> dict[str, ActionDist]:
         """The same from the first linear layer's output."""
-        return self.from_hidden(self.mlp(x, start=1))
+        return self.from_hidden(self.mlp(x, start=1), mask)
 
-    def from_hidden(self, x: Tensor) -> dict[str, ActionDist]:
+    def from_hidden(self, x: Tensor, mask: Tensor | None = None) -> dict[str, ActionDist]:
         """The same from the MLP's output."""
         out = {}
         for k, spec in self.specs.items():
             layers = self.head[module_key(k)]
             if spec.is_discrete:
                 logits = layers["logits"](x).float().view(*x.shape[:-1], *spec.shape, spec.classes)  # type: ignore[index]
+                if mask is not None:  # finite, as 0 * inf has no value
+                    logits = logits.masked_fill(mask == 0, -1e9)
                 out[k] = ActionDist(spec, log_p=torch.log_softmax(logits, -1))
             else:
                 shape = (*x.shape[:-1], *spec.shape)
                 mean, std = dists.bounded_normal(layers["mean"](x), layers["stddev"](x))  # type: ignore[index]
-                out[k] = ActionDist(spec, mean=mean.view(shape), std=std.view(shape))
+                out[k] = ActionDist(spec, mean=mean.view(shape), std=std.view(shape), mask=mask)
         return out
 
 
