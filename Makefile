@@ -15,7 +15,8 @@ FAST_TESTS = $(wildcard tests/contracts tests/test_errors.py tests/test_presets.
 
 PROOFS = prove-cartpole prove-pendulum prove-robot prove-pixels
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-hour test test-all check bench clean prove-tdmpc2 $(PROOFS)
+.PHONY: help setup demo demo-hour test test-all check bench clean prove-tdmpc2 $(PROOFS) prove-offline prove-online \
+	prove-demos
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +67,13 @@ prove-pixels:  ## Catch from its picture
 
 prove-tdmpc2: $(VENV)/.installed-dmc+plots  ## TD-MPC2 on Pendulum, cart-pole swing-up and the robot
 	for task in pendulum swingup robot; do $(ENV) $(BIN)/python benchmarks/prove.py tdmpc2-$$task || exit 1; done
+
+# Of one proof the other can go on: prove-online begins with the checkpoints of prove-offline.
+prove-offline: $(VENV)/.installed-plots+baselines  ## both models from data alone, beside d3rlpy
+prove-online: $(VENV)/.installed-plots+baselines  ## offline checkpoints go on online
+prove-demos: $(VENV)/.installed-plots  ## what demonstrations save the robot
+prove-offline prove-online prove-demos: prove-%:
+	$(BIN)/python benchmarks/prove_offline.py $*
 
 clean:  ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,8 +6,8 @@
         [--seeds 0 1] [--jobs 2] [--runs DIR] [--out DIR] [--tiny]
 
 ``offline``: ``lit-wm collect`` plays a shipped checkpoint, made medium by random actions, and a random
-player. Both models learn from these episodes alone, and so do behaviour cloning of the best 30 % of them and IQL,
-both of d3rlpy. A score is 100 (return - random) / (expert - random); the expert is the checkpoint without
+player. Both models learn from these episodes alone, and so do behaviour cloning of the best 30 % of them and
+IQL, both of d3rlpy. A score is 100 (return - random) / (expert - random); the expert is the checkpoint without
 random actions. ``METHOD+OPTION`` is a method with options of :data:`OPTIONS`, such as ``tdmpc2+ensemble``.
 
 ``online``: the last offline checkpoint of each method goes on in the environment, beside the dataset and,

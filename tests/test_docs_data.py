@@ -1,4 +1,4 @@
-"""What docs/data.md shows works: commands and Python run, configurations train or open; the recipe too."""
+"""What docs/data.md and docs/offline.md show works: commands run, configurations train; the recipe too."""
 
 import json
 import re
@@ -17,9 +17,10 @@ from lit_wm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "data.md").read_text()
+OFFLINE = (ROOT / "docs" / "offline.md").read_text()
 
 
-def blocks(language, text=TEXT):
+def blocks(language, text=TEXT + OFFLINE):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -35,7 +36,7 @@ def place(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         patch.setenv("LITWM_CACHE", str(folder / "cache"))
-        for name in ("tests", "configs"):
+        for name in ("tests", "configs", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
         for command in COLLECT:
             assert main(shlex.split(command)[1:]) == 0
@@ -51,9 +52,21 @@ def place(tmp_path_factory):
         yield folder
 
 
+def small(tdmpc2):
+    """Flags that leave three updates of a tiny model."""
+    overlay = f"configs/overlay/debug{'_tdmpc2' * tdmpc2}.yaml"
+    flags = f"--config {overlay} --model.preset debug --trainer.devices 1 --trainer.logger false"
+    return flags.split()
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in COLLECT])
 def test_a_command_runs(command, place, capsys):
-    assert main(shlex.split(command)[1:]) == 0
+    argv = shlex.split(command)[1:]
+    if argv[0] == "fit":
+        argv += small("tdmpc2" in command)
+        argv += [] if "--name" in argv else ["--name", f"run{COMMANDS.index(command)}"]
+        argv += ["--model.pretrain", "{world_model: 2, actor: 1}"] if "demos" in command else []
+    assert main(argv) == 0
     out = capsys.readouterr().out
     assert json.loads(out) if "--json" in command else out
 
@@ -85,20 +98,9 @@ def test_a_configuration_trains_or_opens(text, place):
         return
     path = place / "config.yaml"
     path.write_text(text)
-    overlay = f"configs/overlay/debug{'_tdmpc2' * ('TDMPC2' in text)}.yaml"
-    small = [
-        "--config",
-        overlay,
-        "--model.preset",
-        "debug",
-        "--trainer.devices",
-        "1",
-        "--trainer.logger",
-        "false",
-        "--name",  # two runs of one second and process would have the same
-        text.split("\n")[0].strip("# ").removesuffix(".yaml"),
-    ]
-    assert main(["fit", "--config", str(path), *small, "--data.prefill", "40"]) == 0
+    name = text.split("\n")[0].strip("# ").removesuffix(".yaml")  # two of one second would have the same
+    flags = ["--name", name + "-offline" * (text in OFFLINE), *small("TDMPC2" in text)]
+    assert main(["fit", "--config", str(path), *flags, "--data.prefill", "40"]) == 0
 
 
 def test_the_recipe_for_a_source_is_ten_lines_and_reads(tmp_path):

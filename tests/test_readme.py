@@ -10,7 +10,14 @@ from lit_wm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/data.md", "docs/planning.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/data.md",
+    "docs/offline.md",
+    "docs/planning.md",
+]
 
 
 def blocks(language):
