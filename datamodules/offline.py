@@ -73,11 +73,18 @@ class CacheRows(RowStorage):
         self._fill(spaces, spec, source, task, rescale)
         self.data = TensorDict(self.columns, [self.ring])
         own = cache.schema.spaces.obs
-        apart = vectors(own) if vectors(own) != vectors(spaces.obs) else []  # to be put side by side
+        apart, wanted = vectors(own), vectors(spaces.obs)
+        if set(apart) == set(wanted):
+            apart = []
+        elif wanted != ["obs"] or sum(own[k].size for k in apart) > spaces.obs["obs"].size:
+            raise DataError(
+                f"{spec.uri} has the vectors {', '.join(apart) or 'none'}, which do not fill "
+                f"{', '.join(wanted) or 'none'}.\n  Expected the same, or one 'obs' that holds them all."
+            )
         self._parts = [cache.rows[row_key("observation", k, own)].as_subclass(Tensor) for k in apart]
         for name in spaces.obs:
             key = row_key("observation", name, spaces.obs)
-            if not apart or name not in vectors(spaces.obs):
+            if not apart or name not in wanted:
                 self.columns[key] = cache.rows[row_key("observation", name, own)].as_subclass(Tensor)
         for key, entry in self.specs.items():
             if key[0] == "latent" and entry.is_discrete:

@@ -230,10 +230,10 @@ def common_spaces(named: Mapping[str, Spaces], pad: bool = False) -> Spaces:
     obs, action = dict(first.obs), dict(first.action)
     for other in others:
         for ours, theirs in ((obs, other.obs), (action, other.action)):
-            if list(ours) != list(theirs):
+            if set(ours) != set(theirs):  # their order does not matter: rows are read by name
                 raise _differ(named, pad)
-            for key, spec in theirs.items():
-                wide = _wider(ours[key], spec, pad)
+            for key in ours:
+                wide = _wider(ours[key], theirs[key], pad)
                 if wide is None:
                     raise _differ(named, pad)
                 ours[key] = wide
@@ -256,12 +256,14 @@ def _wider(a: Spec, b: Spec, pad: bool) -> Spec | None:
 
 
 def _differ(named: Mapping[str, Spaces], pad: bool) -> DataError:
-    entries = {name: spaces.obs | spaces.action for name, spaces in named.items()}
-    shown = [f"  {name}: " + ", ".join(f"{k} {s.classes or s.dtype} {list(s.shape)}" for k, s in own.items())
-             for name, own in entries.items()]  # fmt: skip
+    # Observations and actions may have the same names.
+    entries = {name: {(i, k): s for i, own in enumerate((x.obs, x.action)) for k, s in own.items()}
+               for name, x in named.items()}  # fmt: skip
+    shown = [f"  {name}: " + ", ".join(f"{k} {s.classes or s.dtype} {list(s.shape)}"
+             for (_, k), s in own.items()) for name, own in entries.items()]  # fmt: skip
     first, *others = entries.values()
     bad = next(k for own in entries.values() for k in own if any(first.get(k) != o.get(k) for o in others))
     more = "" if pad else "; for several tasks pad: true fills vectors up"
-    lines = (f"the sources have different spaces, first in {bad!r}:", *shown[:3],
+    lines = (f"the sources have different spaces, first in {bad[1]!r}:", *shown[:3],
              f"  Leave entries out with the reader's option drop{more}.")  # fmt: skip
     return DataError("\n".join(lines))

@@ -8,10 +8,12 @@ from made import made_cache
 from test_data import Module, trainer_of
 
 from datamodules import ReplayDataModule
+from datamodules.offline import CacheRows
+from datamodules.selection import SourceSpec, model_spaces
 from lit_wm.dreamerv3 import DreamerV3Module
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.tdmpc2 import TDMPC2Module
-from lit_wm.types import Spec
+from lit_wm.types import Spaces, Spec
 
 LENGTHS = "9,4,12,7,30,3,15,8"
 
@@ -478,3 +480,27 @@ def test_a_time_limit_of_the_suite_ends_nothing_in_a_dataset(tmp_path):
     }  # fmt: skip
     ended = dreamer_view(rows, 1, torch.tensor([False, True])).is_terminal
     assert ended.tolist() == [[False, False, False], [False, True, False]]
+
+
+def test_sources_are_read_by_name_and_each_with_its_own_options(tmp_path):
+    """The same file twice, with other observations dropped, and one with observations in another order."""
+    ends, rng = np.arange(20) % 10 == 9, np.random.default_rng(0)
+    made = {"actions": rng.uniform(-1, 1, (20, 1)), "terminations": ends, "truncations": ends & False}
+    made |= {"observations/a": rng.random((20, 3)), "observations/b": rng.random((20, 2))}
+    for name, columns in (("x", made), ("y", dict(reversed(made.items())))):
+        np.savez(tmp_path / f"{name}.npz", rewards=np.ones(20), **columns)
+    x, y = (f"npz:{tmp_path}/{name}.npz?last_obs=repeat" for name in "xy")
+    twice = data_of(tmp_path, sources=[{"uri": x, "options": {"drop": "a"}}, x])
+    with pytest.raises(DataError, match=r"first in 'a':\n.*\(source 0\): b .*\n.*\(source 1\): a .* b "):
+        _ = twice.spaces
+    with pytest.raises(DataError, match="has the vectors b, which do not fill a, b"):
+        CacheRows(twice.caches[0], tmp_path / "r", model_spaces(twice.caches[1]), np.arange(2), SourceSpec(x))
+    turned = data_of(tmp_path, sources=[x, y])
+    spaces = Spaces.from_plain(turned.spaces)
+    assert list(spaces.obs) == ["a", "b"]
+    assert list(turned.caches[1].schema.spaces.obs) == ["b", "a"]
+    rows = CacheRows(turned.caches[1], tmp_path / "rows", spaces, np.array([1]), SourceSpec(y), lead=0)
+    seen = rows.get(torch.arange(10)[None])["observation"]
+    for name in "ab":
+        np.testing.assert_array_equal(seen[name][0], made[f"observations/{name}"][10:].astype(np.float32))
+    rows.close()
