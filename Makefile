@@ -75,6 +75,10 @@ prove-demos: $(VENV)/.installed-plots  ## what demonstrations save the robot
 prove-offline prove-online prove-demos: prove-%:
 	$(BIN)/python benchmarks/prove_offline.py $*
 
+.PHONY: notebooks
+notebooks: $(VENV)/.installed-dmc+notebooks  ## open them in JupyterLab
+	$(ENV) $(BIN)/python -m jupyterlab
+
 clean:  ## remove caches and build products; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
