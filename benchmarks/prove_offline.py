@@ -7,8 +7,8 @@
 
 ``offline``: ``lit-wm collect`` plays a shipped checkpoint, made medium by random actions, and a random
 player. Both models learn from these episodes alone, and so do behaviour cloning of the best 30 % of them and
-IQL, both of d3rlpy. A score is 100 (return - random) / (expert - random); the expert is the checkpoint without
-random actions. ``METHOD+OPTION`` is a method with options of :data:`OPTIONS`, such as ``tdmpc2+ensemble``.
+IQL, both of d3rlpy. A score is 100 (return - random) / (expert - random); the expert is the checkpoint
+without random actions. ``METHOD+OPTION`` adds options of :data:`OPTIONS`, such as ``tdmpc2+ensemble``.
 
 ``online``: the last offline checkpoint of each method goes on in the environment, beside the dataset and,
 as an ablation, without it (:data:`ARMS`). What counts is the worst evaluation, relative to the offline score.
@@ -56,22 +56,23 @@ class Task:
     episodes: int  # of the medium player, and as many random ones
     configs: dict[str, str]  # by model
     env_steps: int  # online
+    judged: int  # episodes of the last judgement
+    online: dict[str, tuple[int, int]]  # by model: updates between two evaluations, and their episodes
     iql: Json = field(default_factory=dict)  # d3rlpy's options
 
 
 TASKS = {
     # Rewards of each step: scaled as IQL's authors do it for such tasks.
     "pendulum": Task("Pendulum-v1", "pendulum", 0.6, 100, {"dreamer": "dreamer_pendulum",
-                     "tdmpc2": "tdmpc2_pendulum"}, 4_000,
+                     "tdmpc2": "tdmpc2_pendulum"}, 4_000, 30, {"dreamer": (250, 10), "tdmpc2": (500, 4)},
                      {"reward_scaler": ("ReturnBased", {"multiplier": 1000.0})}),
     # A reward at the goal only: -1 a step, expectile and temperature as they do it for mazes.
     "robot": Task("lit_wm/LidarRobot-v0", "robot", 0.8, 200, {"dreamer": "dreamer_robot",
-                  "tdmpc2": "tdmpc2_robot"}, 6_000,
+                  "tdmpc2": "tdmpc2_robot"}, 6_000, 100, {"dreamer": (250, 50), "tdmpc2": (1_500, 30)},
                   {"reward_scaler": ("ConstantShift", {"shift": -1.0}), "expectile": 0.9,
                    "weight_temp": 10.0}),
 }  # fmt: skip
 UPDATES = {"dreamer": 10_000, "tdmpc2": 5_000, "bc": 10_000, "iql": 30_000}
-EPISODES = 30  # of each judgement
 OPTIONS: dict[str, dict[str, Json]] = {
     "ensemble": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement": 1.0}),
     "limit": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement_limit": 4.0}),
@@ -98,7 +99,7 @@ TINY: dict[str, Json] = {
     "dreamer": {"model.preset": "debug", "model.deter": None, "model.imag_length": 3, "data.batch_size": 2,
                 "data.batch_length": 8, "data.num_envs": 1, "data.train_ratio": 1, "model.log_every": 1},
     "tdmpc2": {"model.preset": "debug", "data.batch_size": 8, "data.prefill": 20, "data.first_updates": 1,
-               "data.utd": 0.1, "model.log_every": 1,
+               "data.utd": 0.05, "model.log_every": 1,
                "model.planner_options": {"num_samples": 16, "num_elites": 4, "num_pi_trajs": 4,
                                          "iterations": 1}},
 }  # fmt: skip
@@ -114,7 +115,9 @@ class Proofs:
     def __init__(self, given: argparse.Namespace):
         self.given, self.runs = given, given.runs.resolve() / ("tiny" if given.tiny else "offline")
         self.updates = dict.fromkeys(UPDATES, 12) if given.tiny else UPDATES
-        self.episodes = 2 if given.tiny else EPISODES
+
+    def judged(self, name: str) -> int:
+        return 2 if self.given.tiny else TASKS[name].judged
 
     # --- Data ---------------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class Proofs:
             options |= OPTIONS[option][model]
         if self.given.tiny:
             options |= TINY[model]
-        return Proof(TASKS[name].configs[model], (), "return", -np.inf, "return", episodes=self.episodes,
+        return Proof(TASKS[name].configs[model], (), "return", -np.inf, "return", episodes=self.judged(name),
                      options=options)  # fmt: skip
 
     def offline(self, name: str, method: str) -> Proof:
@@ -181,7 +184,7 @@ class Proofs:
         if method in ("bc", "iql"):
             path = run / "evaluate.json"
             if not path.exists():
-                words = [method, name, str(seed), str(self.updates[method]), str(self.episodes)]
+                words = [method, name, str(seed), str(self.updates[method]), str(self.judged(name))]
                 command = [sys.executable, __file__, "--baseline", *words, str(self.runs / "data"), str(run)]
                 subprocess.run(command, cwd=ROOT, env=ENV, check=True)
             return json.loads(path.read_text())
@@ -278,12 +281,12 @@ class Proofs:
     def go_on(self, name: str, method: str, seed: int, arm: str) -> Path:
         """Train one arm online from the offline checkpoint."""
         model, task, run = method.split("+")[0], TASKS[name], self.run(name, method, seed, "online", arm)
-        steps = 120 if self.given.tiny else task.env_steps
+        steps = 420 if self.given.tiny else task.env_steps
         start = self.run(name, method, seed) / "checkpoints" / "last.ckpt"
+        often, episodes = (5, 2) if self.given.tiny else task.online[model]
         options = {"data.sources": [{"uri": uri, "weight": 0.5} for uri in self.collect(name)], **ARMS[arm],
                    "data.max_env_steps": steps, "model.start_from": str(start),
-                   "trainer.val_check_interval": 5 if self.given.tiny else 250,
-                   "evaluate.episodes": 2 if self.given.tiny or model == "tdmpc2" else 10}  # fmt: skip
+                   "trainer.val_check_interval": often, "evaluate.episodes": episodes}  # fmt: skip
         if model == "tdmpc2":  # it need not look around at random: the model knows the task
             options |= {"data.prefill": 0, "data.first_updates": 1}
         train(self.proof(name, method, **options), seed, run)
