@@ -8,9 +8,11 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -101,6 +103,43 @@ def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(final: Path, beside: Path) -> Iterator[Path]:
+    """The path of a folder or file to make, under ``beside``: it becomes ``final``, or goes after an error.
+
+    A kill leaves ``final`` as it was; what it leaves of the new one goes with the next attempt. Raises
+    DataError while another process does the same.
+    """
+    import fcntl
+
+    name = quote(str(final.relative_to(beside)), safe="")
+    part, old = beside / f".{name}.part", beside / f".{name}.old"
+    part.mkdir(parents=True, exist_ok=True)
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{final} is being written by another process.\n  Wait for it.") from None
+        try:
+            for entry in part.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if old.exists() and not final.exists():  # killed between the two names
+                os.rename(old, final)
+            new = part / "new"
+            yield new
+            shutil.rmtree(old, ignore_errors=True)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if new.is_dir() and final.exists():
+                os.rename(final, old)
+            os.replace(new, final)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     finally:
         os.close(handle)
 

@@ -7,17 +7,11 @@ stacked images) it holds the wrapped observations and actions.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gymnasium as gym
 import numpy as np
@@ -28,9 +22,11 @@ from torch import Tensor
 
 from datamodules.cache import Cache, open_cache, write_rows
 from datamodules.episodes import Episode, Schema, Source
+from datamodules.files import replacing
 from datamodules.sources.npz import write_npz
 from datamodules.sources.rows import Rows
 from lit_wm.envs import StandardEnv, spaces_from_gym
+from lit_wm.envs.wrappers import Vector
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import State, Tensors
 
@@ -175,21 +171,25 @@ def play(
 
 
 class Played(Source):
-    """Wrapped episodes of :func:`play`, so many of them, as a source, which can be read once."""
+    """Wrapped episodes of :func:`play`, so many of them, as a source, which can be read once; continuous
+    actions are in the environment's units, as it executed them.
+    """
 
     def __init__(self, env: StandardEnv, takes: Iterator[Take], meta: dict[str, Any], episodes: int):
         found = spaces_from_gym(env.observation_space, env.action_space, env.name)
         found = replace(found, episode_length=env.episode_length, unbounded=env.unbounded_actions)
-        known = [k for k, s in found.action.items() if s.classes is None and k not in found.unbounded]
-        one = {k: np.ones(found.action[k].shape) for k in known}
-        self.schema = Schema(found, {k: -v for k, v in one.items()}, one)
+        self._vectors = {e.name: e for e in env.action_entries if isinstance(e, Vector)}
+        bounds = [{k: np.array(getattr(e, side), np.float64) for k, e in self._vectors.items()
+                   if np.isfinite([e.low, e.high]).any()} for side in ("low", "high")]  # fmt: skip
+        self.schema = Schema(found, *bounds)
         self.files, self.meta, self.total_episodes = [], meta, episodes
         self._takes = takes
 
     def episodes(self) -> Iterator[Episode]:
         """What is played, as it ends."""
         for t in self._takes:
-            yield Episode(t.observation, t.action, t.reward, t.terminated, t.truncated,
+            action = t.action | {k: e.read(t.action) for k, e in self._vectors.items()}
+            yield Episode(t.observation, action, t.reward, t.terminated, t.truncated,
                           f"{self.meta['env_id']}, episode {t.number}", t.seed)  # fmt: skip
 
 
@@ -212,40 +212,6 @@ def minari_folder(dataset_id: str, root: Path | None, overwrite: bool) -> Path:
         what = "--overwrite replaces datasets only" if overwrite else "Give another id, or --overwrite"
         raise ConfigError(f"{dataset_id!r} exists: {folder}\n  {what}.")
     return folder
-
-
-@contextmanager
-def replacing(final: Path, beside: Path) -> Iterator[Path]:
-    """The path of a folder to make, under ``beside``; it becomes ``final``, or is gone after an error.
-
-    A kill leaves ``final`` as it was; what it leaves of the new folder goes with the next attempt. Raises
-    DataError while another process does the same.
-    """
-    name = quote(str(final.relative_to(beside)), safe="")
-    part, old = beside / f".{name}.part", beside / f".{name}.old"
-    part.mkdir(parents=True, exist_ok=True)
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{final} is being written by another process.\n  Wait for it.") from None
-        try:
-            for entry in part.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            if old.exists() and not final.exists():  # killed between the two names
-                os.rename(old, final)
-            yield part / "new"
-            shutil.rmtree(old, ignore_errors=True)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            if final.exists():
-                os.rename(final, old)
-            os.rename(part / "new", final)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def write_minari(
@@ -310,12 +276,12 @@ def write_played(source: Played, folder: Path) -> Cache:
 
 def write_demos(source: Source, file: Path) -> None:
     """Write a source that can be read once as an ``npz:`` of demos, complete or not at all; a file is
-    replaced. Raises DataError as :func:`~datamodules.cache.write_rows` does.
+    replaced. Raises DataError as :func:`write_played` does.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as folder:
-        write_rows(source, Path(folder) / "rows")
-        write_npz(Rows(str(Path(folder) / "rows")), file)
+    with replacing(file, file.parent) as work:
+        rows = work.with_name("rows")
+        write_rows(source, rows)
+        write_npz(Rows(str(rows)), work)
 
 
 def _stored(tree: Any, wrapped: bool) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import tempfile
 import zipfile
 import zlib
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.episodes import Episode, Schema, Source, listed
+from datamodules.files import replacing
 from datamodules.rows import row_key
 from datamodules.sources import register
 from datamodules.sources.flat import NAMES, Column, Ends, FlatSource, Table, expand, head, is_one_hot
@@ -134,7 +134,8 @@ def write_npz(source: Source, path: Path) -> None:
     """Write episodes in the demo form with all observations, complete or not at all; a file is replaced.
 
     Beside the arrays stands ``schema``, JSON, which says what they do not show: classes and bounds. The
-    episodes are read once per array, and must all have rewards or none.
+    episodes are read once per array, and must all have rewards or none. Raises DataError while another
+    process writes the same file.
     """
     spaces, flag = source.schema.spaces, Spec("bool", ())
 
@@ -151,25 +152,20 @@ def write_npz(source: Source, path: Path) -> None:
         return found | {"terminations": (flag, e.terminated), "truncations": (flag, e.truncated)}
 
     steps = sum(e.steps for e in source.episodes())
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with open(part, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, (spec, _) in columns(next(source.episodes())).items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        shape, dtype = (steps, *spec.shape), np.dtype(spec.dtype)
-                        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_1_0(member, header)
-                        for e in source.episodes():
-                            member.write(np.ascontiguousarray(columns(e)[name][1], dtype).tobytes())
-                with archive.open("schema.npy", "w") as member:
-                    text = np.array(json.dumps(source.schema.to_plain()))
-                    np.lib.format.write_array(member, text, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path, path.parent) as part, open(part, "wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, (spec, _) in columns(next(source.episodes())).items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    shape, dtype = (steps, *spec.shape), np.dtype(spec.dtype)
+                    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for e in source.episodes():
+                        member.write(np.ascontiguousarray(columns(e)[name][1], dtype).tobytes())
+            with archive.open("schema.npy", "w") as member:
+                text = np.array(json.dumps(source.schema.to_plain()))
+                np.lib.format.write_array(member, text, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Member:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,22 @@ import minari
 import numpy as np
 import pytest
 import torch
+from made import Made
 
 import lit_wm
 from datamodules.cache import open_cache
-from datamodules.record import Played, minari_folder, play, portable, replacing, write_minari, write_played
+from datamodules.files import replacing
+from datamodules.record import (
+    Played,
+    minari_folder,
+    play,
+    portable,
+    write_demos,
+    write_minari,
+    write_played,
+)
 from datamodules.sources import checked, open_source
+from datamodules.sources.npz import write_npz
 from lit_wm.envs import make_env
 from lit_wm.errors import ConfigError, DataError
 from lit_wm.types import State
@@ -250,3 +262,19 @@ def test_a_kill_between_the_two_names_gives_the_old_folder_back(tmp_path):
     os.close(handle)
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["newer"]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("write", [write_demos, write_npz])
+def test_what_a_kill_leaves_of_an_npz_goes_with_the_next_attempt(tmp_path, write):
+    class Watched(Made):
+        def episodes(self):
+            shutil.copytree(tmp_path / "here", tmp_path / "killed", dirs_exist_ok=True)
+            return super().episodes()
+
+    (tmp_path / "here").mkdir()
+    write(Watched("3,2"), tmp_path / "here" / "x.npz")
+    assert os.listdir(tmp_path / "here") == ["x.npz"]
+    assert os.listdir(tmp_path / "killed") == [".x.npz.part"]
+    write(Made("4"), tmp_path / "killed" / "x.npz")
+    assert os.listdir(tmp_path / "killed") == ["x.npz"]
+    assert len(np.load(tmp_path / "killed" / "x.npz")["rewards"]) == 4
