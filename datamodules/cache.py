@@ -147,16 +147,17 @@ def open_cache(folder: str | Path, verify: str = "size") -> Cache:
     return cache
 
 
-def origin(folder: str | Path) -> tuple[str, str, dict[str, Any]]:
-    """Source, ``on_bad`` and options that a cache was written from, for :func:`ingest`; it may be damaged.
+def rewrite(folder: str | Path, progress: Progress | None = None) -> Cache:
+    """Write a cache, which may be damaged, again where it lies, from its source.
 
     Raises:
-        DataError: if it does not say.
+        DataError: if it does not name a source, or the source reads otherwise than it did; as :func:`ingest`.
     """
-    facts = _facts(Path(folder).expanduser())
+    folder = Path(folder).expanduser().resolve()
+    facts = _facts(folder)
     if not facts.get("uri"):
         raise DataError(f"cache {folder} was not written from a source, so that it cannot be written again.")
-    return facts["uri"], facts["on_bad"], facts["options"]
+    return ingest(facts["uri"], folder.parent, facts["on_bad"], progress, replace=folder, **facts["options"])
 
 
 def find_cache(
@@ -174,7 +175,7 @@ def ingest(
     cache: str | Path | None = None,
     on_bad: str = "error",
     progress: Progress | None = None,
-    replace: bool = False,
+    replace: bool | Path = False,
     **options: Any,
 ) -> Cache:
     """Open the cache of a source, and write it first if there is none.
@@ -186,7 +187,7 @@ def ingest(
         cache: folder of all caches, see :func:`cache_root`.
         on_bad: see :func:`datamodules.episodes.checked`.
         progress: called before the first episode (0, 0, bytes that will be written) and after each one.
-        replace: write it again, even if there is one.
+        replace: write it again, even if there is one; a path is the cache to replace.
         options: of the reader.
 
     Raises:
@@ -219,7 +220,14 @@ def ingest(
             def finish() -> tuple[Path, dict[str, Any]]:
                 key.result()
                 identity.unchanged()
-                return root / f"{identity.name}-{identity.key[:16]}", identity.to_plain()
+                if not isinstance(replace, Path):
+                    return root / f"{identity.name}-{identity.key[:16]}", identity.to_plain()
+                if _facts(replace).get("key") != identity.key:
+                    raise DataError(
+                        f"cache {replace} cannot be written again: {uri}, or how it is read, has changed.\n"
+                        "  Delete the folder and ingest the source anew."
+                    )
+                return replace, identity.to_plain()
 
             try:
                 return _write(root, identity.name, source, on_bad, progress, finish)
@@ -277,6 +285,7 @@ class _Identity:
         path = Path(rest).expanduser()
         if path.exists() or any(sign in rest for sign in "*?["):
             path = Path(os.path.abspath(path))  # one name however the same place is written
+            uri = uri.replace(f"{scheme}:{rest}", f"{scheme}:{path}", 1)
         words = [scheme, *([path.name] if path.is_absolute() else path.parts[-3:])]
         self.uri, self.options, self.on_bad, self.stop = uri, dict(options), on_bad, False
         self.name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(words))[-64:].strip("-.")

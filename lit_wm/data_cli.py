@@ -159,9 +159,10 @@ def verify(given: argparse.Namespace) -> int:
             raise
         scheme, rest, _ = parse_uri(uri)
         if scheme == "rows":
-            root = Path(rest).expanduser().parent
-            uri, on_bad, options = caches.origin(rest)
-        cache, repaired = caches.ingest(uri, root, on_bad, progress(given), replace=True, **options), True
+            cache = caches.rewrite(rest, progress(given))
+        else:
+            cache = caches.ingest(uri, root, on_bad, progress(given), replace=True, **options)
+        repaired = True
     folder, count = str(cache.folder), len(cache.files)
     plain = {"cache": folder, "files": count, "bytes": cache.bytes, "repaired": repaired}
     state = "damaged, and written again" if repaired else "as written"

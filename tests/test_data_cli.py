@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,27 @@ def test_verify_and_repair(told: str, tmp_path: Path, capsys: Any):
         assert "damaged, and written again" in out
         assert column.read_bytes() == before
     assert "as written" in run(capsys, "verify", f"rows:{folder}")[0]
+
+
+def test_the_cache_that_is_named_is_repaired(told: str, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    folder = json.loads(run(capsys, "ingest", "told:told.txt", "--json")[0])["cache"]
+    monkeypatch.chdir("/")
+    copy = shutil.copytree(folder, tmp_path / "moved" / "copy")
+    before, column = (copy / "observation.memmap").read_bytes(), copy / "observation.memmap"
+    column.chmod(0o644)
+    column.write_bytes(b"x" + before[1:])
+    out, _ = run(capsys, "verify", f"rows:{copy}", "--repair")
+    assert f"cache  {copy}\n" in out
+    assert column.read_bytes() == before
+    assert os.listdir(tmp_path / "moved") == ["copy"]
+    column.write_bytes(b"x" + before[1:])
+    (tmp_path / "told.txt").write_text("3\n5\n")
+    assert (
+        "told.txt, or how it is read, has changed since"
+        in run(capsys, "verify", f"rows:{copy}", "--repair", code=1)[1]
+    )
+    assert (os.listdir(tmp_path / "moved"), column.read_bytes()[:1]) == (["copy"], b"x")
 
 
 def test_a_path_gets_its_uri(tmp_path: Path, told: str, capsys: Any):

@@ -347,7 +347,7 @@ def test_writing_where_the_caller_says(made: str, tmp_path: Path):
     with pytest.raises(ConfigError, match="exists; expected a new folder"):
         write_rows(open_source(made), tmp_path / "out")
     with pytest.raises(DataError, match="was not written from a source"):
-        caches.origin(tmp_path / "out")
+        caches.rewrite(tmp_path / "out")
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(made: str, tmp_path: Path):
