@@ -25,14 +25,14 @@ from lit_wm.errors import ConfigError, DataError, nearest
 __all__ = ["Episode", "Report", "Schema", "Source", "checked", "find_uri", "open_source", "parse_uri",
            "register"]  # fmt: skip
 
-_HOME = {
-    "minari": "minari",
-    "d4rl": "d4rl",
-    "hdf5": "hdf5",
-    "npz": "npz",
-    "tdmpc2": "tdmpc2",
-    "torchrl": "torchrl",
-    "rows": "rows",
+_HOME = {  # readers with an example of what follows
+    "minari": "D4RL/door/human-v2",
+    "d4rl": "hopper-medium-v2",
+    "hdf5": "demos/*.hdf5",
+    "npz": "demos/*.npz",
+    "tdmpc2": "mt30/*.pt",
+    "torchrl": "FOLDER",
+    "rows": "FOLDER",
 }
 # What a path is: by suffix, and by what lies in a folder.
 _SUFFIXES = {".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5", ".pt": "tdmpc2"}
@@ -93,12 +93,15 @@ def parse_uri(uri: str) -> tuple[str, str, dict[str, Any]]:
     """Scheme, the rest, and the options after ``?`` as numbers, booleans, lists or text.
 
     Raises:
-        ConfigError: without a known scheme.
+        ConfigError: without a known scheme, or with nothing after it.
     """
     scheme, colon, rest = uri.partition(":")
     if ":" in rest and scheme not in {*_HOME, *_READERS, "env"} and _is_module(scheme):
         import_module(scheme)  # it registers what follows, as Gymnasium's module:ID does
         return parse_uri(rest)
+    if colon and scheme in _HOME and (not rest or re.match(r"\?[A-Za-z_]\w*=", rest)):
+        what = "an id" if scheme in ("minari", "d4rl") else "a path"
+        raise ConfigError(f"{scheme}: needs {what}, e.g. {scheme}:{_HOME[scheme]}")
     known = sorted({*_HOME, *_READERS})
     if not colon or not rest or scheme not in (*known, "env"):
         raise ConfigError(
@@ -149,7 +152,7 @@ def open_source(uri: str, **options: Any) -> Source:
             f"{uri} is an environment, not data to read.\n  Name it as data.env, or collect from it."
         )
     if scheme not in _READERS:
-        import_module(f"datamodules.sources.{_HOME[scheme]}")
+        import_module(f"datamodules.sources.{scheme}")
     reader, given = _READERS[scheme], {**given, **options}
     parameters = [*list(inspect.signature(reader).parameters)[1:], "size", "gray"]
     if unknown := [key for key in given if key not in parameters]:

@@ -64,10 +64,18 @@ def test_names_in_an_option():
     assert (listed(1), listed((0, "x")), listed(None), listed(())) == (["1"], ["0", "x"], [], [])
 
 
-@pytest.mark.parametrize("uri", ["", "npz", "npz:", "nzp:a", "a/b.npz", "no_such_module:mine:3"])
+@pytest.mark.parametrize("uri", ["", "npz", "nzp:", "nzp:a", "a/b.npz", "no_such_module:mine:3"])
 def test_what_is_no_uri_is_refused_with_those_that_are(uri):
     with pytest.raises(ConfigError, match="is no source.*\n  Expected one of d4rl:..., hdf5:..."):
         open_source(uri)
+
+
+@pytest.mark.parametrize("scheme", ["hdf5", "npz", "tdmpc2", "torchrl", "rows"])
+def test_a_missing_path_is_said(scheme):
+    with pytest.raises(ConfigError, match=f"^{scheme}: needs a path, e.g. {scheme}:[a-zF]"):
+        open_source(f"{scheme}:")
+    with pytest.raises(ConfigError, match="needs a path"):
+        open_source(f"{scheme}:?drop=x")
 
 
 def test_a_scheme_belongs_to_one_class():
