@@ -399,9 +399,14 @@ class StandardEnv(gym.Wrapper):
         return spaces.Dict(stacked)
 
     @property
+    def action_entries(self) -> list[Any]:
+        """What makes the environment's actions from the flat ones, entry by entry."""
+        return [entry for _, entry in self._action.leaves]
+
+    @property
     def unbounded_actions(self) -> tuple[str, ...]:
         """Continuous actions with an element without finite bounds."""
-        return tuple(e.name for _, e in self._action.leaves if isinstance(e, Vector) and not e.bounded)
+        return tuple(e.name for e in self.action_entries if isinstance(e, Vector) and not e.bounded)
 
     @property
     def episode_length(self) -> int | None:
