@@ -27,6 +27,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing .[$(subst +,$(comma),$*)] into $(VENV): this takes minutes ..."
 	$(INSTALL) ".[$(subst +,$(comma),$*)]"
 	@touch $@
 comma := ,

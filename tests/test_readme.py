@@ -57,7 +57,8 @@ def test_the_commands_for_own_data_run_and_print_what_is_shown(tmp_path, monkeyp
     block, shown = re.findall(r"^```\w+\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
     printed = ""
     for command in block.splitlines():
-        small = "--config configs/overlay/debug.yaml --model.preset debug --trainer.devices 1"
+        overlay = f"debug{'_tdmpc2' * ('tdmpc2' in command)}.yaml"
+        small = f"--config configs/overlay/{overlay} --model.preset debug --trainer.devices 1"
         small += " --trainer.logger false --trainer.max_steps 3"
         assert main([*shlex.split(command)[1:], *(small.split() if " fit " in command else ())]) == 0
         out = capsys.readouterr().out
@@ -89,3 +90,19 @@ def test_every_file_shown_exists():
             assert (ROOT / path).exists(), f"{document}: {path}"
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / document).parent / link).exists(), f"{document}: {link}"
+
+
+def test_the_documents_write_into_the_ignored_folder_only():
+    assert "/data/" in (ROOT / ".gitignore").read_text().splitlines()
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        found = re.findall(
+            r"(?:^lit-wm .* (?:-o|--video) |--out (?:rows|npz):|save\(\")([^\s\")]+)", text, re.M
+        )
+        assert all(path.startswith("data/") for path in found), (document, found)
+
+
+def test_the_documents_collect_each_dataset_once():
+    commands = "".join((ROOT / document).read_text() for document in DOCUMENTS)
+    out = re.findall(r"^lit-wm collect .*--out (\S+)", commands, re.M)
+    assert len(out) == len(set(out)), out
