@@ -1,5 +1,6 @@
 """The shipped checkpoints play as their cards say, and the README repeats the recorded results."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_wm.cli import main
+from lit_wm.training_cli import load_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = sorted((ROOT / "benchmarks" / "checkpoints").glob("*.ckpt"))
@@ -40,3 +42,28 @@ def test_the_readme_repeats_the_recorded_figures(task):
     values = [result["value"] for result in json.loads(RESULTS[task].read_text())["results"]]
     shown = [float(word) for word in re.findall(r"-?\d+\.?\d*", row.split("|")[3].replace(",", ""))]
     assert shown == pytest.approx(values, abs=0.05 if max(map(abs, values)) > 2 else 0.005)
+
+
+def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import prove_offline as offline
+
+    from datamodules import ReplayDataModule
+    from lit_wm import DreamerV3Module, TDMPC2Module
+
+    known = {"dreamer": DreamerV3Module, "tdmpc2": TDMPC2Module}
+    groups = {
+        m: {"model": inspect.signature(kind), "data": inspect.signature(ReplayDataModule)}
+        for m, kind in known.items()
+    }
+    of_model = [*offline.OPTIONS.values(), offline.TINY, offline.OFFLINE]
+    for model, options in [(m, o) for named in of_model for m, o in named.items()] + [
+        ("dreamer", options) for options in (*offline.DEMOS.values(), *offline.ARMS.values())
+    ]:
+        for group, name in (path.split(".") for path in options):
+            assert name in groups[model][group].parameters, name
+    for task in offline.TASKS.values():
+        assert task.judged >= 20
+        assert (ROOT / "benchmarks" / "checkpoints" / f"{task.expert}.ckpt").exists()
+        for config in task.configs.values():
+            assert load_yaml(ROOT / "configs" / f"{config}.yaml")["data"]["init_args"]["env"] == task.env
