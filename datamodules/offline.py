@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,13 @@ class CacheRows(RowStorage):
             raise ConfigError(f"{spec.uri}: give both of action_low and action_high, or none.")
         if spec.action_low is not None and spec.action_high is not None:
             low, high = (np.asarray(x, np.float64) for x in (spec.action_low, spec.action_high))
+            stated = [np.asarray(x.get(key, np.nan)) for x in (self.cache.schema.low, self.cache.schema.high)]
+            if np.isfinite(stated).all() and (np.any(stated[0] != low) or np.any(stated[1] != high)):
+                said, given = (f"{np.min(a):g} to {np.max(b):g}" for a, b in (stated, (low, high)))
+                warnings.warn(
+                    f"{spec.uri} says that {said} is -1 to 1 in action {key!r}; action_low and action_high "
+                    f"make it {given}.\n  Leave them out, unless the source is wrong.", stacklevel=2
+                )  # fmt: skip
         elif key in self.cache.schema.low:
             schema = self.cache.schema
             low, high = (np.asarray(x[key], np.float64) for x in (schema.low, schema.high))

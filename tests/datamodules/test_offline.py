@@ -189,6 +189,13 @@ def test_unknown_bounds_of_actions_are_asked_for(tmp_path):
         replay_of(tmp_path / "4", cache=cache, spec=SourceSpec("made:x", action_low=2, action_high=2))
 
 
+def test_bounds_that_contradict_the_source_are_said(tmp_path, recwarn):
+    replay_of(tmp_path / "1", spec=SourceSpec("made:x", action_low=BOUNDS[0], action_high=[BOUNDS[1]] * 2))
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"says that -2 to 4 is -1 to 1 .*make it -4 to 8\."):
+        replay_of(tmp_path / "2", spec=SourceSpec("made:x", action_low=-4, action_high=8))
+
+
 def test_values_beyond_known_bounds_are_kept(tmp_path):
     """As recorded before an environment clips them; only without bounds nobody knows what -1 and 1 are."""
     wide, _ = replay_of(tmp_path, source={"spread": 2.0})

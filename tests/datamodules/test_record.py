@@ -17,8 +17,9 @@ import torch
 from made import Made
 
 import lit_wm
-from datamodules.cache import open_cache
+from datamodules.cache import ingest, open_cache
 from datamodules.files import replacing
+from datamodules.offline import CacheRows
 from datamodules.record import (
     Played,
     minari_folder,
@@ -28,6 +29,7 @@ from datamodules.record import (
     write_minari,
     write_played,
 )
+from datamodules.selection import SourceSpec, model_spaces
 from datamodules.sources import checked, open_source
 from datamodules.sources.npz import write_npz
 from lit_wm.envs import make_env
@@ -106,12 +108,13 @@ def test_our_reader_finds_the_same_episodes_in_the_entries_of_the_wrapper(root):
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-def test_rows_hold_the_wrapped_entries_and_do_not_depend_on_the_number_of_environments(tmp_path, num_envs):
+def test_rows_hold_the_units_of_the_environment_whatever_the_number_of_environments(tmp_path, num_envs):
     envs = [make_env("lit_wm/Dummy-v0") for _ in range(num_envs)]
     source = Played(envs[0], play(envs, None, 5, 0), {"env_id": "lit_wm/Dummy-v0"}, 5)
     cache = write_played(source, tmp_path / "rows")
     assert cache.meta["env_id"] == "lit_wm/Dummy-v0"
-    assert cache.schema.low["continuous"].tolist() == [-1, -1]
+    low, high = (bounds["continuous"] for bounds in (cache.schema.low, cache.schema.high))
+    assert (low.tolist(), high.tolist()) == ([-2, 0], [2, 1])
     env, rows, table = make_env("lit_wm/Dummy-v0"), cache.rows, open_cache(tmp_path / "rows").episodes
     assert sorted(table["seed"]) == [0, 1, 2, 3, 4]
     for seed, start, length in zip(table["seed"], table["start"], table["length"], strict=True):
@@ -121,12 +124,36 @@ def test_rows_hold_the_wrapped_entries_and_do_not_depend_on_the_number_of_enviro
                 np.testing.assert_array_equal(rows["observation", key][row], value, key)
             if row < start + length - 1:
                 action = env.action_space.sample()
-                for key, value in action.items():
-                    np.testing.assert_array_equal(rows["action", key][row], value, key)
+                own = {"continuous": (action["continuous"] + 1) / 2 * (high - low) + low}
+                for key, value in (action | own).items():
+                    np.testing.assert_allclose(rows["action", key][row], value, atol=1e-6, err_msg=key)
                 seen, reward, terminated, _, _ = env.step(action)
                 assert rows["next", "reward"][row] == np.float32(reward)
                 assert rows["next", "terminated"][row] == terminated
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("uri", ["rows:demos", "npz:demos.npz", "minari:pendulum/demos-v0"])
+def test_models_see_the_actions_that_were_chosen(tmp_path, root, monkeypatch, uri):
+    """Whatever the format, -1 and 1 are the bounds of the environment, here -2 and 2."""
+    monkeypatch.chdir(tmp_path)
+    scheme, name = uri.split(":")
+    if scheme == "minari":
+        record(name, "Pendulum-v1", 2, time_limit=20)
+    else:
+        env = make_env("Pendulum-v1", time_limit=20)
+        played = Played(env, play([env], None, 2, 0), {"env_id": "Pendulum-v1"}, 2)
+        (write_played if scheme == "rows" else write_demos)(played, tmp_path / name)
+    cache = ingest(uri, tmp_path / "cache")
+    stored = cache.rows["action"].squeeze(1).numpy()
+    assert np.abs(stored).max() > 1
+    spaces = model_spaces(cache, 1)
+    seen = CacheRows(cache, tmp_path / "run", spaces, np.arange(2), SourceSpec(uri)).arrays["action",]
+    env = make_env("Pendulum-v1", time_limit=20)
+    for seed, start in enumerate(cache.episodes["start"]):
+        env.reset(seed=int(seed))
+        chosen = np.array([env.action_space.sample()["action"] for _ in range(20)])
+        np.testing.assert_allclose(seen[start : start + 20], chosen, atol=1e-6)
 
 
 def test_wrapped_suites_nested_names_and_bare_entries(root):
