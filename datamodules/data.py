@@ -295,6 +295,12 @@ class ReplayDataModule(LightningDataModule):
         spaces = common_spaces(named, self.pad)
         return replace(spaces, tasks=named_tasks(told, named)).to_plain()
 
+    @property
+    def evaluation_options(self) -> dict[str, Any]:
+        """Options of :attr:`evaluation_env`; those that a dataset was recorded with are part of them."""
+        recorded = {} if self.env or self.eval_env else self.caches[0].meta.get("env_options") or {}
+        return {**recorded, **self.env_options}
+
     @cached_property
     def evaluation_env(self) -> str | None:
         """The environment to evaluate in; None if there is none that fits the datasets."""
@@ -308,7 +314,7 @@ class ReplayDataModule(LightningDataModule):
             return self.eval_env
         name = self.caches[0].meta.get("env_id")
         try:
-            same = name and read_spaces(name, **self.env_options) == Spaces.from_plain(self.spaces)
+            same = name and read_spaces(name, **self.evaluation_options) == Spaces.from_plain(self.spaces)
         except LitWMError:
             same = False
         return name if same else None
@@ -387,7 +393,7 @@ class ReplayDataModule(LightningDataModule):
                 "the datasets name no environment that can be made here.\n  Give data.eval_env, an "
                 "environment with the same observations and actions."
             )
-        return make_vector_env(name, num_envs, seeds, self.vectorization, **self.env_options)
+        return make_vector_env(name, num_envs, seeds, self.vectorization, **self.evaluation_options)
 
     def _share(self, name: str) -> int:
         value, rest = divmod(getattr(self, name), self.world_size)
@@ -407,7 +413,11 @@ class ReplayDataModule(LightningDataModule):
         from datamodules.mixture import Mixture, Prefetch
 
         trainer = self.trainer
-        assert trainer is not None
+        if trainer is None:
+            raise ConfigError(
+                "setup('fit') needs the Trainer and its model: the replay also holds what the model adds\n"
+                "Call trainer.fit(model, data); for batches without a Trainer: ReplayBuffer.load(URI)"
+            )
         module: Any = trainer.lightning_module
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
         num_envs = 0 if self.env is None else self._share("num_envs")

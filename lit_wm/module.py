@@ -90,6 +90,8 @@ class WorldModelModule(pl.LightningModule):
         self.load_report: LoadReport | None = None  # what became of the weights that it began with
         self._restored = False  # whether the weights are those of a run that is under way
         self.latest: dict[str, float] = {}  # last metrics, for the progress bar and callbacks
+        self.held_out: dict[str, float] = {}  # those of the last validation, which was at update held_out_at
+        self.held_out_at = 0
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -347,6 +349,7 @@ class WorldModelModule(pl.LightningModule):
             if whole is not None and self.trainer.is_global_zero:
                 found = foresee(self.model, whole(self), NoiseStreams(self.seed, 0, self.device))
                 metrics |= {f"val/{name}": value for name, value in found.items()}
+        self.held_out, self.held_out_at = metrics, int(self.updates)
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.axis)
 
@@ -365,7 +368,7 @@ class WorldModelModule(pl.LightningModule):
         trainer, kind = self._trainer, type(self)  # none, if a file of others has been converted
         data = getattr(trainer, "datamodule", None)
         env = getattr(data, "evaluation_env", getattr(data, "env", None))
-        options: dict[str, Any] | None = getattr(data, "env_options", None) or {}
+        options: dict[str, Any] | None = getattr(data, "evaluation_options", None) or {}
         try:
             options = json.loads(json.dumps(options))
         except (TypeError, ValueError):  # objects, which would keep the file from loading with weights_only

@@ -136,3 +136,22 @@ def test_updates_without_a_step_need_both(options):
 def test_a_count_is_a_whole_number():
     with pytest.raises(ConfigError, match="data.offline_updates is -1, expected a whole number"):
         ReplayDataModule("Pendulum-v1", sources=["made:9"], offline_updates=-1)
+
+
+def test_a_dataset_is_judged_with_the_options_that_it_was_recorded_with(tmp_path, monkeypatch):
+    from lit_wm.cli import main
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "sets"))
+    argv = ["--env", "Pendulum-v1", "--env-options", "repeat=2", "--policy", "random", "--episodes", "2"]
+    assert main(["collect", *argv, "--out", "minari:pendulum/repeated-v0"]) == 0
+    data = ReplayDataModule(sources=["minari:pendulum/repeated-v0"], cache_dir=str(tmp_path / "cache"))
+    assert data.evaluation_env == "Pendulum-v1"
+    assert data.evaluation_options["repeat"] == 2
+    envs = data.make_envs(1, [0])
+    envs.reset()
+    for steps in range(1, 300):
+        *_, truncated, _ = envs.step({"action": np.zeros((1, 1), np.float32)})
+        if truncated.any():
+            break
+    assert steps == 100  # of 200, two at a time
+    envs.close()
