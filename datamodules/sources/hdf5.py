@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,12 @@ from datamodules.sources.flat import (
     pieces,
     row_bytes,
 )
-from lit_wm.errors import ConfigError, DataError
+from lit_wm.errors import ConfigError, DataError, LitWMError
 from lit_wm.types import Spaces, Spec
 
 SUFFIXES = (".hdf5", ".h5", ".hdf")
-_GROUPS = {name for role in ("observation", "action", "next") for name in NAMES[role]}
+_USED = {name for names in NAMES.values() for name in names}
+DAMAGE = (OSError, LookupError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py and Arrow raise
 
 
 @register("hdf5")
@@ -128,8 +133,9 @@ class HDF5(FlatSource):
         with open_hdf5(self.files[0]) as file:
             episodes = _episodes(file)
             for name in episodes:
+                group = episode_group(file, name, f"{self.files[0]}, {name}")
                 for role, found in specs.items():
-                    for key, column in self._entries(child(file, name), name, role).items():
+                    for key, column in self._entries(group, name, role).items():
                         where = f"{self.files[0]}, {name}: {role} {key!r}"
                         # The type is the first episode's; only the number of classes needs all of them.
                         if key not in found or found[key].is_discrete:
@@ -154,7 +160,7 @@ class HDF5(FlatSource):
         with open_hdf5(self.files[0]) as file:
             for name in _episodes(file):
                 episode = f"{self.files[0]}, episode {name.removeprefix('episode_')}"
-                group = child(file, name)
+                group = episode_group(file, name, episode)
                 inputs, outputs = (self._entries(group, name, k) for k in ("observations", "actions"))
                 steps = (*next(iter(outputs.values())).shape, 0)[0]
                 cuts = pieces(steps, sum(map(row_bytes, inputs.values())), episode, self.report)
@@ -204,6 +210,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     """
     import h5py
 
+    with suppress(ImportError):
+        import_module("hdf5plugin")  # more filters, where it is installed
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
@@ -228,11 +236,30 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     with file:
         try:
             yield file
-        except (OSError, KeyError, RuntimeError) as error:
-            what = str(error).splitlines()[0].strip("'\"")[:90]
-            if not re.search("nable to |an't ", what):  # not of h5py
+        except DAMAGE as error:
+            inside = any("h5py" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+            if isinstance(error, LitWMError) or not inside:
                 raise
-            raise DataError(f"{path} is damaged ({what}).\n  Delete it and fetch it again.") from error
+            raise DataError(f"{path} is damaged ({said(error)}).\n  Delete it and fetch it again.") from error
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one short line."""
+    return (str(error).splitlines() or [type(error).__name__])[0].strip("'\"")[:90]
+
+
+def reading(work: Callable[[], Any], what: str, fix: str) -> Any:
+    """What ``work`` reads.
+
+    Raises:
+        DataError: that ``what``, for whatever the library raises.
+    """
+    try:
+        return work()
+    except LitWMError:
+        raise
+    except DAMAGE as error:
+        raise DataError(f"{what} ({said(error)}).\n{fix}") from error
 
 
 class Dataset:
@@ -242,6 +269,10 @@ class Dataset:
 
     def __init__(self, data: Any, where: str):
         self._data, self._where, self.shape, self.dtype = data, where, data.shape, data.dtype
+        if not (stored := data.get_storage_size()):  # virtual, empty, or never written
+            self._check_sources()
+        elif math.prod(self.shape) * self.dtype.itemsize > max(2000 * stored, 1 << 30):
+            raise ValueError(f"{self.shape} values in {stored:,} bytes")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -252,9 +283,13 @@ class Dataset:
         every = bool(self.shape) and rows.indices(len(self)) == (0, len(self), 1)
         if not every or self.dtype.kind not in "biuf" or 0 in self.shape:
             return self.values(lambda data: data[rows])
-        out = np.empty(self.shape, self.dtype)
-        self._try(lambda: self._data.read(h5py.h5s.ALL, h5py.h5s.ALL, out))
-        return out
+
+        def whole() -> np.ndarray:
+            out = np.empty(self.shape, self.dtype)
+            self._data.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+            return out
+
+        return self._try(whole)
 
     def values(self, take: Callable[[Any], Any]) -> Any:
         """What ``take`` finds in the h5py dataset."""
@@ -269,29 +304,70 @@ class Dataset:
             if self.shape:
                 return read()
             what, cause = "is a single value; expected one per step", None
-        except OSError as error:
-            what, cause = f"cannot be read ({str(error).splitlines()[0][:90]})", error
-            what += ".\n  The file is damaged; delete it and download it again"
+        except DAMAGE as error:
+            what, cause = f"cannot be read ({said(error)}).\n  The file is damaged; fetch it again", error
+            plan = self._data.get_create_plist()
+            for code, _, _, name in map(plan.get_filter, range(plan.get_nfilters())):
+                if not h5py.h5z.filter_avail(code):
+                    what = f"needs the filter {name.decode() or code}.\n  pip install hdf5plugin"
         raise DataError(f"{self._where}: {h5py.Dataset(self._data).name} {what}.") from cause
 
+    def _check_sources(self) -> None:
+        """HDF5 itself reads zeros where the sources of a virtual dataset are missing."""
+        import h5py
 
-def child(group: Any, key: str, where: str = "") -> Any:
+        data = h5py.Dataset(self._data)
+        here = Path(data.file.filename)
+        prefix = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", str(here.parent))
+        folders = [here.parent, Path(), *map(Path, prefix.split(":"))]
+        for pair in {(x.file_name, x.dset_name) for x in data.virtual_sources()} if data.is_virtual else ():
+            file, key = (name.replace("%b", "0").replace("%%", "%") for name in pair)  # of a series the first
+            places = [here] if file == "." else [at / x for at in folders for x in (file, Path(file).name)]
+            if path := next(filter(Path.is_file, places), None):
+                with open_hdf5(path) as source:
+                    if key in source:
+                        continue
+            raise DataError(
+                f"{self._where}: {data.name} takes its values from {key} in {file}, which is missing.\n"
+                f"  Restore that file beside {here}."
+            )
+
+
+def child(group: Any, key: str, where: str) -> Any:
     """What lies at ``key`` of a group: a :class:`Dataset`, a group, or None.
 
     Raises:
-        KeyError: if it is there but cannot be opened.
+        DataError: if it is there but cannot be opened.
     """
     import h5py
 
-    try:
-        found = h5py.h5o.open(group.id, key.encode())
-    except KeyError:
-        if key in group:
-            raise
-        return None
-    if isinstance(found, h5py.h5d.DatasetID):
-        return Dataset(found, where)
-    return h5py.Group(found) if isinstance(found, h5py.h5g.GroupID) else None
+    def opened() -> Any:
+        try:
+            found = h5py.h5o.open(group.id, key.encode())
+        except KeyError:
+            if key in group:
+                raise
+            return None
+        if isinstance(found, h5py.h5d.DatasetID):
+            return Dataset(found, where)
+        if isinstance(found, h5py.h5g.GroupID):
+            return h5py.Group(found)
+        raise TypeError("neither an array nor a group")
+
+    fix = "  Fetch the file again; if it links to another one, put that beside it."
+    return reading(opened, f"{where}: {key!r} cannot be opened", fix)
+
+
+def episode_group(file: Any, key: str, where: str) -> Any:
+    """The group of an episode.
+
+    Raises:
+        DataError: if it is something else, or cannot be opened.
+    """
+    if not hasattr(group := child(file, key, where), "keys"):
+        what = "missing" if group is None else "an array"
+        raise DataError(f"{where} is {what}; expected a group of actions, rewards ...")
+    return group
 
 
 def _leaves(node: Any, where: str) -> list[tuple[str, Any]]:
@@ -302,14 +378,12 @@ def _leaves(node: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def _columns(file: Any, where: str) -> dict[str, Column]:
-    """Flat columns by name; of groups only observations and actions, the rest is no business of ours."""
-    found = {name: child(file, name, where) for name in file}
-    return {
-        f"{name}/{inner}".rstrip("/"): column
-        for name, node in found.items()
-        if isinstance(node, Dataset) or name in _GROUPS
-        for inner, column in _leaves(node, where)
-    }
+    """Flat columns by name; what nobody reads is only named, whatever state it is in."""
+    columns: dict[str, Any] = {}
+    for name in file:
+        leaves = _leaves(child(file, name, where), where) if name in _USED else [("", None)]
+        columns |= {f"{name}/{inner}".rstrip("/"): column for inner, column in leaves}
+    return columns
 
 
 def _bounds(file: Any) -> tuple[Any, Any]:

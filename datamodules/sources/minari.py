@@ -23,12 +23,13 @@ import numpy as np
 from datamodules.episodes import Episode, Source
 from datamodules.sources import flat, register
 from datamodules.sources.flat import dropped
-from datamodules.sources.hdf5 import Dataset, child, open_hdf5
+from datamodules.sources.hdf5 import Dataset, child, episode_group, open_hdf5, reading
 from datamodules.spaces import Columns, Leaf, leaves, schema
 from lit_wm.errors import ConfigError, DataError, nearest
 
 _SPACES = ("Box", "Discrete", "MultiDiscrete", "MultiBinary", "Dict", "Tuple", "Text")
 _FRAMES = 16  # images that one thread decodes at a time
+_BATCH = 1 << 30  # bytes of a compressed batch
 _FETCH = "  Fetch the dataset again."
 _AGAIN = "  Fetch the dataset again, or leave the episode out with on_bad=skip_episode."
 
@@ -212,14 +213,18 @@ class _Group(ABC):
     """One episode as it is stored, or the ``rows`` of it; of observations one more is read."""
 
     rows = slice(None)
+    path: str  #: of its file
 
     def __init__(self, where: str, jpeg: bool, pool: ThreadPoolExecutor):
         self.where, self._jpeg, self._pool = where, jpeg, pool
 
+    def _safe(self, work: Callable[[], Any]) -> Any:
+        return reading(work, f"{self.where}: {self.path} is damaged", _AGAIN)
+
     @property
     def seed(self) -> int | None:
         """Of the reset, if it was noted."""
-        seed = self.notes.get("seed")
+        seed = self._safe(lambda: self.notes.get("seed"))
         whole = isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**63
         return int(seed) if whole else None
 
@@ -233,13 +238,19 @@ class _Group(ABC):
     def notes(self) -> Any:
         """What is noted about the episode, by name."""
 
-    @abstractmethod
     def read(self, part: str, leaf: Leaf) -> Any:
         """The values of a leaf of ``observations`` or ``actions``: an array (n, ...) or n strings."""
+        return self._safe(lambda: self._read(part, leaf))
 
-    @abstractmethod
     def flag(self, name: str) -> np.ndarray:
         """One of the columns without a space, (T,)."""
+        return self._safe(lambda: self._flag(name))
+
+    @abstractmethod
+    def _read(self, part: str, leaf: Leaf) -> Any: ...
+
+    @abstractmethod
+    def _flag(self, name: str) -> np.ndarray: ...
 
     def _some(self, part: str) -> slice:
         stop = self.rows.stop
@@ -274,31 +285,22 @@ class _Group(ABC):
 class _Hdf5Group(_Group):
     def __init__(self, where: str, jpeg: bool, pool: ThreadPoolExecutor, file: Any, k: int):
         super().__init__(where, jpeg, pool)
-        self._file, self._key = file, f"episode_{k}"
+        self._file, self._key, self.path = file, f"episode_{k}", file.filename
 
     @cached_property
     def _group(self) -> Any:
-        group = self._child(self._file, self._key)
-        if isinstance(group, Dataset):
-            raise DataError(f"{self.where} is an array; expected a group of actions, rewards ...\n{_AGAIN}")
-        return group
-
-    def _child(self, group: Any, key: str) -> Any:
-        try:
-            return child(group, key, self.where)
-        except (KeyError, OSError) as error:
-            raise DataError(f"{self.where}: {self._file.filename} is damaged ({error}).\n{_AGAIN}") from error
+        return episode_group(self._file, self._key, self.where)
 
     @property
     def steps(self) -> int:
-        return (*self._dataset("rewards").shape, 0)[0]
+        return self._safe(lambda: (*self._dataset("rewards").shape, 0)[0])
 
     @property
     def notes(self) -> Any:
         return self._group.attrs
 
     def _dataset(self, key: str) -> Dataset:
-        item, part = self._child(self._group, key), key.partition("/")[0]
+        item, part = child(self._group, key, self.where), key.partition("/")[0]
         if item is None:
             if part in self._group:
                 raise self._missing(key, self._names(part))
@@ -315,17 +317,19 @@ class _Hdf5Group(_Group):
             self._group[part].visit(lambda name: names.append(f"{part}/{name}"))
         return names or [part]
 
-    def flag(self, name: str) -> np.ndarray:
+    def _flag(self, name: str) -> np.ndarray:
         return self._dataset(name)[self.rows]
 
-    def read(self, part: str, leaf: Leaf) -> Any:
+    def _read(self, part: str, leaf: Leaf) -> Any:
+        import h5py
+
         key = "/".join((part, *(f"_index_{k}" if isinstance(k, int) else k for k in leaf.path)))
+        column = self._dataset(key)
         if leaf.text:
-            try:
-                return self._dataset(key).values(lambda item: item.asstr()[self._some(part)]).tolist()
-            except TypeError as error:
-                raise DataError(f"{self.where}: {key!r} does not hold strings ({error}).") from error
-        value = self._dataset(key)[self._some(part)]
+            if not h5py.check_string_dtype(column.dtype):
+                raise DataError(f"{self.where}: {key!r} does not hold strings, but {column.dtype}.")
+            return column.values(lambda item: item.asstr()[self._some(part)]).tolist()
+        value = column[self._some(part)]
         # Frames of equal size make a rectangle (n, bytes): the space alone tells what is a picture.
         if self._jpeg and value.ndim <= 2 and _is_image(leaf):
             return self._decode(value, part, leaf)
@@ -350,6 +354,7 @@ class _ArrowGroup(_Group):
         self._most = min(max(flat.LONGEST // max(8 * sum(_bytes(leaf) for _, leaf in read), 1), 1), 1 << 16)
         self._held: list[Any] = []
         self._first = 0  # row of the first batch that is held
+        self._kept: Any = (None, None)  # which compressed batch is in memory, and itself
 
     @cached_property
     def _files(self) -> list[str]:
@@ -357,6 +362,10 @@ class _ArrowGroup(_Group):
         if not files:
             raise DataError(f"{self.where}: no .{self._kind} file in {self._folder}.\n{_AGAIN}")
         return files
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        return self._files[0]
 
     def _batches(self) -> Iterator[Any]:
         """All rows, some MB at a time."""
@@ -372,8 +381,8 @@ class _ArrowGroup(_Group):
                 continue
             for i in range(self._mapped(path).num_record_batches):
                 start, rows = 0, 1
-                while start < rows:  # Minari writes one batch: mapped anew, so that what was read goes
-                    batch = self._mapped(path).get_batch(i)
+                while start < rows:  # Minari writes one batch
+                    batch = self._batch(path, i)
                     rows = batch.num_rows
                     yield batch.slice(start, self._most)
                     start += self._most
@@ -383,16 +392,9 @@ class _ArrowGroup(_Group):
         while self._held and self._first + len(self._held[0]) <= start:
             self._first += len(self._held.pop(0))
         while self._first + sum(map(len, self._held)) < stop:
-            self._held.append(self._safe(lambda: next(self._stream)))
-
-    def _safe(self, work: Callable[[], Any]) -> Any:
-        import pyarrow as pa
-
-        try:
-            return work()
-        except (pa.ArrowException, OSError) as error:
-            what = str(error).splitlines()[0]
-            raise DataError(f"{self.where}: {self._files[0]} is damaged ({what[:90]}).\n{_AGAIN}") from error
+            if (batch := next(self._stream, None)) is None:
+                raise IndexError("fewer rows than it says")
+            self._held.append(batch)
 
     @cached_property
     def notes(self) -> Any:
@@ -407,13 +409,30 @@ class _ArrowGroup(_Group):
 
         return pa.ipc.open_file(pa.memory_map(path))
 
+    def _batch(self, path: str, i: int) -> Any:
+        """A batch, mapped anew, so that pages that were read go; a compressed one is kept instead."""
+        import pyarrow as pa
+
+        if self._kept[0] != (path, i):
+            self._kept, before = (None, None), pa.total_allocated_bytes()
+            batch = self._mapped(path).get_batch(i)
+            if (size := pa.total_allocated_bytes() - before) < batch.nbytes // 2:
+                return batch
+            if size > _BATCH:
+                raise DataError(
+                    f"{self.where}: a compressed batch of {path} takes {size >> 20:,} MB in memory, more than "
+                    f"{_BATCH >> 20:,}.\n  Write the file again in smaller batches, or without compression."
+                )
+            self._kept = (path, i), batch
+        return self._kept[1]
+
     def _count(self) -> int:
         if self._kind == "parquet":
             from pyarrow.parquet import read_metadata
 
             return sum(read_metadata(path).num_rows for path in self._files)
-        files = map(self._mapped, self._files)
-        return sum(file.get_batch(i).num_rows for file in files for i in range(file.num_record_batches))
+        counts = {path: self._mapped(path).num_record_batches for path in self._files}
+        return sum(self._batch(path, i).num_rows for path, count in counts.items() for i in range(count))
 
     @cached_property
     def _rows(self) -> int:
@@ -433,32 +452,49 @@ class _ArrowGroup(_Group):
         self._hold(start, max(stop, start + 1))
         arrays, first = [], self._first
         for batch in self._held:
-            arrays.append(self._field(batch, key)[max(start - first, 0) : max(stop - first, 0)])
+            arrays.append(self._field(batch, key, max(start - first, 0), max(stop - first, 0), first))
             first += len(batch)
         return pa.concat_arrays(arrays) if len(arrays) > 1 else arrays[0]
 
-    def _field(self, batch: Any, key: Sequence[str]) -> Any:
-        fields = batch.schema.names
+    def _field(self, batch: Any, key: Sequence[str], start: int, stop: int, first: int) -> Any:
+        column, fields = batch, batch.schema.names
         for i, name in enumerate(key):
             if name not in fields:
                 raise self._missing("/".join(key[: i + 1]), fields)
-            batch = batch.field(name) if i else batch.column(name)
-            fields = [field.name for field in batch.type] if hasattr(batch, "field") else []
-        return batch
+            column = column.field(name) if i else column.column(name)[start:stop]
+            if column.null_count:  # of a Dict too, whose entries then hold anything
+                row = first + start + column.is_null().index(True).as_py()
+                raise DataError(f"{self.where}: {'/'.join(key[: i + 1])!r} has none in row {row}.\n{_AGAIN}")
+            fields = [field.name for field in column.type] if hasattr(column, "field") else []
+        return column
 
-    def flag(self, name: str) -> np.ndarray:
+    def _flag(self, name: str) -> np.ndarray:
         return self._column([name]).to_numpy(zero_copy_only=False)
 
-    def read(self, part: str, leaf: Leaf) -> Any:
-        column = self._column([part, *map(str, leaf.path)])
+    def _read(self, part: str, leaf: Leaf) -> Any:
+        import pyarrow as pa
+
+        key = [part, *map(str, leaf.path)]
+        column, at = self._column(key), f"{self.where}: {'/'.join(key)!r}"
+        kind = column.type
+        text = "string" in str(kind) and not pa.types.is_nested(kind)
+        if pa.types.is_struct(kind) or leaf.text > text:
+            raise DataError(
+                f"{at} is stored as {kind}; expected {'text' if leaf.text else 'an array'}, as its space says."
+            )
         if leaf.text:
             return column.to_pylist()
         if self._jpeg and _is_image(leaf):
             return self._decode(column.to_pylist(), part, leaf)
-        if column.null_count:
-            raise DataError(f"{self.where}: {part} {leaf.name!r} has {column.null_count} empty rows.")
         if not hasattr(column, "flatten"):  # Discrete
             return column.to_numpy(zero_copy_only=False)
+        if not pa.types.is_fixed_size_list(kind):
+            sizes = column.value_lengths().to_numpy()
+            if len(other := np.flatnonzero(sizes != sizes[:1])):
+                row = other[0] + (self.rows.start or 0)
+                raise DataError(
+                    f"{at} has {sizes[other[0]]} values in row {row}, {sizes[0]} before.\n{_AGAIN}"
+                )
         flat, shape = column.flatten().to_numpy(zero_copy_only=False), leaf.space.shape or ()
         fits = len(flat) == len(column) * int(np.prod(shape))
         return flat.reshape((len(column), *shape) if fits else (len(column), -1))

@@ -200,6 +200,64 @@ def test_damaged_files_are_said(tmp_path):
         read(f"hdf5:{path}")
 
 
+def virtual(path, source, key="d"):
+    """A file whose observations lie in another one."""
+    layout = h5py.VirtualLayout((10, 3), "f4")
+    layout[:] = h5py.VirtualSource(source, key, (10, 3))
+    with h5py.File(write(path, **{k: v for k, v in flat().items() if k != "observations"}), "a") as file:
+        file.create_virtual_dataset("observations", layout)
+    return path
+
+
+def test_a_virtual_dataset_needs_its_sources(tmp_path, monkeypatch):
+    # HDF5 itself fills with zeros what it does not find.
+    path = virtual(tmp_path / "v.hdf5", "part %%.h5")
+    with pytest.raises(DataError, match=r"v.hdf5: /observations .* d in part %.h5, which is missing"):
+        read(f"hdf5:{path}")
+    write(tmp_path / "part %.h5", e=np.zeros(3))
+    with pytest.raises(DataError, match=r"from d in part %.h5, which is missing"):
+        read(f"hdf5:{path}")
+    write(tmp_path / "part %.h5", d=flat()["observations"])
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)  # HDF5 also looks in the working directory, and for the bare name
+    for found in (path, virtual(tmp_path / "sub/v.hdf5", "part %%.h5"),
+                  virtual(tmp_path / "w.hdf5", "/nowhere/part %%.h5")):  # fmt: skip
+        seen = [x.observation["obs"][:5] for x in read(f"hdf5:{found}")]
+        np.testing.assert_array_equal(np.concatenate(seen), flat()["observations"])
+    whole = virtual(tmp_path / "x.hdf5", ".", "rewards2")
+    with pytest.raises(DataError, match=r"from rewards2 in \., which is missing"):
+        read(f"hdf5:{whole}")
+
+
+def test_a_filter_that_is_not_here_is_no_damage(tmp_path, monkeypatch):
+    path = tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, value in flat().items():
+            file.create_dataset(name, data=np.zeros_like(value) if name == "observations" else value,
+                                compression="lzf" if name == "observations" else None)  # fmt: skip
+    content = bytearray(path.read_bytes())
+    place = content.find(b"lzf\0") - 8
+    assert content[place : place + 2] == (32000).to_bytes(2, "little")
+    content[place : place + 2] = (32001).to_bytes(2, "little")  # Blosc, which h5py lacks
+    path.write_bytes(content)
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    with pytest.raises(DataError, match=r"/observations needs the filter lzf.\n  pip install hdf5plugin"):
+        read(f"hdf5:{path}")
+
+
+def test_what_nobody_reads_may_be_in_any_state(tmp_path):
+    path = write(tmp_path / "a.hdf5", **flat())
+    with h5py.File(path, "a") as file:
+        file["extra"], file["kind"] = h5py.ExternalLink("none.h5", "/x"), np.dtype("f4")
+        h5py.h5d.create(file.id, b"when", h5py.h5t.UNIX_D32LE, h5py.h5s.create_simple((1,)))
+    assert [x.steps for x in read(f"hdf5:{path}")] == [5, 5]
+    with h5py.File(path, "a") as file:
+        del file["observations"]
+        file["observations"] = h5py.ExternalLink("none.h5", "/x")
+    with pytest.raises(DataError, match=r"'observations' cannot be opened .*open file.*\n.* put that beside"):
+        read(f"hdf5:{path}")
+
+
 def test_absent_files_and_folders(tmp_path):
     write(tmp_path / "hopper.hdf5", **flat())
     with pytest.raises(DataError, match=r"does not exist; did you mean 'hopper.hdf5'"):

@@ -274,6 +274,8 @@ DAMAGE: list[tuple[str, Callable[[Any], Any], str]] = [
      "episode 2: reward has the type"),
     ("group", lambda f: (f.__delitem__("episode_2/actions"), f.create_group("episode_2/actions/deep")),
      "'actions' is a group of deep"),
+    ("type", lambda f: put(f, "episode_2", np.dtype("f4")), "'episode_2' cannot be opened .neither an array"),
+    ("link", lambda f: put(f, "episode_2", h5py.SoftLink("/x")), "episode 2: 'episode_2' cannot be opened"),
     ("middle", lambda f: f["episode_2/terminations"].__setitem__(30, True), "at step 30, but 169 more"),
 ]  # fmt: skip
 
@@ -354,6 +356,31 @@ def test_a_damaged_file_is_named(
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=f"main_data.hdf5.*{message}"):
         read(path.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"HEAP", b"leap"), (b"TREE", bytes(4)), ((200).to_bytes(8, "little"), b"\xff" * 8),
+                     ((200).to_bytes(8, "little"), (1 << 50).to_bytes(8, "little"))]
+)  # fmt: skip
+def test_damage_inside_a_file_is_an_error_of_ours(
+    old: bytes, new: bytes, copy: Callable[[str], Path]
+) -> None:
+    """HDF5 has a type of error for each kind: of heaps, trees, and lengths that no memory holds."""
+    path = copy("pendulum/scripted-v0") / "data/main_data.hdf5"
+    whole = path.read_bytes()
+    places = [x.start() for x in re.finditer(re.escape(old), whole)]
+    skipped = []
+    for at in places[:: max(len(places) // 12, 1)]:
+        path.unlink()  # HDF5 knows a file that is still open
+        path.write_bytes(whole[:at] + new + whole[at + len(new) :])
+        try:
+            source = open_source(f"minari:{path.parents[1]}")
+            list(checked(source, "skip_episode"))
+            skipped.append(source.report.counts["skipped"])
+        except DataError:
+            skipped.append(1)
+    assert 1 in skipped
+    assert max(skipped) == 1
 
 
 @pytest.mark.parametrize("form", ["arrow", "parquet"])
