@@ -85,6 +85,11 @@ class ReplayBuffer:
             ConfigError: for a source or option that does not exist.
         """
         cache = ingest(find_uri(source), cache_dir, on_bad, **options)
+        if lost := cache.report["counts"].get("last_dropped"):
+            warnings.warn(
+                f"{source}: {lost:,} of {cache.steps + lost:,} transitions are left out: the last ones of "
+                "episodes, as nobody saw what they led to. last_obs=repeat keeps them.", stacklevel=2
+            )  # fmt: skip
         buffer = cls(len(cache), directory=directory, seed=seed)
         buffer.cache, buffer._schema = cache, cache.schema
         spaces, every = cache.schema.spaces, np.arange(len(cache.episodes["start"]))

@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -196,11 +197,11 @@ def ingest(
     """
     source = open_source(uri, **options)
     if (own := getattr(source, "cache", None)) is not None:
-        return own
+        return _said(own)
     root = cache_root(cache)
     identity = _Identity(uri, source, on_bad, options)
     if not replace and (found := identity.find(root)):
-        return found
+        return _said(found)
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
@@ -213,7 +214,7 @@ def ingest(
     with _locked(_lock_of(root, identity.name)):
         _sweep(root, identity.name)
         if not replace and (found := identity.find(root)):
-            return found
+            return _said(found)
         with ThreadPoolExecutor(1) as pool:
             key = pool.submit(lambda: identity.key)  # reads the files while they are ingested
 
@@ -233,6 +234,13 @@ def ingest(
                 return _write(root, identity.name, source, on_bad, progress, finish)
             finally:
                 identity.stop = True
+
+
+def _said(cache: Cache) -> Cache:
+    """A cache that was there, after the warnings of its reader, which spoke when it was written."""
+    for sentence in cache.report.get("warnings", {}).values():
+        warnings.warn(sentence, stacklevel=3)
+    return cache
 
 
 def lost_reward(uri: str | None, report: Mapping[str, Any], returns: np.ndarray) -> str | None:

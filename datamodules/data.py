@@ -279,7 +279,7 @@ class ReplayDataModule(LightningDataModule):
         caches = [ingest(s.uri, self.cache_dir, s.on_bad, **(s.options or {})) for s in self.sources]
         for cache in caches:
             if sentence := lost_reward(cache.uri, cache.report, cache.episodes["return"]):
-                warnings.warn(sentence, stacklevel=2)
+                warnings.warn(sentence, stacklevel=1)  # what calls this is functools
         return caches
 
     @cached_property

@@ -6,6 +6,7 @@ The sentences are in ``doctor.yaml``, by the name of the check.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Finding:
     where: str  # source and entry
     found: str
     meaning: str
-    fix: str
+    fix: str  # may be empty: what was found says it
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,14 @@ class Doctor:
             if cache := getattr(self.source, "cache", None):
                 cache.verify(full=True)
                 self.source.report.counts.update(cache.report["counts"])
-            for episode in checked(self.source, "skip_episode", self._left_out):
-                self.survey.add(episode)
-                self._look(episode)
-                if tell:
-                    tell(len(self.survey.steps), self.survey.numbers["reward"].count, 0)
+                self.source.report.first.update(cache.report.get("warnings", {}))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of readers: they are findings
+                for episode in checked(self.source, "skip_episode", self._left_out):
+                    self.survey.add(episode)
+                    self._look(episode)
+                    if tell:
+                        tell(len(self.survey.steps), self.survey.numbers["reward"].count, 0)
         except DataError as error:
             self.damage("unreadable", error)
         for check, (count, first) in self._bad.items():
@@ -124,7 +128,7 @@ class Doctor:
         """Note an error as a finding: its first line is what was found, the others how to mend it."""
         first, *rest = str(error).splitlines()
         fix = [line.strip() for line in rest if "on_bad=" not in line]
-        self.add(check, found=before + first, fix=" ".join([*fix, more]).strip() or "see what was found")
+        self.add(check, found=before + first, fix=" ".join([*fix, more]).strip())
 
     def _left_out(self, error: DataError) -> None:
         named = (k for k, text in CHECKS.items() if re.search(text.get("pattern", "$^"), str(error)))
@@ -180,7 +184,8 @@ class Doctor:
         if done and any(not m.crosses for m in self.models):
             self.add("episodic", "terminated", done=done, count=count)
         env = self.source.meta.get("env_id") or ""
-        if not done and not re.match(_ENDLESS, env):
+        unknown = self.source.report.counts.keys() & {"dones", "no_end"}  # findings of their own
+        if not (done or unknown or re.match(_ENDLESS, env)):
             self.add("no_terminations", "terminated", count=count, env=env or "the task")
 
     def _windows(self) -> None:
@@ -285,9 +290,13 @@ def examine(sources: Sequence[Doctor], tell: Callable[[int, int, int], None] | N
         except DataError as error:
             *lines, fix = str(error).splitlines()
             both.add("spaces", found="\n".join(lines), fix=fix.strip())
-        bounds = {f"{p['low']} to {p['high']}" for p in (schema.to_plain() for schema in schemas.values())}
-        if len(bounds) > 1:
-            both.add("bounds", bounds=", ".join(sorted(bounds)))
+        for key in sorted({k for s in schemas.values() for k in s.low}):
+            known = {uri: (s.low[key], s.high[key]) for uri, s in schemas.items() if key in s.low}
+            rest = [uri for uri, s in schemas.items() if key in s.spaces.action and uri not in known]
+            scaled = [f"{u}: {np.min(a):g} to {np.max(b):g}" for u, (a, b) in known.items()
+                      if (a != -1).any() or (b != 1).any()]  # fmt: skip
+            if rest and scaled:
+                both.add("bounds", f"action {key!r}", rest=_some(rest), scaled=_some(scaled))
         found += both.findings
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
@@ -295,8 +304,8 @@ def examine(sources: Sequence[Doctor], tell: Callable[[int, int, int], None] | N
 def unreadable(uri: str, error: DataError) -> Finding:
     """A source that cannot be opened."""
     first, *rest = str(error).splitlines()
-    fix = " ".join(map(str.strip, rest)) or "see what was found"
-    return Finding("error", "unreadable", uri, first, CHECKS["unreadable"]["meaning"], fix)
+    fix, meaning = " ".join(map(str.strip, rest)), CHECKS["unreadable"]["meaning"]
+    return Finding("error", "unreadable", uri, first, meaning, fix)
 
 
 def discounted(reward: np.ndarray, gamma: float, after: float) -> np.ndarray:

@@ -110,12 +110,14 @@ class Report:
             in another type), ``next_zero`` and ``next_differs`` (next observations that cannot be right).
         notes: sentences for people, the first few of each kind.
         first: the first note by name.
+        warnings: sentences by name that whoever trains on the source should hear, each time.
         lost_reward: sum of the sizes of rewards in transitions that were left out.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     first: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
     lost_reward: float = 0.0
 
     def count(self, name: str, note: str = "", by: int = 1) -> None:
@@ -128,7 +130,8 @@ class Report:
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
         plain = {"counts": dict(self.counts), "notes": list(self.notes)}
-        return plain | ({"lost_reward": self.lost_reward} if self.lost_reward else {})
+        more = {"lost_reward": self.lost_reward, "warnings": dict(self.warnings)}
+        return plain | {k: v for k, v in more.items() if v}
 
 
 class Source(ABC):

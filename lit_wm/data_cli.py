@@ -199,7 +199,7 @@ def doctor(given: argparse.Namespace) -> int:
     for f in found:
         where = f.where.removeprefix(given.source).removeprefix(": ") if not given.others else f.where
         print(f"{f.severity}: {f.check.replace('_', ' ')}{where and f', {where}'}")
-        print(f"  found  {f.found}\n  means  {f.meaning}\n  mend   {f.fix}")
+        print(f"  found  {f.found}\n  means  {f.meaning}" + (f"\n  mend   {f.fix}" if f.fix else ""))
     said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
     print(f"{said} in {sum(len(d.survey.steps) for d in doctors):,} episodes")
     return status
@@ -323,8 +323,22 @@ def described(plain: dict[str, Any]) -> list[tuple[str, str]]:
             if spec.get("low"):
                 text += f", {min(map(float, spec['low'])):g} to {max(map(float, spec['high'])):g}"
             lines.append((kind, text))
-    counts = ", ".join(f"{name} {n:,}" for name, n in plain["report"]["counts"].items())
-    return [*lines, ("noticed", counts or "nothing"), *(("", note) for note in plain["report"]["notes"])]
+    said = [text for name, n in plain["report"]["counts"].items() if (text := _counted(name, n))]
+    noticed = [*["; ".join(said)] * bool(said), *plain["report"]["notes"]] or ["nothing"]
+    return lines + [("noticed" * (i == 0), text) for i, text in enumerate(noticed)]
+
+
+_WORDS = {"skipped": "bad episodes left out", "out_of_range": "action values beyond their bounds"}
+
+
+def _counted(name: str, count: int) -> str:
+    """What a reader counted, in the words of the doctor; nothing where its note says all."""
+    from datamodules.doctor import CHECKS
+
+    if name not in CHECKS:
+        return f"{_WORDS.get(name) or name.replace('_', ' ')}: {count:,}"
+    text = CHECKS[name]["found"].split("; the first")[0]
+    return "" if "{first}" in text else text.format(count=count)
 
 
 def progress(given: argparse.Namespace) -> Callable[[int, int, int], None]:

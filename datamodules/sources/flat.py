@@ -107,10 +107,12 @@ class Table:
                     return inside
             if role == "next":
                 return {}
+            taken = ", ".join("|".join(NAMES[name]) for name in ("observation", "action", "reward"))
+            ends = "|".join(NAMES[name][0] for name in ("terminated", "truncated", "done"))
             raise DataError(
-                f"{where} has no {NAMES[role][0]} ({'|'.join(NAMES[role][1:])}); "
-                f"found: {', '.join(columns) or 'nothing'}.\n"
-                "  Rename its arrays, or write a reader: see datamodules.episodes.Source."
+                f"{where} has no {NAMES[role][0]}; found: {', '.join(columns) or 'nothing'}.\n"
+                f"  Expected {taken},\n  and at the ends of episodes {ends}.\n"
+                "  Rename its arrays, or register a reader: docs/data.md, a source of your own."
             )
 
         def single(role: str) -> Column | None:
@@ -340,6 +342,7 @@ class FlatSource(Source):
         """Note it in the report, and say the first of its kind aloud."""
         if not self.report.counts[name]:
             warnings.warn(note, stacklevel=2)
+            self.report.warnings[name] = note
         self.report.count(name, note)
 
 

@@ -269,6 +269,16 @@ def test_draws_follow_from_the_seed_and_the_calls(tmp_path):
     assert torch.equal(first, draws(ReplayBuffer.load(tmp_path / "rows", seed=1)))
 
 
+@pytest.mark.filterwarnings("ignore:.*dones are ends")
+def test_transitions_that_a_file_cannot_give_are_said(tmp_path):
+    columns = {"observations": np.zeros((12, 1)), "actions": np.zeros((12, 1)), "rewards": np.ones(12)}
+    np.savez(tmp_path / "a.npz", dones=np.arange(12) % 4 == 3, **columns)
+    for _ in range(2):  # from the file, from the cache
+        with pytest.warns(UserWarning, match="3 of 12 transitions are left out"):
+            assert len(ReplayBuffer.load(tmp_path / "a.npz", cache_dir=tmp_path)) == 9
+    assert len(ReplayBuffer.load(tmp_path / "a.npz", cache_dir=tmp_path, last_obs="repeat")) == 12
+
+
 def test_a_missing_last_observation(recwarn):
     buffer = ReplayBuffer()
     for t in range(3):

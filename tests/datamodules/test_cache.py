@@ -440,6 +440,10 @@ def test_one_file_is_one_cache_however_its_place_is_written(tmp_path: Path, monk
     places = ("sub/a.npz", "./sub/../sub/a.npz", str(tmp_path / "sub" / "a.npz"))
     with pytest.warns(UserWarning, match="ends of unknown kind"):
         assert len({ingest(f"npz:{place}", tmp_path / "c").folder for place in places}) == 1
+    for uri in ("npz:sub/a.npz", f"rows:{ingest('npz:sub/a.npz', tmp_path / 'c').folder}"):
+        with pytest.warns(UserWarning, match="ends of unknown kind") as said:  # each time it is opened
+            ingest(uri, tmp_path / "c")
+        assert len(said) == 1
 
 
 def test_another_version_of_a_reader_is_another_cache(made: str, tmp_path: Path, monkeypatch: Any):

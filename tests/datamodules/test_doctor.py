@@ -233,6 +233,9 @@ def test_every_check_is_tested():
         "fake_last",
         "last_dropped",
         "noticed",
+        "dones",
+        "no_end",
+        "open_end",
         "spaces",
         "bounds",
     }
@@ -328,10 +331,21 @@ def test_duplicates_and_final_observations():
     )
     ends = findings(open_source(f"npz:{DATA}/npz/recording.npz?dones_are=terminals"))
     assert ends["fake_last"].found.startswith("6 episodes end with a copy")
-    assert (
-        "dones are ends of unknown kind"
-        in findings(open_source(f"npz:{DATA}/npz/recording.npz"))["noticed"].found
-    )
+
+
+def test_a_warning_of_a_reader_is_one_finding(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    columns = {"observations": np.arange(60)[:, None] * 1.0, "actions": np.zeros((60, 1))}
+    seen = findings(open_source(f"npz:{DATA}/npz/recording.npz"))
+    assert seen["dones"].severity == "warning"
+    assert "dones are ends of unknown kind" in seen["dones"].found
+    assert "dones_are=terminals" in seen["dones"].fix
+    np.savez(tmp_path / "a.npz", rewards=np.arange(60.0), **columns)
+    bare = findings(open_source(f"npz:{tmp_path}/a.npz"))
+    assert "no episode end found in 60 steps" in bare["no_end"].found
+    assert "episode_length" in bare["no_end"].fix
+    assert not {"noticed", "no_terminations"} & (seen.keys() | bare.keys())
+    assert not [f for f in bare.values() if "dones_are" in f.fix]
+    assert not recwarn
 
 
 def test_a_limit_that_is_no_number_is_none():
@@ -356,12 +370,16 @@ def test_what_only_discrete_and_one_hot_data_can_do_wrong():
 def test_several_sources_are_compared():
     wide = Spaces({"obs": Spec("float32", (5,))}, {"action": ACTION}, 60)
     doctors = [Doctor("a", Made()), Doctor("b", Made(spaces=wide)), Doctor("c", Made(bounds=2.0))]
+    assert "bounds" not in {f.check for f in examine(doctors)}  # each is rescaled by its own
+    doctors.append(Doctor("d", Made(bounds=None)))
     found = {f.check: f for f in examine(doctors)}
-    assert found["spaces"].where == "a, b, c"
+    assert found["spaces"].where == "a, b, c, d"
     assert "b: obs float32 [5]" in found["spaces"].found
     assert "pad: true" in found["spaces"].fix
     assert found["bounds"].severity == "warning"
-    assert not {"spaces", "bounds"} & {f.check for f in examine([Doctor("a", Made()), Doctor("b", Made())])}
+    assert found["bounds"].found == "d does not say the bounds of its actions; others do: c: -2 to 2"
+    same = [Doctor("a", Made()), Doctor("d", Made(bounds=None))]  # in -1 to 1 both
+    assert not {"spaces", "bounds"} & {f.check for f in examine(same)}
 
 
 def test_damaged_files_are_findings(tmp_path: Path):
@@ -385,8 +403,11 @@ def test_damaged_files_are_findings(tmp_path: Path):
 
 
 def test_a_cache_tells_what_its_source_was_like(tmp_path: Path):
-    cache = ingest(f"npz:{DATA}/npz/recording.npz", tmp_path)
-    assert "last_dropped" in findings(open_source(f"rows:{cache.folder}"))
+    with pytest.warns(UserWarning, match="dones are ends"):
+        cache = ingest(f"npz:{DATA}/npz/recording.npz", tmp_path)
+    seen = findings(open_source(f"rows:{cache.folder}"))
+    assert "last_dropped" in seen
+    assert "dones are ends of unknown kind" in seen["dones"].found
 
 
 @pytest.mark.parametrize("size", [10, 1000])

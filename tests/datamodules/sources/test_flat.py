@@ -230,7 +230,10 @@ def test_nested_observations_and_drop():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"actions": None}, r"memory has no actions \(action\); found: observations, rewards, terminals"),
+        (
+            {"actions": None},
+            r"memory has no actions; found: observations, rewards, terminals.\n.*state, actions\|action, ",
+        ),
         ({"observations": None}, "memory has no observations"),
         ({"rewards": np.zeros(9)}, "lengths differ: observation 10, action 10, reward 9, terminated 10"),
         ({"terminals": np.float32(1)}, "lengths differ: .* terminated 0"),

@@ -228,7 +228,7 @@ def test_a_member_shorter_or_longer_than_its_header(tmp_path):
 
 def test_what_is_missing_or_misspelt(tmp_path):
     np.savez(tmp_path / "a.npz", observations=np.zeros((3, 2)), x=np.zeros(3))
-    with pytest.raises(DataError, match=r"a.npz has no actions \(action\); found: observations, x"):
+    with pytest.raises(DataError, match=r"a.npz has no actions; found: observations, x"):
         read(tmp_path / "a.npz")
     with pytest.raises(DataError, match=r"does not exist\n  In .* there are: a.npz"):
         read(tmp_path / "b.npz")
