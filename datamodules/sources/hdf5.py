@@ -33,6 +33,7 @@ from datamodules.sources.flat import (
 from lit_wm.errors import ConfigError, DataError, LitWMError
 from lit_wm.types import Spaces, Spec
 
+_AGAIN = "Delete it, and fetch it again or write it again."
 SUFFIXES = (".hdf5", ".h5", ".hdf")
 _USED = {name for names in NAMES.values() for name in names}
 DAMAGE = (OSError, LookupError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py and Arrow raise
@@ -130,44 +131,61 @@ class HDF5(FlatSource):
 
     def _infer_groups(self, classes: int | None, discrete: bool | None) -> None:
         specs: dict[str, dict[str, Spec]] = {"observations": {}, "actions": {}}
+        bad: DataError | None = None
         with open_hdf5(self.files[0]) as file:
             episodes = _episodes(file)
             for name in episodes:
-                group = episode_group(file, name, f"{self.files[0]}, {name}")
-                for role, found in specs.items():
-                    for key, column in self._entries(group, name, role).items():
-                        where = f"{self.files[0]}, {name}: {role} {key!r}"
-                        # The type is the first episode's; only the number of classes needs all of them.
-                        if key not in found or found[key].is_discrete:
-                            spec = infer(where, column, role == "actions", classes, discrete)
-                            if key not in found or (spec.classes or 0) > (found[key].classes or 0):
-                                found[key] = spec
+                # The type is the first episode's; only the number of classes needs all of them.
+                try:
+                    group = episode_group(file, name, where := f"{self.files[0]}, {name}")
+                    own = [
+                        (
+                            found,
+                            key,
+                            infer(f"{where}: {role} {key!r}", column, role == "actions", classes, discrete),
+                        )
+                        for role, found in specs.items()
+                        for key, column in self._entries(group, name, role).items()
+                        if key not in found or found[key].is_discrete
+                    ]
+                except DataError as error:  # which reading it will say again
+                    bad = bad or error
+                    continue
+                for found, key, spec in own:
+                    if key not in found or (spec.classes or 0) > (found[key].classes or 0):
+                        found[key] = spec
                 if not any(spec.is_discrete for found in specs.values() for spec in found.values()):
                     break
-            first = file[episodes[0]]
-            self.meta |= {"no_reward": "rewards" not in first}
+            if bad and not specs["actions"]:
+                raise bad
+            self.meta |= {"no_reward": not any(f"{name}/rewards" in file for name in episodes)}
         self.schema = Schema(Spaces(specs["observations"], specs["actions"]))
 
     def _entries(self, group: Any, name: str, role: str) -> dict[str, Column]:
         where = f"{self.files[0]}, {name}"
-        if (found := child(group, role, where)) is None:
+        root, nodes = "obs" if role == "observations" else "action", _leaves(child(group, role, where), where)
+        if not nodes:
             raise DataError(f"{where} has no {role!r}; found: {', '.join(group)}.")
-        root = "obs" if role == "observations" else "action"
-        leaves = {re.sub(r"_index_(\d+)", r"\1", k) or root: c for k, c in _leaves(found, where)}
+        leaves = {re.sub(r"_index_(\d+)", r"\1", k) or root: c for k, c in nodes}
         return {k: c for k, c in leaves.items() if role == "actions" or k not in self.drop}
 
     def _groups(self) -> Iterator[Episode]:
         with open_hdf5(self.files[0]) as file:
             for name in _episodes(file):
-                episode = f"{self.files[0]}, episode {name.removeprefix('episode_')}"
-                group = episode_group(file, name, episode)
-                inputs, outputs = (self._entries(group, name, k) for k in ("observations", "actions"))
-                steps = (*next(iter(outputs.values())).shape, 0)[0]
-                cuts = pieces(steps, sum(map(row_bytes, inputs.values())), episode, self.report)
-                for start, stop in cuts:
-                    last = stop == cuts[-1][1]
-                    where = f"{episode}, from step {start:,}" if start else episode
-                    yield self._piece(group, inputs, outputs, where, slice(start, None if last else stop))
+                where = f"{self.files[0]}, episode {name.removeprefix('episode_')}"
+                try:
+                    yield from self._pieces(episode_group(file, name, where), name, where)
+                except DataError as error:
+                    yield Episode.unreadable(where, error)
+
+    def _pieces(self, group: Any, name: str, episode: str) -> Iterator[Episode]:
+        inputs, outputs = (self._entries(group, name, k) for k in ("observations", "actions"))
+        steps = (*next(iter(outputs.values())).shape, 0)[0]
+        cuts = pieces(steps, sum(map(row_bytes, inputs.values())), episode, self.report)
+        for start, stop in cuts:
+            last = stop == cuts[-1][1]
+            where = f"{episode}, from step {start:,}" if start else episode
+            yield self._piece(group, inputs, outputs, where, slice(start, None if last else stop))
 
     def _piece(
         self, group: Any, inputs: dict[str, Column], outputs: dict[str, Column], where: str, rows: slice
@@ -183,7 +201,7 @@ class HDF5(FlatSource):
         names = ("rewards", "terminations", "truncations")
         if extra := {*seen, *done} - {*specs.obs, *specs.action}:
             raise DataError(
-                f"{where} has {min(extra)!r}, which the first episode lacks.\n  Expected the same "
+                f"{where} has {min(extra)!r}, which the first good episode lacks.\n  Expected the same "
                 "entries in all episodes; drop= leaves observations out."
             )
         columns = {k: c for k in names if (c := child(group, k, where)) is not None}
@@ -229,7 +247,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             what = start if "empty" in start else f"is not an HDF5 file ({start})"
         else:
             what = f"is damaged ({str(error).splitlines()[0][:90]})"
-        fix = "Delete it and fetch it again."
+        fix = _AGAIN
         if start.find("PK") >= 0:
             fix = f"It looks like an archive of NumPy: npz:{path}"
         raise DataError(f"{path} {what}.\n  {fix}") from error
@@ -240,7 +258,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             inside = any("h5py" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
             if isinstance(error, LitWMError) or not inside:
                 raise
-            raise DataError(f"{path} is damaged ({said(error)}).\n  Delete it and fetch it again.") from error
+            raise DataError(f"{path} is damaged ({said(error)}).\n  {_AGAIN}") from error
 
 
 def said(error: BaseException) -> str:
@@ -305,7 +323,7 @@ class Dataset:
                 return read()
             what, cause = "is a single value; expected one per step", None
         except DAMAGE as error:
-            what, cause = f"cannot be read ({said(error)}).\n  The file is damaged; fetch it again", error
+            what, cause = f"cannot be read ({said(error)}).\n  The file is damaged; fetch or write it again", error
             plan = self._data.get_create_plist()
             for code, _, _, name in map(plan.get_filter, range(plan.get_nfilters())):
                 if not h5py.h5z.filter_avail(code):

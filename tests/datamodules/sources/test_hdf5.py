@@ -178,6 +178,21 @@ def test_a_bad_group_is_named(tmp_path, change, message):
         read(f"hdf5:{groups(tmp_path / 'a.hdf5', **change)}")
 
 
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", ""])
+def test_a_bad_group_can_be_skipped(tmp_path, bad, name):
+    path = groups(tmp_path / "a.hdf5", 4)
+    with h5py.File(path, "a") as file:
+        del file[f"episode_{bad}/{name}"]
+        file[f"episode_{bad}/{name}"] = np.array([b"x"])
+    source = open_source(f"hdf5:{path}")
+    kept = [i + 1 for i in range(4) if i != bad]
+    assert [e.steps for e in checked(source, "skip_episode")] == kept
+    assert source.report.counts["skipped"] == 1
+    with pytest.raises(DataError, match=f"episode.{bad}(.*\n)+.*on_bad=skip_episode leaves"):
+        list(checked(source))
+
+
 def test_damaged_files_are_said(tmp_path):
     whole = NONEXT.read_bytes()
     path = tmp_path / "a.hdf5"
@@ -277,7 +292,7 @@ def test_an_entry_that_only_some_groups_have(tmp_path):
             file[f"episode_{i}/actions"] = np.zeros((2, 1), np.float32)
             file[f"episode_{i}/rewards"] = np.zeros(2)
         file["episode_1/observations/b"] = np.zeros((3, 2), np.float32)
-    with pytest.raises(DataError, match="episode 1 has 'b', which the first episode lacks"):
+    with pytest.raises(DataError, match="episode 1 has 'b', which the first good episode lacks"):
         read(f"hdf5:{path}")
     assert len(read(f"hdf5:{path}?drop=b")) == 3
 
