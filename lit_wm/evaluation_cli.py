@@ -344,7 +344,10 @@ def plays_of(
         ]  # fmt: skip
     task, env_id = check_task(module, given.task), given.env or about["env"]
     if env_id is None:
-        raise ConfigError(f"{path} does not say in which environment it was trained: give --env E")
+        raise ConfigError(
+            f"{path} does not say in which environment it was trained\n"
+            "Give it, e.g. --env CartPole-v1, or --env dmc:walker_walk --env-options '{repeat: 2}'"
+        )
     if options is None:
         options = about["env_options"] or {} if env_id == about["env"] else {}
     # The reference that the checkpoint notes is of its own environment.
@@ -410,9 +413,8 @@ def show(play: Play, given: argparse.Namespace) -> None:
     if "return_low" in score:
         spread += ", 95 % interval {return_low:.2f} to {return_high:.2f}".format(**score)
     cut = f" ({sum(results.cut)} cut at --max-episode-steps)" if any(results.cut) else ""
-    if play.name:
-        print(f"task:       {play.name} ({play.env_id})")
-    print(f"return:     {score['return']:.2f}{spread}, {given.episodes} episodes{cut}")
+    count = f"{given.episodes} episode{'s' * (given.episodes != 1)}"
+    print(f"return:     {score['return']:.2f}{spread}, {count}{cut}")
     if results.reference:
         print(f"normalized: {score['normalized']:.2f} ({results.reference}; played in {play.env_id})")
     print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
@@ -434,7 +436,7 @@ def evaluate(argv: list[str]) -> int:
     check_outputs(given.video, given.json)
     if given.device not in ("cpu", "cuda") or (given.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {given.device}: not here; expected cpu, or cuda where there is one")
-    path = find_checkpoint("evaluate", given.ckpt, {})
+    path = find_checkpoint("evaluate", given.ckpt, {}, "--ckpt")
     assert path is not None
     module, about = load_module(path, given.device, given.planner, given.task)
     plays = plays_of(module, about, given, path)
@@ -442,6 +444,11 @@ def evaluate(argv: list[str]) -> int:
         with Interrupts() as signals:
             if play is plays[0]:
                 print(f"checkpoint: {path} ({type(module).__name__}, {module.updates:,} updates)", flush=True)
+            said = yaml.safe_dump(play.options, default_flow_style=True, sort_keys=False, width=math.inf)
+            options = f" ({said.strip()[1:-1]})" if play.options else ""
+            if play.name:
+                print(f"task:       {play.name}")
+            print(f"environment: {play.env_id}{options}", flush=True)
             perform(play, module, about, given, signals)
         show(play, given)
     play = plays[0]
@@ -501,7 +508,7 @@ def export(argv: list[str]) -> int:
     parser = parser_of("export", "Write a checkpoint with the model alone, for sharing.")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the file to write")
     given = parser.parse_args(argv)
-    out, path = given.output, find_checkpoint("export", given.ckpt, {})
+    out, path = given.output, find_checkpoint("export", given.ckpt, {}, "--ckpt")
     assert path is not None
     check_outputs(None, out)
     if out.exists() and out.samefile(path):

@@ -334,8 +334,8 @@ class WorldModelModule(pl.LightningModule):
             self.trainer.should_stop = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Losses on windows of held-out episodes, and how well the first process foresees whole ones, if there
-        are any; ``Evaluate`` plays the episodes.
+        """Losses on windows of held-out episodes, if any, and how well the first process foresees whole ones;
+        ``Evaluate`` plays the episodes.
 
         Args:
             batch: a ticket that draws the same windows each time, or anything else for none.

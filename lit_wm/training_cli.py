@@ -296,11 +296,14 @@ def experiment_of(config: dict[str, Any]) -> str | None:
     return re.sub(r"[^\w.-]+", "-", "-".join(Path(uri.partition("?")[0]).parts[-3:])).strip("-")
 
 
-def find_checkpoint(verb: str, ckpt_path: str | None, said: dict[str, Any]) -> Path | None:
+def find_checkpoint(
+    verb: str, ckpt_path: str | None, said: dict[str, Any], flag: str = "--ckpt_path"
+) -> Path | None:
     """The file that ``last``, ``best``, a run directory or a path means, or None without ``ckpt_path``.
 
     ``last`` and ``best`` are the newest of the run, the experiment or all runs, as far as ``said`` goes: the
     flat configuration of files and flags. Of a directory ``fit`` takes the last one, other verbs the best.
+    Messages name ``flag``.
 
     Raises:
         CheckpointError: there is none.
@@ -316,7 +319,7 @@ def find_checkpoint(verb: str, ckpt_path: str | None, said: dict[str, Any]) -> P
         root, names = Path(ckpt_path), ["last"] if verb == "fit" else ["best", "last"]
     elif ckpt_path not in ("last", "best"):
         raise CheckpointError(
-            f"--ckpt_path {ckpt_path}: no such file. Give 'last', 'best', a run directory or a .ckpt"
+            f"{flag} {ckpt_path}: no such file. Give 'last', 'best', a run directory or a .ckpt"
         )
     elif said.get("trainer.default_root_dir"):
         root = Path(said["trainer.default_root_dir"])
@@ -330,7 +333,7 @@ def find_checkpoint(verb: str, ckpt_path: str | None, said: dict[str, Any]) -> P
             return max(found, key=lambda path: path.stat().st_mtime)
     start = "Start without --ckpt_path, or give" if verb == "fit" else "Give"
     raise CheckpointError(
-        f"--ckpt_path {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n"
+        f"{flag} {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n"
         f"{start} the path of a checkpoint or of a run directory"
     )
 
@@ -342,16 +345,14 @@ def stored_run(checkpoint: Path) -> tuple[Path | None, dict[str, Any]]:
         params, about = dict(loaded.get("hyper_parameters", {})), dict(loaded.get("lit_wm", {}))
         names = [str(name) for name in loaded.get("model", loaded)]
     except Exception as error:  # torch has no one class for these
-        raise CheckpointError(
-            f"--ckpt_path {checkpoint}: not a checkpoint, or one that was cut off"
-        ) from error
+        raise CheckpointError(f"{checkpoint}: not a checkpoint, or one that was cut off") from error
     if "state_dict" not in loaded:
         if any(name.startswith(("_dynamics.", "_Qs.")) for name in names):
             raise CheckpointError(
-                f"--ckpt_path {checkpoint} is of the official TD-MPC2 code; make it one of ours first:\n"
+                f"{checkpoint} is of the official TD-MPC2 code; make it one of ours first:\n"
                 f"lit-wm convert tdmpc2 {checkpoint} -o OUT.ckpt"
             )
-        raise CheckpointError(f"--ckpt_path {checkpoint} holds no training of lit-wm: no 'state_dict' in it")
+        raise CheckpointError(f"{checkpoint} holds no training of lit-wm: no 'state_dict' in it")
     for run in checkpoint.resolve().parents:
         if (run / "config.yaml").is_file():
             stored = load_yaml(run / "config.yaml")
@@ -655,8 +656,29 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if self.trainer.global_step == self._done_before:
                 print("fit: nothing was left to do: raise data.max_env_steps or trainer.max_steps")
+            else:
+                print(*self._last_evaluation(), sep="\n")
             where = "" if playable(self.trainer) else " --env ENV"
             print(f"fit: {self.run_dir}\nlit-wm evaluate --ckpt {self.run_dir}{where}")
+
+    def _last_evaluation(self) -> list[str]:
+        """What was last found: returns, and losses on held-out episodes; else why there is nothing."""
+        evaluate, module = self._get(self.config_init, "evaluate"), self.model
+        lines, results = [], evaluate.results
+        if results is not None:
+            score = {k.removeprefix("eval/"): v for k, v in results.summary().items()}
+            shown = [f"{k} {score[k]:.2f}" for k in ("return", "normalized", "success") if k in score]
+            count = int(score["episodes"])
+            when = f"{count} episode{'s' * (count != 1)} at update {evaluate.played_at:,}"
+            lines.append(f"fit: {', '.join(shown)}: {when}{evaluate.cut_note()}")
+        if getattr(module, "held_out", None):
+            losses = {k: v for k, v in module.held_out.items() if k.startswith("val/loss/")}
+            text = ", ".join(f"{k.removeprefix('val/loss/')} {v:.4g}" for k, v in losses.items())
+            lines.append(f"fit: held-out losses at update {module.held_out_at:,}: {text}")
+        why = f"trainer.val_check_interval is {self.trainer.val_check_interval}"
+        if not (playable(self.trainer) or getattr(self.datamodule, "held_out", None)):
+            why = "data.eval_env or data.val_fraction would make it possible"
+        return lines or [f"fit: nothing was evaluated: {why}"]
 
     def after_validate(self) -> None:
         """Print what the evaluation found and write it to ``validate.json`` in the run directory."""

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_wm.errors import ConfigError
+
 Tensors = dict[str, Tensor]
 
 
@@ -109,6 +111,13 @@ class Spaces:
         """Inverse of :meth:`to_plain`; a ``Spaces`` is returned as it is."""
         if isinstance(plain, Spaces):
             return plain
+        parts = [plain.get(k) for k in ("obs", "action")] if isinstance(plain, Mapping) else [None]
+        entries = [list(p.values()) if isinstance(p, Mapping) else [None] for p in parts]
+        if not all(isinstance(spec, Mapping) for spec in sum(entries, [])):
+            raise ConfigError(
+                f"spaces are {str(plain)[:200]}; expected shape and type of every observation and action\n"
+                "Give data.spaces, buffer.spaces.to_plain() or to_plain() of Spaces({'obs': Spec(...)}, ...)"
+            )
         return cls(
             {k: Spec.from_plain(s) for k, s in plain["obs"].items()},
             {k: Spec.from_plain(s) for k, s in plain["action"].items()},

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -229,6 +230,16 @@ def test_a_signal_ends_a_training_with_its_own_status_and_a_checkpoint_to_go_on_
     assert main(["fit", "--ckpt_path", "last"]) == 0
     last = torch.load(Path("runs/CartPole-v1/cut/checkpoints/last.ckpt"), weights_only=True)
     assert last["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [("2", r"fit: return [\d.]+: 1 episode at update 2 "), ("9", "nothing was evaluated: .*interval is 9")],
+)
+def test_fit_ends_with_what_was_last_found(tmp_path, monkeypatch, capsys, every, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *CARTPOLE, "--trainer.logger", "false", "--trainer.val_check_interval", every]) == 0
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_validate_test_and_predict_each_leave_their_file(at_run, capsys):

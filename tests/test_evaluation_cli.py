@@ -76,7 +76,8 @@ def test_the_same_seed_gives_the_same_file_bit_for_bit_with_and_without_a_video(
     assert first["metrics"]["return_low"] <= first["metrics"]["return"] <= first["metrics"]["return_high"]
     assert "success" not in first["metrics"]
     assert "95 % interval" in printed.out
-    assert "episodes 0/5" in printed.err
+    assert "playing 5 episodes ..." in printed.err
+    assert "environment: CartPole-v1\n" in printed.out
     with Image.open("play.gif") as video:
         assert max(video.size) == 320
         assert seconds(video) == pytest.approx((first["lengths"][0] + 1) / 50)
@@ -196,7 +197,7 @@ WRONG = {
     "no episodes": (["--episodes", "0"], ["--episodes is 0", "1 or more"]),
     "negative noise": (["--obs-noise", "-1"], ["--obs-noise is -1.0", "0 or more"]),
     "noise that is none": (["--obs-noise", "nan"], ["--obs-noise is nan"]),
-    "no such file": (["--ckpt", "nowhere.ckpt"], ["nowhere.ckpt", "no such file"]),
+    "no such file": (["--ckpt", "nowhere.ckpt"], ["error: --ckpt nowhere.ckpt: no such file"]),
     "no such environment": (["--env", "CartPool-v1"], ["'CartPool-v1'", "CartPole"]),
     "another observation": (["--env", "Pendulum-v1"], ["observation 'obs'", "shape=(4,)", "shape=(3,)"]),
     "another action": (
@@ -239,6 +240,15 @@ def test_what_cannot_be_is_said_in_a_few_lines(at, argv, said, capsys):
     assert len(printed.splitlines()) <= 5
 
 
+def test_a_file_without_environment_asks_for_one_with_an_example(at, capsys):
+    loaded = torch.load(f"{CARTPOLE}/checkpoints/last.ckpt", weights_only=True)
+    loaded["lit_wm"]["env"] = None
+    (at / "nowhere").mkdir()
+    torch.save(loaded, at / "nowhere" / "x.ckpt")
+    assert main(["evaluate", "--ckpt", "nowhere/x.ckpt"]) == 1
+    assert "e.g. --env CartPole-v1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", ["evaluate", "test"])
 def test_a_signal_ends_it_with_the_count_of_episodes_and_no_file(at, verb, number):
@@ -251,7 +261,7 @@ def test_a_signal_ends_it_with_the_count_of_episodes_and_no_file(at, verb, numbe
     command = [sys.executable, "-m", "lit_wm", verb, "--ckpt_path", CARTPOLE, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stderr:
-        if line.startswith("episodes 0/100,000"):
+        if line.startswith("playing 100,000 episodes"):
             break
     time.sleep(0.5)
     process.send_signal(number)
@@ -269,7 +279,9 @@ def test_other_lengths_of_an_episode_are_noted(at, capsys):
     evaluate()
     assert "decisions here" not in capsys.readouterr().err
     evaluate("--env-options", "{time_limit: 7}")
-    assert "has 7 decisions here, the checkpoint's had 500" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "has 7 decisions here, the checkpoint's had 500" in printed.err
+    assert "environment: CartPole-v1 (time_limit: 7)\n" in printed.out
 
 
 def test_a_rendering_needs_no_screen(monkeypatch, capfd):

@@ -96,9 +96,8 @@ def test_the_documents_write_into_the_ignored_folder_only():
     assert "/data/" in (ROOT / ".gitignore").read_text().splitlines()
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        found = re.findall(
-            r"(?:^lit-wm .* (?:-o|--video) |--out (?:rows|npz):|save\(\")([^\s\")]+)", text, re.M
-        )
+        ways = r"(?:^lit-wm .* (?:-o|--video) |--out (?:rows|npz):|save\(\")([^\s\")]+)"
+        found = re.findall(ways, text, re.M)
         assert all(path.startswith("data/") for path in found), (document, found)
 
 

@@ -6,12 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_wm.dreamerv3 import DreamerV3
+from lit_wm.dreamerv3 import DreamerV3, DreamerV3Module
+from lit_wm.errors import ConfigError
 from lit_wm.noise import NoiseStreams
 from lit_wm.presets import dreamerv3_sizes
 from lit_wm.types import Spaces, Spec, State, Tensors
 
 B = 3
+
+
+@pytest.mark.parametrize("given", [{"obs": (3,)}, {"obs": {"obs": (3,)}, "action": {"action": 2}}, (3,)])
+def test_spaces_that_are_none_say_what_is_expected(given):
+    with pytest.raises(
+        ConfigError, match="expected shape and type of every observation and action\nGive data"
+    ):
+        DreamerV3Module(given)
+
+
 MIXED = Spaces(
     {
         "camera/front": Spec("uint8", (3, 48, 64)),

@@ -481,6 +481,7 @@ class Evaluate(pl.Callback):
         self.errors: dict[str, float] = {}
         self.prediction: Tensors | None = None
         self.measured_at = -1  # updates when errors and prediction were taken
+        self.played_at = -1  # and when the episodes were played
         self._envs: dict[str | None, Any] = {}  # by task
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -591,6 +592,7 @@ class Evaluate(pl.Callback):
             return
         if self.results is None:
             self.results = self.run(trainer, module, self.episodes, self.seed)
+            self.played_at = int(module.updates)
         self._foresee(trainer, module, self.seed)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -603,7 +605,7 @@ class Evaluate(pl.Callback):
         for name, part in (results.tasks or {"": results}).items():
             if self.results is None and part.reference and trainer.is_global_zero:
                 print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)
-        self.results = results
+        self.results, self.played_at = results, int(pl_module.updates)
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
         self._log(trainer, pl_module, metrics, "eval/return")
 

@@ -93,7 +93,10 @@ class RLProgressBar(ProgressBar):
             lead = ""
             if trainer is not None and trainer.state.fn == "fit":
                 lead = f"{self.line(trainer)} | evaluating: "
-            self._show(f"{lead}episodes {done:,}/{total:,} | {steps:,} steps", now)
+            line = f"{lead}episodes {done:,}/{total:,} | {steps:,} step{'s' * (steps != 1)}"
+            if self._shown == float("-inf") and not self._file.isatty():  # its counts would say nothing
+                line = f"playing {total:,} episode{'s' * (total != 1)} ..."
+            self._show(line, now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Leave the last line standing."""
@@ -126,7 +129,8 @@ class RLProgressBar(ProgressBar):
         parts.append(_count("updates", updates, most_updates))
         if self.last_return is not None:
             parts.append(f"return {self.last_return:.1f}")
-        parts.append(f"{_rate(rates[0])} env steps/s " * collects + f"{_rate(rates[1])} updates/s")
+        if seconds > 0:
+            parts.append(f"{_rate(rates[0])} env steps/s " * collects + f"{_rate(rates[1])} updates/s")
         limits = ((most_steps, steps, rates[0]), (most_updates, updates, rates[1]))
         left = [(most - count) / rate for most, count, rate in limits if most and rate > 0]
         if left:

@@ -262,9 +262,16 @@ def read(path: str | Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                names = archive.namelist()
+                if not any(name.endswith("data.pkl") for name in names):
+                    kind = "an npz of arrays" if names and names[0].endswith(".npy") else "another zip file"
+                    expected = "Expected the .pt of the TD-MPC2 authors, or a .ckpt of ours"
+                    raise CheckpointError(f"{path} is no checkpoint but {kind}\n{expected}")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

@@ -69,6 +69,25 @@ def test_the_eta_is_of_the_budget_that_ends_first(make_trainer):
     )
 
 
+def test_rates_are_left_out_until_they_are_known(make_trainer):
+    bar, trainer = RLProgressBar(), make_trainer(max_steps=6)
+    trainer.datamodule = tiny.TinyData()
+    bar._history.append((0.0, 8, 1))
+    assert bar.line(trainer) == "env steps 8 | updates 1/6 17%"
+
+
+def test_episodes_in_a_log_begin_with_their_number_and_in_a_terminal_with_counts(monkeypatch):
+    for tty, first in ((False, "playing 2 episodes ...\n"), (True, "\repisodes 0/2 | 1 step")):
+        screen = Screen(tty)
+        monkeypatch.setattr("sys.stderr", screen)
+        bar = RLProgressBar(log_every_s=0)
+        bar.episodes(0, 2, 1)
+        assert screen.getvalue() == first
+        bar._shown = -1e9
+        bar.episodes(1, 2, 9)
+        assert "episodes 1/2 | 9 steps" in screen.getvalue()
+
+
 def test_an_episode_that_ends_with_a_line_of_metrics_is_shown():
     bar, trainer = (
         RLProgressBar(),

@@ -258,6 +258,10 @@ class Code:
     [
         (lambda p, raw: p.write_bytes(raw[: len(raw) // 2]), "damaged, cut short"),
         (lambda p, raw: p.write_bytes(b""), "damaged, cut short"),
+        (
+            lambda p, raw: np.savez(p.open("wb"), observations=np.zeros(3)),
+            "no checkpoint but an npz of arrays",
+        ),
         (lambda p, raw: p.write_bytes(raw.replace(raw[99_000:99_064], b"\xff" * 64)), "wrong checksum"),
         (
             lambda p, raw: p.write_text("<html>not found</html>"),

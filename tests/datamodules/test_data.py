@@ -236,6 +236,11 @@ def test_processes_that_cannot_share_are_refused(tmp_path):
         data.setup("fit")
 
 
+def test_setup_without_a_trainer_says_what_to_call(tmp_path):
+    with pytest.raises(ConfigError, match=r"Call trainer\.fit\(model, data\)"):
+        data_of(tmp_path).setup("fit")
+
+
 def test_an_unknown_environment_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="CartPoll"):
         _ = ReplayDataModule("CartPoll-v1").spaces
