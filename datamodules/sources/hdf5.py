@@ -33,7 +33,7 @@ from datamodules.sources.flat import (
 from lit_wm.errors import ConfigError, DataError, LitWMError
 from lit_wm.types import Spaces, Spec
 
-_AGAIN = "Delete it, and fetch it again or write it again."
+_AGAIN = "Delete it, and fetch it again or write it again"
 SUFFIXES = (".hdf5", ".h5", ".hdf")
 _USED = {name for names in NAMES.values() for name in names}
 DAMAGE = (OSError, LookupError, RuntimeError, ValueError, TypeError, MemoryError)  # what h5py and Arrow raise
@@ -247,7 +247,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             what = start if "empty" in start else f"is not an HDF5 file ({start})"
         else:
             what = f"is damaged ({str(error).splitlines()[0][:90]})"
-        fix = _AGAIN
+        fix = f"{_AGAIN}."
         if start.find("PK") >= 0:
             fix = f"It looks like an archive of NumPy: npz:{path}"
         raise DataError(f"{path} {what}.\n  {fix}") from error
@@ -258,7 +258,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             inside = any("h5py" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
             if isinstance(error, LitWMError) or not inside:
                 raise
-            raise DataError(f"{path} is damaged ({said(error)}).\n  {_AGAIN}") from error
+            raise DataError(f"{path} is damaged ({said(error)}).\n  {_AGAIN}.") from error
 
 
 def said(error: BaseException) -> str:
@@ -323,7 +323,7 @@ class Dataset:
                 return read()
             what, cause = "is a single value; expected one per step", None
         except DAMAGE as error:
-            what, cause = f"cannot be read ({said(error)}).\n  The file is damaged; fetch or write it again", error
+            what, cause = f"cannot be read ({said(error)}).\n  {_AGAIN}", error
             plan = self._data.get_create_plist()
             for code, _, _, name in map(plan.get_filter, range(plan.get_nfilters())):
                 if not h5py.h5z.filter_avail(code):

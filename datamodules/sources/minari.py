@@ -572,10 +572,10 @@ def _find(rest: str, root: str | None, download: bool) -> tuple[Path, str]:
         return place / name / "data", name
     there = _installed(place)
     listed = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-    raise DataError(
-        f"minari dataset {rest!r} not found under {place}{nearest(name, there)}\n"
-        f"  There are: {listed or 'none'}\n  To fetch it: {command}   (or the option download=true)"
-    )
+    near = nearest(name, there, 1)
+    more = "If it is another one" if near else f"There are: {listed or 'none'}\n  To fetch it"
+    raise DataError(f"minari dataset {rest!r} not found under {place}{near}\n"
+                    f"  {more}: {command}   (or the option download=true)")  # fmt: skip
 
 
 def _download(rest: str, place: Path, command: str) -> None:

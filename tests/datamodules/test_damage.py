@@ -176,7 +176,7 @@ GRAPH = '{"type": "Graph", "node_space": {}, "edge_space": {}}'
 REFUSED: list[tuple[str, Make, tuple[str, ...]]] = [
     # --- absent
     ("minari id", literal("minari:pendulum/scriptd-v0"),
-     ("'pendulum/scriptd-v0' not found under", "There are: ", "minari download pendulum/scriptd-v0")),
+     ("'pendulum/scriptd-v0' not found under", "another one: ", "minari download pendulum/scriptd-v0")),
     ("npz", literal("npz:{}/a.npz", "b.npz"), ("a.npz does not exist", "b.npz")),
     ("hdf5", literal("hdf5:{}/a.hdf5"), ("a.hdf5 does not exist",)),
     ("tdmpc2", literal("tdmpc2:{}/*.pt"), ("no file matches", "Expected .pt files")),
