@@ -152,9 +152,15 @@ class Minari(Source):
 
     def _words(self, texts: list[tuple[str, Leaf]]) -> dict[str, list[str]]:
         words: dict[str, set[str]] = {leaf.name: set() for _, leaf in texts}
+        broken = None
         for group in self._groups(texts):
-            for part, leaf in texts:
-                words[leaf.name].update(group.read(part, leaf))
+            try:
+                for part, leaf in texts:
+                    words[leaf.name].update(group.read(part, leaf))
+            except DataError as error:  # episodes() meets it again, where on_bad counts
+                broken = error
+        if broken and not all(words.values()):
+            raise broken
         return {name: sorted(known) for name, known in words.items()}
 
     def _groups(self, read: Sequence[tuple[str, Leaf]]) -> Iterator[_Group]:
@@ -410,7 +416,7 @@ class _ArrowGroup(_Group):
         return pa.ipc.open_file(pa.memory_map(path))
 
     def _batch(self, path: str, i: int) -> Any:
-        """A batch, mapped anew, so that pages that were read go; a compressed one is kept instead."""
+        """A batch, mapped anew, so that pages that were read go; a compressed one is kept."""
         import pyarrow as pa
 
         if self._kept[0] != (path, i):
@@ -420,8 +426,8 @@ class _ArrowGroup(_Group):
                 return batch
             if size > _BATCH:
                 raise DataError(
-                    f"{self.where}: a compressed batch of {path} takes {size >> 20:,} MB in memory, more than "
-                    f"{_BATCH >> 20:,}.\n  Write the file again in smaller batches, or without compression."
+                    f"{self.where}: a compressed batch of {path} takes {size >> 20:,} MB in memory, more "
+                    f"than {_BATCH >> 20:,}.\n  Write the file in smaller batches, or without compression."
                 )
             self._kept = (path, i), batch
         return self._kept[1]
@@ -480,7 +486,7 @@ class _ArrowGroup(_Group):
         text = "string" in str(kind) and not pa.types.is_nested(kind)
         if pa.types.is_struct(kind) or leaf.text > text:
             raise DataError(
-                f"{at} is stored as {kind}; expected {'text' if leaf.text else 'an array'}, as its space says."
+                f"{at} is stored as {kind}; its space says {'text' if leaf.text else 'an array'}.\n{_AGAIN}"
             )
         if leaf.text:
             return column.to_pylist()

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import minari
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from gymnasium import spaces
@@ -394,6 +395,81 @@ def test_a_damaged_table_is_named(form: str, copy: Callable[[str], Path]) -> Non
     with pytest.raises(DataError, match=f"episode 1: no .{form} file"):
         read(folder)
     assert [x.where[-1] for x in read(folder, "skip_episode")] == ["0", *"2"[: form == "arrow"]]
+
+
+def rows(*values: Any) -> list[Any]:
+    """13 rows, of which 4 and 5 are other ones."""
+    return [values[0]] * 4 + [*values[1:]] + [values[0]] * (10 - len(values))
+
+
+MIXED = spaces.Dict({"x": spaces.Box(-9, 9, (2,), np.float32), "t": spaces.Text(4)})
+IMAGE = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+COLUMNS: list[tuple[str, spaces.Space, str, Any, str]] = [
+    ("ragged", spaces.Box(-9, 9, (2,), np.float32), "observations",
+     pa.array(rows([1.0, 2.0], [3.0], [4.0, 5.0, 6.0])), "'observations' has 1 values in row 4, 2 before"),
+    ("no Dict", MIXED, "observations", pa.array(rows({"x": [1.0, 2.0], "t": "a"}, None)),
+     "'observations' has none in row 4"),
+    ("no text", MIXED, "observations",
+     pa.array(rows({"x": [1.0, 2.0], "t": "a"}, {"x": [1.0, 2.0]})),
+     "'observations/t' has none in row 4"),
+    ("no number", MIXED, "rewards", pa.array(rows(1.0, None)), "'rewards' has none in row 4"),
+    ("no image", IMAGE, "observations", pa.array(rows(b"", None)), "'observations' has none in row 4"),
+    ("a Dict", IMAGE, "observations", pa.array(rows({"x": 1})), "is stored as struct<x: int64>; .* an array"),
+    ("numbers", MIXED, "observations", pa.array(rows({"x": [1.0, 2.0], "t": 3})), "stored as int64; .* text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+@pytest.mark.parametrize(
+    ("space", "name", "column", "message"), [x[1:] for x in COLUMNS], ids=[x[0] for x in COLUMNS]
+)
+def test_a_column_of_a_table_that_is_no_array_is_named(
+    space: spaces.Space, name: str, column: Any, message: str, form: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "x-v0", space, spaces.Discrete(2), (12, 12), form)
+    path, whole = folder / f"data/1/part-0.{form}", read(folder, text="ids")
+    table = ds.dataset(path, format=form).to_table()
+    path.unlink()  # what was read of it may still be mapped
+    ds.write_dataset(table.set_column(table.schema.names.index(name), name, column), path.parent, format=form,
+                     basename_template=f"part-{{i}}.{form}",
+                     existing_data_behavior="overwrite_or_ignore")  # fmt: skip
+    with pytest.raises(DataError, match=f"x-v0, episode 1: .*{message}"):
+        read(folder, text="ids")
+    assert [x.where for x in read(folder, "skip_episode", text="ids")] == [whole[0].where]
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_a_name_that_is_no_text_is_damage(form: str, copy: Callable[[str], Path]) -> None:
+    path = copy(f"pendulum/{form}-v0") / f"data/1/part-0.{form}"
+    path.write_bytes(path.read_bytes().replace(b"truncations", b"trunc\xff\xfeions"))
+    with pytest.raises(DataError, match=f"episode 1: .*part-0.{form} is damaged"):
+        read(path.parents[2])
+
+
+def test_a_compressed_table_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(
+        tmp_path / "x-v0", spaces.Box(-1, 1, (500,), np.float32), spaces.Discrete(2), (50,), "arrow"
+    )
+    (want,) = read(folder)
+    path = folder / "data/0/part-0.arrow"
+    table = ds.dataset(path, format="arrow").to_table()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    path.unlink()  # what was read of it is mapped
+    with pa.ipc.new_file(path, table.schema, options=options) as file:
+        file.write_table(table, max_chunksize=30)  # two batches
+    monkeypatch.setattr("datamodules.sources.flat.LONGEST", 17_000)
+    opened: list[str] = []
+    mapped = minari_source._ArrowGroup._mapped
+    monkeypatch.setattr(minari_source._ArrowGroup, "_mapped",
+                        lambda group, path: opened.append(path) or mapped(group, path))  # fmt: skip
+    parts = read(folder)
+    assert len(parts) == 7
+    assert len(opened) == 1 + 2 + 1 + 2  # how many rows, then the rows
+    seen = [x.observation["obs"][:-1] for x in parts] + [parts[-1].observation["obs"][-1:]]
+    np.testing.assert_array_equal(np.concatenate(seen), want.observation["obs"])
+    monkeypatch.setattr(minari_source, "_BATCH", 1000)
+    with pytest.raises(DataError, match=r"a compressed batch of .* more than 0.\n.*without compression"):
+        read(folder)
 
 
 def test_a_cut_jpeg_is_named_by_episode_and_row(tmp_path: Path) -> None:
