@@ -276,7 +276,7 @@ class WorldModel(nn.Module, ABC):
         """Actions for the networks, checked; a bare tensor or array stands for the only key.
 
         Args:
-            actions: (B, *shape) or (B, H, *shape) with ``steps``, by key. Classes are integers, or floats with
+            actions: (B, *shape) or (B, H, *shape) with ``steps``, by key. Classes are integers or floats with
                 one more axis, a number for each class, of which the largest counts.
             batch: B.
 

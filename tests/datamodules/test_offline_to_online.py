@@ -152,6 +152,6 @@ def test_a_dataset_is_judged_with_the_options_that_it_was_recorded_with(tmp_path
     envs = data.make_envs(1, [0])
     envs.reset()
     action = {"action": np.zeros((1, 1), np.float32)}
-    ends = [bool(envs.step(action)[3].any()) for _ in range(101)]
+    ends = [bool(envs.step(action)[3].any()) for _ in range(100)]
     assert ends.index(True) == 99  # of 200 steps, two at a time
     envs.close()
