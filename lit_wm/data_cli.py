@@ -201,7 +201,8 @@ def doctor(given: argparse.Namespace) -> int:
         print(f"{f.severity}: {f.check.replace('_', ' ')}{where and f', {where}'}")
         print(f"  found  {f.found}\n  means  {f.meaning}" + (f"\n  mend   {f.fix}" if f.fix else ""))
     said = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items())
-    print(f"{said} in {sum(len(d.survey.steps) for d in doctors):,} episodes")
+    seen = sum(len(d.survey.steps) for d in doctors)
+    print(f"{said} in {seen:,} episode{'s' * (seen != 1)}")
     return status
 
 
