@@ -212,7 +212,7 @@ def test_a_schema_that_does_not_fit_its_file_is_refused(tmp_path):
             ReplayBuffer.load(tmp_path / "y.npz", cache_dir=tmp_path / "cache")
 
 
-@pytest.mark.filterwarnings("ignore:.*dones are ends")
+@pytest.mark.filterwarnings("ignore:.*(dones are ends|are left out)")
 def test_every_form_loads_by_its_path_with_its_own_values(tmp_path):
     def load(*path, **options):
         return ReplayBuffer.load(os.path.join(DATA, *path), cache_dir=tmp_path, **options)
