@@ -415,14 +415,14 @@ class _ArrowGroup(_Group):
 
         return pa.ipc.open_file(pa.memory_map(path))
 
-    def _batch(self, path: str, i: int) -> Any:
+    def _batch(self, path: str, i: int, file: Any = None) -> Any:
         """A batch, mapped anew, so that pages that were read go; a compressed one is kept."""
         import pyarrow as pa
 
         if self._kept[0] != (path, i):
             self._kept, before = (None, None), pa.total_allocated_bytes()
-            batch = self._mapped(path).get_batch(i)
-            if (size := pa.total_allocated_bytes() - before) < batch.nbytes // 2:
+            batch = (file or self._mapped(path)).get_batch(i)
+            if not (size := pa.total_allocated_bytes() - before) or size < batch.nbytes // 2:
                 return batch
             if size > _BATCH:
                 raise DataError(
@@ -437,8 +437,9 @@ class _ArrowGroup(_Group):
             from pyarrow.parquet import read_metadata
 
             return sum(read_metadata(path).num_rows for path in self._files)
-        counts = {path: self._mapped(path).num_record_batches for path in self._files}
-        return sum(self._batch(path, i).num_rows for path, count in counts.items() for i in range(count))
+        files = [(path, self._mapped(path)) for path in self._files]
+        each = (self._batch(path, i, file) for path, file in files for i in range(file.num_record_batches))
+        return sum(batch.num_rows for batch in each)
 
     @cached_property
     def _rows(self) -> int:

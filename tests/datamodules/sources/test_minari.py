@@ -464,7 +464,7 @@ def test_a_compressed_table_is_unpacked_once(tmp_path: Path, monkeypatch: pytest
                         lambda group, path: opened.append(path) or mapped(group, path))  # fmt: skip
     parts = read(folder)
     assert len(parts) == 7
-    assert len(opened) == 1 + 2 + 1 + 2  # how many rows, then the rows
+    assert len(opened) == 1 + 1 + 2  # how many rows, then the rows
     seen = [x.observation["obs"][:-1] for x in parts] + [parts[-1].observation["obs"][-1:]]
     np.testing.assert_array_equal(np.concatenate(seen), want.observation["obs"])
     monkeypatch.setattr(minari_source, "_BATCH", 1000)
