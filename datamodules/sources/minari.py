@@ -420,7 +420,8 @@ class _ArrowGroup(_Group):
         import pyarrow as pa
 
         if self._kept[0] != (path, i):
-            self._kept, before = (None, None), pa.total_allocated_bytes()
+            self._kept = (None, None)  # it goes before memory is measured
+            before = pa.total_allocated_bytes()
             batch = (file or self._mapped(path)).get_batch(i)
             if not (size := pa.total_allocated_bytes() - before) or size < batch.nbytes // 2:
                 return batch
