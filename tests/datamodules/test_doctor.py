@@ -140,9 +140,9 @@ CASES: list[tuple[str, Source, str, str]] = [
     ("type", Made(only(1, lambda e: replace(e, reward=e.reward.astype("S8")))), "error",
      "reward has the type |S8"),
     ("nothing", Made(lambda i, e: None), "error", "no episode with a step"),
-    ("few_episodes", Made(lambda i, e: e if i < 2 else None), "note", "2 episodes, 81 steps"),
+    ("few_episodes", Made(lambda i, e: e if i < 2 else None), "note", "episodes: 2, of 81 steps together"),
     ("few_episodes", Made(lambda i, e: None if i else steps(70)(i, e), no_limit), "warning",
-     "1 episodes, 70 steps"),
+     "episodes: 1, of 70 steps together"),
     ("wrong_length", Made(spaces=replace(no_limit, episode_length=49)), "warning",
      "2 episodes are longer than the time limit of 49 steps, up to 51"),
     ("terminal_is_limit", Made(steps(60)), "", ""),  # half of them are truncated there
@@ -326,7 +326,7 @@ def test_duplicates_and_final_observations():
     seen = findings(open_source(f"tdmpc2:{DATA}/tdmpc2/*.pt"))
     assert seen["duplicates"].found == "5 of 14 episodes are equal to another one, e.g. 9 to 4"
     assert (
-        "6 episodes lack their last"
+        "episodes without their last observation: 6"
         in findings(open_source(f"npz:{DATA}/npz/recording.npz"))["last_dropped"].found
     )
     ends = findings(open_source(f"npz:{DATA}/npz/recording.npz?dones_are=terminals"))
