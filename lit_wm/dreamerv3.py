@@ -258,7 +258,7 @@ class DreamerV3Module(WorldModelModule):
                 loss, out.metrics["disagreement/data"] = self.model.ensemble_loss(batch, out)
                 out.metrics["loss/ensemble"] = loss.detach()
                 self.optimise(loss, "ensemble")
-        out.metrics |= self.by_source(batch, {k: v.mean(1) for k, v in out.losses.items()})
+        out.metrics |= self.by_source(batch, out.losses)
         if learning["critic"]:
             self.model.update_slow_critic()
 

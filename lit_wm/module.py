@@ -265,7 +265,7 @@ class WorldModelModule(pl.LightningModule):
         return result
 
     def by_source(self, batch: Batch, rows: Tensors) -> Tensors:
-        """Losses of each row of a batch, (B,) by name, added up by the source that the rows are of."""
+        """Losses of the rows of a batch, (B, ...) by name, added up by the source that the rows are of."""
         names = getattr(getattr(getattr(self._trainer, "datamodule", None), "replay", None), "names", [])
         if batch.source is None or len(names) < 2:
             return {}
@@ -273,7 +273,10 @@ class WorldModelModule(pl.LightningModule):
         for number, name in enumerate(names):
             here = (batch.source == number).float()
             sums[f"{name}/rows"] = here.sum()
-            sums |= {f"{name}/loss/{k}": (here * v.detach()).sum() for k, v in rows.items()}
+            sums |= {
+                f"{name}/loss/{k}": (here * v.detach().reshape(len(v), -1).mean(1)).sum()
+                for k, v in rows.items()
+            }
         return sums
 
     def log_metrics(self, metrics: dict[str, float]) -> None:

@@ -226,7 +226,6 @@ SIZES = {"cartpole_swingup": (5, 1), "reacher_easy": (6, 2), "cup_catch": (8, 2)
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two short random episodes of each; those of finger_spin in Minari's order."""
     pytest.importorskip("dm_control", reason="needs the extra 'dmc'")
-    pytest.importorskip("minari")
     folder = tmp_path_factory.mktemp("four")
     for name in NAMES:
         out = f"rows:{folder / name}" if name != "finger_spin" else "minari:finger/random-v0"
