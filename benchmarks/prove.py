@@ -177,9 +177,9 @@ def judge(proof: Proof, run: Path) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k != "checkpoint"}  # a path of this machine
 
 
-def random_player(env_id: str, episodes: int = 100) -> float:
+def random_player(env_id: str, episodes: int = 100, **options: Any) -> float:
     """Mean return of uniformly random actions."""
-    env = make_env(env_id, seed=0)
+    env = make_env(env_id, seed=0, **options)
     total = 0.0
     for _ in range(episodes):
         env.reset()
