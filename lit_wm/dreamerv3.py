@@ -849,10 +849,7 @@ class DreamerV3(WorldModel):
         if obs[key].ndim != len(spec.shape) + 1:
             raise ValueError("encode takes one step (batch, ...), not a sequence")
         B = obs[key].shape[0]
-        if is_first is None:
-            first = torch.full((B,), state is None, device=self.device)
-        else:
-            first = is_first.to(self.device)
+        first = self.begins(is_first, state, B)
         task = self.task_of(state.task if task is None and state is not None else task, (B,))
         if state is None:
             state, action = self.initial(B), self.zero_action(B)

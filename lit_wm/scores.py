@@ -1,8 +1,9 @@
 """Normalised scores: 0 stands for what random actions reach, 100 for an expert.
 
 The two returns are those that a dataset states, as Minari's metadata can, or those of a row of D4RL's table.
-Rows are of D4RL's datasets and of the environments that it registers under the same names, with physics of
-their own: no other name is taken for one of them, and HalfCheetah-v5 alone has no score.
+Rows are of D4RL's datasets, and of the environments that it registers under the same names. D4RL's data keep
+their row in whatever environment they are played: ``d4rl:hopper-medium-v2`` has scores in Hopper-v5, although
+physics differ a little. An environment alone is never taken for another: HalfCheetah-v5 has no score.
 """
 
 from __future__ import annotations

@@ -870,6 +870,7 @@ class TDMPC2(WorldModel):
         key, spec = next(iter(self.spaces.obs.items()))
         if obs[key].ndim != len(spec.shape) + 1:
             raise ValueError("encode takes one step (batch, ...), not a sequence")
+        self.begins(is_first, state, len(obs[key]))  # refuses those of another batch
         if task is None and state is not None:
             task = state.task
         task = self.task_of(task, len(obs[key]))

@@ -16,6 +16,7 @@ from lit_wm.nets.ensemble import Ensemble
 from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.planners import Planner, make_planner
+from lit_wm.planners.protocol import check_budget
 from lit_wm.pretrained import LoadReport, Weights, load, read_weights
 from lit_wm.tasks import Task
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
@@ -179,7 +180,13 @@ class WorldModel(nn.Module, ABC):
         Args:
             mode: ``train`` explores, ``eval`` does not.
             planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
-            max_ms: time for planning, in milliseconds; the best plan so far is taken.
+            max_ms: time for planning, in milliseconds; the best plan so far is taken. No iteration begins
+                that would pass it if it took as long as the longest so far, but one is always done; a planner
+                whose first one passes it warns, once. Filtering ``obs`` comes before and is not counted.
+
+        Raises:
+            ConfigError: ``planner`` or ``max_ms`` is none, or ``state`` holds a plan of another horizon.
+            ValueError: ``obs``, ``state`` and ``is_first`` are not of one batch.
         """
 
     @abstractmethod
@@ -251,12 +258,15 @@ class WorldModel(nn.Module, ABC):
             planner = self.planner_of(planner)
         elif planner is None:
             planner = self.planner
+        elif not isinstance(planner, Planner):
+            raise ConfigError(
+                f"planner is {planner!r}; expected a name or an object, such as 'cem' or CEM(horizon=5)"
+            )
         if planner is None:
+            check_budget(max_ms)
             return None
         plan = None if before is None else before.plan
-        first = torch.full((len(now.deter),), plan is None, device=self.device)
-        if plan is not None and is_first is not None:
-            first = is_first.to(self.device)
+        first = self.begins(is_first, None if plan is None else before, len(now.deter))
         done = planner.plan(self, now, plan, first, mode == "train", noise, max_ms)  # type: ignore[arg-type]
         return done.action, done.mean
 
@@ -271,6 +281,33 @@ class WorldModel(nn.Module, ABC):
         return {k: split[k] for k in specs}
 
     # --- Inputs -------------------------------------------------------------------------------------
+
+    def begins(self, is_first: Any, state: State | None, batch: int) -> Tensor:
+        """Which rows begin an episode; without a state all. (B,) bool
+
+        Args:
+            is_first: (B,) bools, a tensor, an array or a list; None = none of them.
+            state: what the rows come from.
+            batch: B, of the observations.
+
+        Raises:
+            ValueError: for another number of rows, or no bools.
+        """
+        if state is not None and len(state.deter) != batch:
+            raise ValueError(
+                f"the state is of {len(state.deter)} rows, deter {tuple(state.deter.shape)}, and there are "
+                f"{batch} observations; expected a state for each"
+            )
+        first = torch.full((batch,), state is None, device=self.device)
+        if is_first is None:
+            return first
+        given = _tensor(is_first)
+        if given.dtype != torch.bool or given.shape != first.shape:
+            raise ValueError(
+                f"is_first is {given.dtype} {tuple(given.shape)}; expected bools ({batch},), one for each "
+                "observation"
+            )
+        return first if state is None else given.to(self.device)
 
     def action_dict(self, actions: Any, batch: int, steps: bool = False) -> Tensors:
         """Actions for the networks, checked; a bare tensor or array stands for the only key.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -64,11 +66,22 @@ class Plan:
     trace: list[Tensors]
 
 
+def check_budget(max_ms: Any) -> None:
+    """Raise a ConfigError unless ``max_ms`` is None or a time."""
+    number = isinstance(max_ms, Real) and not isinstance(max_ms, bool)
+    if max_ms is not None and not (number and 0 < float(max_ms) < float("inf")):
+        raise ConfigError(f"max_ms is {max_ms!r}; expected milliseconds, a finite number above 0")
+
+
 class Laps:
-    """Counts iterations and ends them in time. Only with a limit is the clock read, the device waited for."""
+    """Counts iterations and ends them in time. Only with a limit is the clock read, the device waited for.
+
+    ``late`` is how long the first one took, with all before it, if that was more than the limit.
+    """
 
     def __init__(self, max_ms: float | None, device: torch.device):
-        self.max_ms, self.device = max_ms, device
+        check_budget(max_ms)
+        self.max_ms, self.device, self.late = max_ms, device, 0.0
         self.start = self._now()
 
     def _now(self) -> float:
@@ -82,14 +95,18 @@ class Laps:
         """0 ... count-1, ending before a lap that would pass the limit if it took as long as the longest."""
         longest, before = 0.0, self._now()
         for i in range(count):
-            now = self._now() if i else before
-            longest, before = max(longest, now - before), now
-            if i and self.max_ms is not None and now - self.start + longest > self.max_ms:
-                return
             yield i
+            if self.max_ms is not None:
+                now = self._now()
+                longest, before, passed = max(longest, now - before), now, now - self.start
+                if i == 0 and passed > self.max_ms:
+                    self.late = passed
+                if passed + longest > self.max_ms:
+                    return
 
 
 Found = tuple[Tensor, Tensor, Tensor, list[Tensors]]
+LATE: set[Planner] = set()  # those that have said so
 
 
 @dataclass(frozen=True)
@@ -147,10 +164,14 @@ class Planner(ABC):
             t0: True where an episode begins: there ``mean_prev`` is not used.            (N,) bool
             explore: add the exploration noise of training (continuous actions only).
             noise: source of all random numbers.
-            max_ms: time budget: no iteration begins that would pass it, but one is always done.
+            max_ms: time budget: no iteration begins that would pass it, but one is always done; a planner
+                whose first one passes it warns, once.
 
         NaN counts as 0 in the policy's samples and in the values of MPPI and CEM: a broken observation spoils
         neither the other environments nor this one's next plan.
+
+        Raises:
+            ConfigError: ``max_ms`` is no time, or ``mean_prev`` is of another horizon.
         """
         laps = Laps(max_ms, state.deter.device)
         fill = 1 / model.action_dim if model.discrete else 0.0
@@ -160,12 +181,21 @@ class Planner(ABC):
             if mean_prev.shape != shape:
                 raise ConfigError(
                     f"the plan of the step before has shape {tuple(mean_prev.shape)}, expected {shape} "
-                    "(environments, horizon, action): start anew with mean_prev=None"
+                    "(environments, horizon, action)\nTake a planner of that horizon, or begin a new plan: "
+                    "state.plan = None"
                 )
             mean[:, :-1] = torch.where(t0[:, None, None], fill, mean_prev[:, 1:])
         mask = model.action_mask_of(state)
         mask = None if mask is None else mask[:, None]
         action, mean, std, trace = self._search(model, state, mean, mask, noise, laps)
+        if laps.late and self not in LATE:
+            LATE.add(self)
+            count = "num_candidates" if hasattr(self, "num_candidates") else "num_samples"
+            warnings.warn(
+                f"planner {type(self).__name__.lower()}: the first iteration, which is always done, ended "
+                f"after {laps.late:.3g} ms, max_ms is {max_ms:g}: lower {count} or horizon",
+                stacklevel=2,
+            )
         if explore and not model.discrete:
             action = action + std[:, 0] * noise.normal("plan/explore", tuple(action.shape))
         return Plan(action.clamp(-1, 1), mean, len(trace), trace)

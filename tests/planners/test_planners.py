@@ -1,5 +1,6 @@
 """Planners on models whose best plan is known."""
 
+import warnings
 from dataclasses import asdict
 
 import pytest
@@ -277,10 +278,35 @@ def test_a_budget_ends_the_search_but_one_iteration_is_done(name, monkeypatch):
     monkeypatch.setattr(
         "lit_wm.planners.protocol.time.perf_counter", lambda: next(clock) / 100
     )  # 10 ms a look
-    assert plan(name, Toy(), states(0.1), max_ms=0).iterations == 1
+    with pytest.warns(UserWarning, match=f"planner {name}: the first iteration, which is always done, ended"):
+        assert plan(name, Toy(), states(0.1), max_ms=5, num_pi_trajs=1).iterations == 1
     some = plan(name, Toy(), states(0.1), max_ms=45)
     assert some.iterations == len(some.trace) == 3
     assert torch.isfinite(some.action).all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_planner_says_once_that_its_first_iteration_is_too_slow(name, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("lit_wm.planners.protocol.time.perf_counter", lambda: next(clock) / 100)
+    monkeypatch.setattr("lit_wm.planners.protocol.LATE", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plan(name, Toy(), states(0.1), max_ms=21)  # the start, 10 ms to the first iteration, 10 ms of it
+        assert not said
+        for _ in range(2):
+            plan(name, Toy(), states(0.1), max_ms=19)
+        count = "num_candidates" if name == "gradient" else "num_samples"
+        (one,) = [str(w.message) for w in said]
+        assert one.endswith(f"ended after 20 ms, max_ms is 19: lower {count} or horizon")
+        plan(name, Toy(), states(0.1), max_ms=19, horizon=2)
+        assert len(said) == 2
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), True, "50", [50]])
+def test_a_budget_is_a_time(bad):
+    with pytest.raises(ConfigError, match="max_ms is .*; expected milliseconds, a finite number above 0"):
+        plan("mppi", Toy(), states(0.1), max_ms=bad)
 
 
 def test_without_a_budget_the_clock_is_not_read(monkeypatch):
@@ -364,5 +390,5 @@ def test_a_planner_shows_the_options_that_it_has(name, lacks):
 def test_plans_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="discrete actions have no gradient"):
         plan("gradient", Chain(), states(0, size=3))
-    with pytest.raises(ConfigError, match=r"shape \(1, 5, 2\), expected \(1, 3, 2\)"):
+    with pytest.raises(ConfigError, match=r"shape \(1, 5, 2\), expected \(1, 3, 2\) [^\0]*state.plan = None"):
         plan("mppi", Toy(), states(0), torch.zeros(1, 5, 2), [False])
