@@ -7,6 +7,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from datamodules.cache import Cache, ingest, write_rows
 from datamodules.episodes import Arrays, Episode, Report, Schema, Source, _typed, checked
-from datamodules.offline import CacheRows
+from datamodules.offline import CacheRows, action_bounds
 from datamodules.replay import RowReplay
 from datamodules.rows import nested, row_key
 from datamodules.sampling import EpisodeSampler, counter_rng
@@ -25,7 +26,7 @@ from datamodules.selection import SourceSpec
 from datamodules.sources import find_uri, open_source
 from datamodules.sources.flat import fitted, infer
 from datamodules.sources.npz import write_npz
-from lit_wm.errors import ConfigError, DataError, NotSupported
+from lit_wm.errors import ConfigError, DataError, NotSupported, whole
 from lit_wm.types import Spaces, Spec, Tensors
 
 _SAMPLERS = 8  # sequence lengths that are kept ready
@@ -47,15 +48,24 @@ class ReplayBuffer:
             them from those of an environment.
         directory: for memory-mapped files, which are gone with the buffer; None is a temporary one.
         seed: of the draws: the same calls give the same batches.
+        action_low, action_high: what is -1 and 1 to a model: a number or an array of the only continuous
+            action, or several by name. :func:`lit_wm.training.train` scales by them, and keeps values beyond
+            them; where they are not said it takes actions in -1 ... 1.
+
+    Raises:
+        ConfigError: for bounds or numbers that cannot be.
     """
 
     def __init__(
         self, capacity: int = 100_000, obs_shape: Iterable[int] | None = None, action_dim: int | None = None,
         *, spaces: Spaces | None = None, directory: str | Path | None = None, seed: int = 0,
+        action_low: Any = None, action_high: Any = None,
     ):  # fmt: skip
-        self.capacity, self.seed, self._said = capacity, seed, (obs_shape, action_dim)
+        action_dim = None if action_dim is None else whole("action_dim", action_dim)
+        self.capacity, self.seed, self._said = whole("capacity", capacity), seed, (obs_shape, action_dim)
+        self._bounds = action_low, action_high
         self.cache: Cache | None = None  # of a loaded buffer
-        self._schema = None if spaces is None else Schema(spaces)
+        self._schema = None if spaces is None else _bounded(Schema(spaces), *self._bounds)
         self._replay: RowReplay | None = None
         self._samplers: dict[int, EpisodeSampler] = {}  # by sequence length
         self._draws = 0
@@ -69,7 +79,8 @@ class ReplayBuffer:
     @classmethod
     def load(
         cls, source: str | Path, *, cache_dir: str | Path | None = None, on_bad: str = "error",
-        directory: str | Path | None = None, seed: int = 0, **options: Any,
+        directory: str | Path | None = None, seed: int = 0, action_low: Any = None, action_high: Any = None,
+        **options: Any,
     ) -> ReplayBuffer:  # fmt: skip
         """Open a dataset, or what :meth:`save` wrote; it is written as rows once and never held in memory.
 
@@ -78,6 +89,7 @@ class ReplayBuffer:
                 Minari dataset, a cache, TorchRL data or npz files.
             cache_dir, on_bad: see :func:`datamodules.ingest`.
             directory, seed: as above.
+            action_low, action_high: as above; None is what the dataset states.
             options: of the reader, e.g. ``episode_length=300``.
 
         Raises:
@@ -91,6 +103,7 @@ class ReplayBuffer:
                 "episodes, as nobody saw what they led to. last_obs=repeat keeps them.", stacklevel=2
             )  # fmt: skip
         buffer = cls(len(cache), directory=directory, seed=seed)
+        cache.schema = _bounded(cache.schema, action_low, action_high, str(source))
         buffer.cache, buffer._schema = cache, cache.schema
         spaces, every = cache.schema.spaces, np.arange(len(cache.episodes["start"]))
         rows = CacheRows(cache, buffer._folder, spaces, every, SourceSpec(str(source)), lead=0, rescale=False)
@@ -314,7 +327,7 @@ class ReplayBuffer:
             raise NotSupported("a loaded buffer does not grow.\n  Make a new one, ReplayBuffer(spaces=loaded."
                                "spaces), and give it the old episodes by add_episode.")  # fmt: skip
         if self._replay is None:
-            self._schema = self._schema or Schema(self._infer(obs, action))
+            self._schema = self._schema or _bounded(Schema(self._infer(obs, action)), *self._bounds)
             how: dict[str, Any] = {"window": 2, "within_episodes": True, "by": "windows"}
             try:
                 self._replay = RowReplay(self.spaces, self.capacity, 1, self._folder, **how)
@@ -355,6 +368,27 @@ class ReplayBuffer:
             begun = f"; one of {len(self._steps):,} transitions is running" if self._steps else ""
             raise DataError(f"the buffer has no finished episode yet: add one before drawing{begun}.")
         return self._replay
+
+
+def _bounded(schema: Schema, low: Any, high: Any, where: str = "ReplayBuffer") -> Schema:
+    """The schema, with the bounds that are said."""
+    if low is None and high is None:
+        return schema
+    floats = [k for k, s in schema.spaces.action.items() if not s.is_discrete]
+    lows, highs = (dict(x if isinstance(x, Mapping) else dict.fromkeys(floats, x)) for x in (low, high))
+    names = lows | highs
+    if names.keys() - floats or (len(floats) != 1 and not isinstance(low, Mapping)):
+        raise ConfigError(
+            f"{where}: action_low and action_high are of {', '.join(names) or 'none'}; the continuous "
+            f"actions are {', '.join(floats) or 'none'}: bounds of several are mappings by name."
+        )
+    found = dict(schema.low), dict(schema.high)
+    for k in names:
+        spec = SourceSpec(where, action_low=lows.get(k), action_high=highs.get(k))
+        for own, x in zip(found, action_bounds(k, schema, spec) or (-1.0, 1.0), strict=True):
+            own[k] = np.broadcast_to(np.asarray(x, np.float64), schema.spaces.action[k].shape)
+    free = tuple(k for k in schema.spaces.unbounded if k not in names)
+    return Schema(replace(schema.spaces, unbounded=free), *found)
 
 
 def _named(value: Any, alone: str, axes: int = 0) -> Arrays:

@@ -23,8 +23,10 @@ from lit_wm.types import Spaces, Spec
 
 if TYPE_CHECKING:
     from datamodules.cache import Cache
+    from datamodules.episodes import Schema
 
 _BLOCK = 1 << 16  # rows changed at a time
+BOUNDS_HINT = "Give action_low and action_high in its entry of data.sources."
 
 
 class CacheRows(RowStorage):
@@ -94,7 +96,9 @@ class CacheRows(RowStorage):
     def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: Any, rescale: bool) -> None:
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
-        scales = {k: self._bounds(k, spec) for k, s in spaces.action.items() if rescale and s.classes is None}
+        floats = [k for k, s in spaces.action.items() if rescale and s.classes is None]
+        scales = {k: action_bounds(k, self.cache.schema, spec) for k in floats}
+        said = spec.action_low is not None
         valid = self.arrays["valid",]
         valid[:] = True
         valid[self._stops - 1] = False
@@ -116,12 +120,10 @@ class CacheRows(RowStorage):
                 if key == ("next", "reward"):
                     value = np.where(valid[start : start + len(value)], reward(value), 0)
                 elif key[0] == "action" and (scale := scales.get(name)) is not None:
-                    low, high = scale
-                    acts = valid[start : start + len(value)]
-                    value = ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))
+                    value = scaled(value, scale, valid[start : start + len(value)])
                 elif key == ("task",) and isinstance(task, np.ndarray):
                     value = task[value]
-                elif key[0] == "action" and name in scales and not self._bounded(name):
+                elif key[0] == "action" and name in scales and not (said or self._bounded(name)):
                     most = max(most, float(np.abs(value).max(initial=0)))
                 if value.shape != part.shape:  # padded
                     part[...] = 0
@@ -130,33 +132,8 @@ class CacheRows(RowStorage):
             if most > 1 + 1e-5:
                 raise DataError(
                     f"{spec.uri}: the values of action {name!r} go up to {most:.3g}, and nobody says their "
-                    "bounds; models need -1 to 1.\n  Give action_low and action_high in its entry of "
-                    "data.sources."
+                    f"bounds; models need -1 to 1.\n  {BOUNDS_HINT}"
                 )
-
-    def _bounds(self, key: str, spec: SourceSpec) -> tuple[np.ndarray, np.ndarray] | None:
-        """What becomes -1 and 1; None for an action that is not scaled."""
-        if (spec.action_low is None) != (spec.action_high is None):
-            raise ConfigError(f"{spec.uri}: give both of action_low and action_high, or none.")
-        if spec.action_low is not None and spec.action_high is not None:
-            low, high = (np.asarray(x, np.float64) for x in (spec.action_low, spec.action_high))
-            stated = [np.asarray(x.get(key, np.nan)) for x in (self.cache.schema.low, self.cache.schema.high)]
-            if np.isfinite(stated).all() and (np.any(stated[0] != low) or np.any(stated[1] != high)):
-                said, given = (f"{np.min(a):g} to {np.max(b):g}" for a, b in (stated, (low, high)))
-                warnings.warn(
-                    f"{spec.uri} says that {said} is -1 to 1 in action {key!r}; action_low and action_high "
-                    f"make it {given}.\n  Leave them out, unless the source is wrong.", stacklevel=2
-                )  # fmt: skip
-        elif key in self.cache.schema.low:
-            schema = self.cache.schema
-            low, high = (np.asarray(x[key], np.float64) for x in (schema.low, schema.high))
-            finite = np.isfinite(low) & np.isfinite(high)  # as environments do: others pass unscaled
-            low, high = np.where(finite, low, -1.0), np.where(finite, high, 1.0)
-        else:
-            return None
-        if not (low < high).all():
-            raise ConfigError(f"{spec.uri}: action_low {low} must be below action_high {high}.")
-        return None if (low == -1).all() and (high == 1).all() else (low, high)
 
     def _bounded(self, key: str) -> bool:
         """Whether the source says the bounds of an action; values beyond them are then kept as they are."""
@@ -246,6 +223,47 @@ class CacheRows(RowStorage):
         content = np.stack([self.chosen, self.cache.episodes["crc"][self.chosen]])
         latents = {key[1]: spec.to_plain() for key, spec in self.specs.items() if key[0] == "latent"}
         return {"rows": self.ring, "crc32": crc32(content.view(np.uint8).reshape(-1)), "latents": latents}
+
+
+def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    """What becomes -1 and 1, as the entry says or else the source; None for an action that is not scaled.
+
+    Raises:
+        ConfigError: for bounds that cannot be.
+    """
+    if (spec.action_low is None) != (spec.action_high is None):
+        raise ConfigError(f"{spec.uri}: give both of action_low and action_high, or none.")
+    if spec.action_low is not None and spec.action_high is not None:
+        shape, said = schema.spaces.action[key].shape, (spec.action_low, spec.action_high)
+        try:
+            low, high = (np.broadcast_to(np.asarray(x, np.float64), shape) for x in said)
+        except (ValueError, TypeError):
+            raise ConfigError(
+                f"{spec.uri}: action_low {said[0]} and action_high {said[1]} do not fit action {key!r}; "
+                f"expected numbers, or arrays {shape}."
+            ) from None
+        stated = [np.asarray(x.get(key, np.nan)) for x in (schema.low, schema.high)]
+        if np.isfinite(stated).all() and (np.any(stated[0] != low) or np.any(stated[1] != high)):
+            told, given = (f"{np.min(a):g} to {np.max(b):g}" for a, b in (stated, (low, high)))
+            warnings.warn(
+                f"{spec.uri} says that {told} is -1 to 1 in action {key!r}; action_low and action_high "
+                f"make it {given}.\n  Leave them out, unless the source is wrong.", stacklevel=2
+            )  # fmt: skip
+    elif key in schema.low:
+        low, high = (np.asarray(x[key], np.float64) for x in (schema.low, schema.high))
+        finite = np.isfinite(low) & np.isfinite(high)  # as environments do: others pass unscaled
+        low, high = np.where(finite, low, -1.0), np.where(finite, high, 1.0)
+    else:
+        return None
+    if not (low < high).all() or np.isinf(high - low).any():
+        raise ConfigError(f"{spec.uri}: action_low {low} must be below action_high {high}, both finite.")
+    return None if (low == -1).all() and (high == 1).all() else (low, high)
+
+
+def scaled(value: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], acts: np.ndarray) -> np.ndarray:
+    """Actions (n, ...) with their bounds at -1 and 1, zeros in rows where nobody acts. ``acts``: (n,)"""
+    low, high = bounds
+    return ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))
 
 
 def _write_array(path: Path, name: str, data: np.ndarray) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import torch
 
 from datamodules.buffer import ReplayBuffer
 from datamodules.data import task_number
-from datamodules.offline import CacheRows, observation_statistics
-from datamodules.rows import RowStorage, nested
+from datamodules.offline import BOUNDS_HINT, CacheRows, action_bounds, observation_statistics, scaled
+from datamodules.rows import Key, RowStorage, nested, row_key
 from datamodules.sampling import EpisodeSampler, WindowSampler
 from datamodules.selection import SourceSpec, model_spaces
 from datamodules.views import dreamer_view, tdmpc2_view
@@ -60,13 +60,22 @@ class BufferWindows:
         rows = buffer._filled(1)
         self.within_episodes, self.fake = within_episodes, sorted(buffer._fake)
         self.tasks = bool(tasks) and buffer.cache is not None  # the rows of a ring know no task
+        self.bounds = dict[Key, tuple[np.ndarray, np.ndarray]]()  # of the actions that are scaled here
         if buffer.cache is None:
             self.storage: RowStorage = rows.storage
+            assert buffer._schema is not None
+            for k in buffer._schema.low:
+                if found := action_bounds(k, buffer._schema, SourceSpec("ReplayBuffer")):
+                    self.bounds[row_key("action", k, buffer.spaces.action)] = found
         else:  # rows of their own, with actions in -1 ... 1
             cache, folder = buffer.cache, buffer._folder / f"train{next(_FOLDERS)}"
             every, spec = np.arange(len(cache.episodes["start"])), SourceSpec(str(cache.uri))
             numbers, lead = task_number(spec, cache, tasks, task), int(not within_episodes)
-            self.storage = CacheRows(cache, folder, buffer.spaces, every, spec, lead=lead, task=numbers)
+            try:
+                self.storage = CacheRows(cache, folder, buffer.spaces, every, spec, lead=lead, task=numbers)
+            except DataError as error:
+                here = "Say them: ReplayBuffer.load(..., action_low=, action_high=)."
+                raise DataError(str(error).replace(BOUNDS_HINT, here)) from None
         storage = self.storage
         self.rows = storage.rows(0, np.arange(storage.tail[0], storage.head[0]))  # those that are there
         self._check_bounds(buffer)
@@ -92,6 +101,11 @@ class BufferWindows:
         self.sampler.draws[mode], self.sampler.mode = number, mode
         index, _ = self.sampler.draw(size)
         columns = self.storage.gather(index)
+        for key, bounds in self.bounds.items():
+            value = columns[key].numpy()
+            flat, acts = value.reshape(-1, *value.shape[2:]), columns["valid",].numpy()
+            value = scaled(flat, bounds, acts).astype(np.float32).reshape(value.shape)
+            columns[key] = torch.from_numpy(value)
         if self.fake:
             copied = np.isin(self.storage.arrays["episode",][index.numpy()], self.fake)
             columns["fake_last",] = torch.from_numpy(copied).unsqueeze(-1) & ~columns["valid",]
@@ -120,12 +134,14 @@ class BufferWindows:
         return observation_statistics([self.storage])
 
     def _check_bounds(self, buffer: ReplayBuffer) -> None:
-        """Of what add() took; a dataset's own bounds have been seen to."""
+        """Of what add() took, where nobody says them; a dataset's own have been seen to."""
+        assert buffer._schema is not None
         for key, values in self.storage.arrays.items():
-            if key[0] != "action" or values.dtype.kind != "f" or isinstance(self.storage, CacheRows):
+            known = isinstance(self.storage, CacheRows) or key[-1] in buffer._schema.low
+            if key[0] != "action" or values.dtype.kind != "f" or known:
                 continue
             if (most := float(np.abs(values[self.rows]).max())) > 1 + 1e-5:
                 raise DataError(
                     f"action {key[-1]!r} goes up to {most:.3g} in {buffer}; models need -1 to 1.\n"
-                    "  Divide them by their bound before add(), and multiply what model.act says."
+                    "  Say its bounds: ReplayBuffer(..., action_low=, action_high=)."
                 )

@@ -5,6 +5,9 @@ A message says what is wrong and where, what was expected, and what to do.
 
 from __future__ import annotations
 
+from operator import index
+from typing import Any
+
 
 class LitWMError(Exception):
     """Any error that the user can fix."""
@@ -36,6 +39,17 @@ class Interrupted(LitWMError):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.number = number
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number of Python or NumPy as an int. Raises ConfigError if it is none of ``least`` or more."""
+    try:
+        number = least - 1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of {least} or more")
+    return number
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:

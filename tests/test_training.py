@@ -269,6 +269,89 @@ def test_bounds_of_a_dataset_become_one_and_those_of_nobody_are_refused():
         quietly(made("tdmpc2:debug", buffer), buffer, 1)
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("form", ["ring", "mine.npz", "mine", "told"])
+def test_bounds_that_are_said_become_one_and_values_beyond_them_stay(form, within, tmp_path):
+    rng, ends = np.random.default_rng(0), {"action_low": -2, "action_high": np.array([2.0, 4.0])}
+    actions = rng.uniform(-2, 2, (30, 2)).astype("f4")
+    actions[3] = [2.6, 5]
+    buffer = ReplayBuffer(100, **({} if form == "told" else ends))
+    buffer.add_episode(np.arange(31.0)[:, None], actions, np.zeros(30))
+    if form != "ring":
+        place = tmp_path / form.replace("told", "told.npz")
+        buffer.save(place)
+        buffer = ReplayBuffer.load(place, **(ends if form == "told" else {}))
+    assert np.array_equal(next(buffer.episodes()).action["action"], actions)  # rows keep their units
+    expected = (actions.astype(np.float64) - [-2, -2]) / [4, 6] * 2 - 1
+    batch, most = BufferWindows(buffer, 5, within).batch(32, 0), 0.0
+    for row, first, acted in zip(
+        batch.obs["obs"].long(), batch.is_first, batch.prev_action["action"], strict=True
+    ):
+        for i in range(1, 5):
+            if not first[i]:
+                np.testing.assert_allclose(acted[i], expected[row[i, 0] - 1], atol=1e-6)
+                most = max(most, float(acted[i].max()))
+    assert most == pytest.approx(4 / 3)
+
+
+def test_bounds_of_several_actions_go_by_name_and_nobodys_are_asked_for(tmp_path):
+    spaces = Spaces(
+        {"obs": Spec("float32", (1,))}, {k: Spec("float32", (1,)) for k in "ab"}, unbounded=("a", "b")
+    )
+    buffer = ReplayBuffer(50, spaces=spaces, action_low={"b": 0}, action_high={"b": 10})
+    buffer.add_episode(np.zeros((9, 1)), {"a": np.full((8, 1), 0.5), "b": np.full((8, 1), 7.5)}, np.zeros(8))
+    batch = BufferWindows(buffer, 5, True).batch(2, 0)
+    assert (batch.prev_action["a"][:, 1:] == 0.5).all()
+    assert (batch.prev_action["b"][:, 1:] == 0.5).all()
+    assert buffer.spaces.unbounded == ("a",)
+    plain = ReplayBuffer(50)
+    plain.add_episode(np.zeros((9, 1)), np.full((8, 1), 3.0), np.zeros(8))
+    plain.save(tmp_path / "plain.npz")
+    model = made("tdmpc2:debug", plain)
+    for data, call in ((plain, r"ReplayBuffer\("), (tmp_path / "plain.npz", r"ReplayBuffer.load\(")):
+        with pytest.raises(
+            DataError, match=rf"up to 3.*\n  Say .*: {call}\.\.\., action_low=, action_high=\)"
+        ) as e:
+            quietly(model, data, 1)
+        assert "data.sources" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"action_low": -1}, "give both of action_low and action_high, or none"),
+        ({"action_low": 2, "action_high": 1}, r"action_low \[2. 2.\] must be below action_high"),
+        ({"action_low": -np.inf, "action_high": 1}, "both finite"),
+        (
+            {"action_low": [1, 2, 3], "action_high": 4},
+            "do not fit action 'action'; expected numbers, or",
+        ),
+        (
+            {"action_low": {"gas": 1}, "action_high": {"gas": 2}},
+            "are of gas; the continuous actions are action",
+        ),
+    ],
+)
+def test_bounds_that_cannot_be_are_refused(bounds, message):
+    with pytest.raises(ConfigError, match=message):
+        ReplayBuffer(9, **bounds).add_episode(np.zeros((3, 2)), np.zeros((2, 2)), np.zeros(2))
+
+
+def test_what_act_says_can_be_learnt_from_as_it_is():
+    """The loop of a notebook, with actions that lie beyond -1 ... 1 as a Gaussian's do."""
+    buffer = ReplayBuffer(100, action_low=-1, action_high=1)
+    model = create_world_model("dreamerv3:debug", obs_shape=(3,), action_dim=1, device="cpu")
+    state, seen = None, []
+    for t in range(20):
+        action, state = model.act(torch.zeros(1, 3), state, mode="train")
+        seen.append(action["action"][0].numpy())
+        buffer.add(np.zeros(3), seen[-1], 0.0, False, t == 19, np.zeros(3))
+    assert np.abs(seen).max() > 1
+    batch = BufferWindows(buffer, 21, True).batch(1, 0)
+    np.testing.assert_array_equal(batch.prev_action["action"][0, 1:], np.stack(seen))
+    quietly(model, buffer, 1)
+
+
 def test_a_copied_last_observation_is_not_learnt():
     buffer = ReplayBuffer(100)
     obs = np.arange(6.0).reshape(6, 1)
