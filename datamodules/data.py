@@ -822,8 +822,8 @@ class ReplayDataModule(LightningDataModule):
         return self.report_batch(self.local_batch, self.batch_length, module.device)
 
     def held_out_episodes(self, module: Any, number: int = 8, length: int = 256) -> Batch:
-        """Of up to ``number`` held-out episodes (one of each source at least) the last ``length`` steps, the
-        same each time. Shorter ones are filled up: ``info["valid"]`` says which steps exist. (B, T)
+        """Of up to ``number`` held-out episodes (one of each task and source at least) the last ``length``
+        steps, the same each time. Shorter ones are filled up: ``info["valid"]`` says which exist. (B, T)
         """
         from datamodules.rows import nested
 

@@ -30,8 +30,8 @@ class Mixture:
 
     Args:
         parts: the replays, by name; the parts of a batch stand in this order.
-        weights: ``weights(update)`` are the relative shares when that many batches have been drawn; None
-            gives every part a share in proportion to its windows.
+        weights: ``weights(update)`` are the relative shares when that many batches have been drawn, those of
+            pretraining too; None gives every part a share in proportion to its windows.
         seed, rank: choose the shares.
     """
 
@@ -113,17 +113,24 @@ class Mixture:
         return joined | dict(out)
 
     def last_rows(self, number: int, length: int) -> tuple[dict[Key, Tensor], Tensor]:
-        """The last rows of about ``number`` episodes of datasets, evenly spread over each of the parts.
+        """The last rows of about ``number`` episodes of datasets, evenly spread over each task of each part, of
+        which there is one at least.
 
         Returns:
             Columns without lead rows, (B, T, ...) with T of up to ``length``, short episodes filled up with
             their last row; and which rows those are not. (B, T)
         """
-        found = []
+        groups = []
         for part in self.parts:
             assert part.storage.episodes is not None
-            starts, stops = part.storage.episodes
-            chosen = np.unique(np.linspace(0, len(stops) - 1, max(1, number // len(self.parts))).astype(int))
+            task = part.storage.arrays["task",][part.storage.episodes[0]].reshape(-1)
+            groups.append([np.flatnonzero(task == one) for one in np.unique(task)])
+        each = max(1, number // sum(map(len, groups)))
+        found = []
+        for part, tasks in zip(self.parts, groups, strict=True):
+            starts, stops = part.storage.episodes  # type: ignore[misc]
+            spread = [own[np.linspace(0, len(own) - 1, each).astype(int)] for own in tasks]
+            chosen = np.unique(np.concatenate(spread))
             found.append((part.storage, np.maximum(starts, stops - length)[chosen], stops[chosen]))
         longest = max(int((stops - begins).max()) for _, begins, stops in found)
         drawn, exist = [], []

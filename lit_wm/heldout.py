@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ def foresee(
 
     Returns:
         Means over all dreams that reach so far, in the data's units. What is relative is so to the error of
-        the best constant guess: 1 is no better than knowing nothing, 0 is perfect.
+        the best constant guess: 1 is no better than knowing nothing, 0 is perfect. Of episodes with a task
+        each figure is of one task and its own entries, ``TASK/...``, and the mean over the tasks that have
+        it stands under the plain name.
 
         - ``open_loop/KEY@h``: mean squared error of an observation. Of images relative to the variance of all
           pixels together, of vectors to that of each entry; of class indices the share that is wrong.
@@ -61,6 +63,29 @@ def foresee(
           episode goes on after the step.
         - ``value/bias``, ``value/correlation``: see :func:`calibration`.
     """
+    if episodes.task is None:
+        return _foresee(model, episodes, noise, horizons, context)
+    parts: dict[str, dict[str, float]] = {}
+    for number in episodes.task.unique().tolist():
+        task = model.tasks[number]
+        parts[task.name] = _foresee(
+            model, _rows(episodes, episodes.task == number), noise, horizons, context, task.obs
+        )
+    names = dict.fromkeys(name for part in parts.values() for name in part)
+    each = {name: [part[name] for part in parts.values() if name in part] for name in names}
+    means = {name: sum(values) / len(values) for name, values in each.items()}
+    return means | {f"{task}/{name}": x for task, part in parts.items() for name, x in part.items()}
+
+
+def _foresee(
+    model: Any,
+    episodes: Batch,
+    noise: Noise | None,
+    horizons: Sequence[int],
+    context: int,
+    own: int | None = None,
+) -> dict[str, float]:
+    """As :func:`foresee`, of one task, whose vectors have ``own`` entries."""
     valid, device = episodes.info["valid"], episodes.reward.device
     lengths, (_, T) = valid.sum(1), valid.shape
     horizons = [h for h in horizons if h < T]
@@ -111,6 +136,8 @@ def foresee(
     for key in missed[0]:
         error = torch.cat([m[key] for m in missed])  # (S, h, ...)
         true = latents if latents is not None else episodes.obs[key]
+        if latents is None and true.is_floating_point():
+            error, true = error[..., :own], true[..., :own]
         unit = _spread(true[genuine], pooled=latents is not None)
         mean = (error / unit).flatten(2).mean(-1) if error.ndim > 2 else error / unit
         add(f"open_loop/{key}", mean, reached)
@@ -136,8 +163,11 @@ def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: 
 
     A terminated episode shows the whole return of the recorded behaviour. One that was cut shows n steps of
     it: there the prediction for those steps, ``q - gamma^n * q_last`` with the last value that the model
-    gives itself, is compared with their rewards. As a value that is wrong by b everywhere is then wrong by
-    ``(1 - gamma^n) * b``, the differences are weighed by that.
+    gives itself, is compared with their rewards. Both are then about ``1 - gamma^n``, the share that is seen,
+    of the whole: a value that is wrong by b everywhere is wrong by that share of b, and even a constant one
+    grows with the steps left. So the differences are weighed by the share, and for the correlation the
+    multiple of it that fits best is taken out of both. (``q`` beside ``rewards + gamma^n * q_last`` would
+    compare ``q`` with itself: rising values of falling returns correlate where gamma^n is large.)
 
     Args:
         q: predicted values of the recorded actions at the steps (rows, times).    (S,)
@@ -146,8 +176,8 @@ def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: 
 
     Returns:
         ``value/bias``: mean of predicted minus observed returns. Above 0 the model is optimistic, or its
-        policy better than the recorded one. ``value/correlation`` of the two; left out where one of them does
-        not vary.
+        policy better than the recorded one. ``value/correlation``: of what is left of the two, the plain one
+        if every episode terminated; without one of them that varies beyond the share there is none.
     """
     lengths = episodes.info["valid"].sum(1)
     last = lengths - 1
@@ -158,16 +188,17 @@ def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: 
     returns = torch.zeros_like(reward)
     for t in range(reward.shape[1] - 2, -1, -1):
         returns[:, t] = torch.where(t < stop, reward[:, t + 1] + gamma * returns[:, t + 1], 0)
-    unseen = torch.where(ended[rows], 0, gamma[rows] ** (stop[rows] - times))
     keep = times < stop[rows]
-    observed = returns[rows, times][keep]
-    predicted = (q.double() - unseen * value[rows, stop[rows]])[keep]
-    weight = float((1 - unseen)[keep].sum())
-    result = {}
-    if weight > 1e-6:
-        result["value/bias"] = float((predicted - observed).sum()) / weight
-    if len(observed) > 1 and min(predicted.std(), observed.std()) > 0:
-        result["value/correlation"] = float(torch.corrcoef(torch.stack([predicted, observed]))[0, 1])
+    rows, times = rows[keep], times[keep]
+    unseen = torch.where(ended[rows], 0, gamma[rows] ** (stop[rows] - times))
+    both = torch.stack([q.double()[keep] - unseen * value[rows, stop[rows]], returns[rows, times]])  # (2, S)
+    share = 1 - unseen
+    if share.sum() < 1e-6:
+        return {}
+    result = {"value/bias": float((both[0] - both[1]).sum() / share.sum())}
+    left = both - torch.outer(both @ share, share) / (share @ share)
+    if (left.norm(dim=1) > 1e-6 * both.norm(dim=1)).all():
+        result["value/correlation"] = float(left[0] @ left[1] / left.norm(dim=1).prod())
     return result
 
 
@@ -180,6 +211,15 @@ def drawing_from(model: Any, noise: Noise | None) -> Iterator[None]:
         yield
     finally:
         model.noise = before
+
+
+def _rows(episodes: Batch, keep: Tensor) -> Batch:
+    """Some of the rows."""
+    some: dict[str, Any] = {f.name: getattr(episodes, f.name) for f in fields(episodes)}
+    for name, x in some.items():
+        if isinstance(x, Tensor | dict):
+            some[name] = x[keep] if isinstance(x, Tensor) else {k: v[keep] for k, v in x.items()}
+    return replace(episodes, **some)
 
 
 def _vector(state: State) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from lit_wm.heldout import calibration, foresee
 from lit_wm.noise import NoiseStreams
+from lit_wm.tasks import Task
 from lit_wm.types import Batch, State, States, Trajectory
 
 LENGTHS = (9, 6, 3)  # observations; the second episode is terminated, the last is short
@@ -178,6 +179,84 @@ def test_a_terminated_episode_shows_the_whole_return():
     r = batch.reward[0].tolist()
     differences = [50 - (r[6] + 0.9 * r[7] + 0.81 * 20), 30 - (r[7] + 0.9 * 20)]
     assert cut["value/bias"] == pytest.approx(sum(differences) / (0.19 + 0.1), rel=1e-6)
+
+
+def calibrated(level, value, T=201, gamma=0.99):
+    """Figures of cut episodes with a constant reward each, ``level`` (B,), and values ``value`` (B,)."""
+    B = len(level)
+    reward = torch.tensor(level)[:, None].expand(B, T).clone()
+    off = torch.zeros(B, T, dtype=torch.bool)
+    batch = Batch({}, {}, reward, off, off, off, info={"valid": ~off})
+    rows, times = (~off[:, :-1]).nonzero(as_tuple=True)
+    return calibration(torch.tensor(value)[rows], rows, times, batch, torch.full((B,), gamma).double())
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.99, 0.995, 0.999])
+def test_time_left_is_no_correlation(gamma):
+    """Cut after as many steps, predicted and observed both grow with them, whatever the critic."""
+    level = np.random.default_rng(0).uniform(0.5, 1.5, 12).astype(np.float32)
+    for constant in (100.0, -100.0, 0.0):
+        found = calibrated(level, np.full(12, constant, np.float32), gamma=gamma)
+        assert found.keys() == {"value/bias"}
+        assert found["value/bias"] == pytest.approx(constant - level.mean() / (1 - gamma), rel=1e-4)
+    right = level / (1 - gamma)
+    assert calibrated(level, right, gamma=gamma)["value/correlation"] == pytest.approx(1, abs=1e-5)
+    backwards = right.max() + right.min() - right  # as large, and ranks the episodes the other way round
+    assert calibrated(level, backwards, gamma=gamma)["value/correlation"] == pytest.approx(-1, abs=1e-5)
+    noise = np.random.default_rng(1).permutation(right)
+    assert abs(calibrated(level, noise, gamma=gamma)["value/correlation"]) < 0.7
+    assert calibrated(np.ones(12, np.float32), right, gamma=gamma).keys() == {"value/bias"}
+
+
+def test_each_task_is_measured_by_its_own_spread_and_entries(model):
+    """Guessing the mean of each task is no better than that, however far apart the tasks are."""
+
+    class Two(Line):
+        tasks = Task("near", 1, 1, 9), Task("far", 2, 1, 9)
+
+        def initial(self, batch):
+            return State(torch.zeros(batch, 1))
+
+        def encode(self, obs, state, action, is_first):
+            return State(obs["x"][:, :1].float(), task=state.task)
+
+        def gamma(self, task):
+            return torch.tensor([0.9, 0.5])[task]
+
+        def imagine(self, state, actions, horizon):
+            dream, task = super().imagine(state, actions, horizon), state.task[:, None]
+            dream.states.stacked.task = task.expand(-1, horizon + 1)
+            dream.rewards = torch.where(task == 1, 1050.0, 2.0).expand(-1, horizon)
+            return dream
+
+        def decode(self, state):
+            guess = torch.tensor([[4.0, 77.0], [504.0, 1.0]])  # near has no second entry
+            return {"x": guess[state.task]}
+
+    rng, T = np.random.default_rng(0), 60
+    x = np.zeros((4, T, 2), np.float32)
+    x[:2, :, 0] = rng.permutation(np.resize([3.0, 5.0], (2, T)), axis=1)
+    x[2:, :, 0] = rng.permutation(np.resize([494.0, 514.0], (2, T)), axis=1)
+    x[2:, :, 1] = rng.permutation(np.resize([0.0, 2.0], (2, T)), axis=1)
+    reward = torch.from_numpy(np.where(np.arange(4)[:, None] < 2, x[..., 0] - 2, 1050 + (x[..., 0] - 504)))
+    off, task = torch.zeros(4, T, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
+    batch = Batch({"x": torch.from_numpy(x)}, {"a": torch.zeros(4, T, 1)}, reward, off, off, off, task=task,
+                  info={"valid": ~off})  # fmt: skip
+    two = Two()
+    two.values = torch.arange(8000.0)
+    found = foresee(two, batch, horizons=(1, 5))
+    for name in ("open_loop/x@1", "open_loop/x@5", "reward/relative@5"):
+        assert [found[f"{task}{name}"] for task in ("near/", "far/", "")] == pytest.approx([1] * 3, abs=0.04)
+    assert found["near/reward/error@1"] == pytest.approx(1)
+    assert found["far/reward/error@1"] == pytest.approx(10)
+    assert found["reward/error@1"] == pytest.approx(5.5)
+    for n, name in enumerate(("near", "far")):
+        rows = {"x": batch.obs["x"][task == n]}
+        part = Batch(rows, {"a": torch.zeros(2, T, 1)}, reward[task == n], off[:2], off[:2], off[:2],
+                     task=task[task == n], info={"valid": ~off[:2]})  # fmt: skip
+        alone = foresee(two, part, horizons=(1, 5))
+        mine = {k: v for k, v in found.items() if k.startswith(name)}
+        assert mine == pytest.approx({k: v for k, v in alone.items() if k.startswith(name)})
 
 
 def test_what_cannot_be_measured_is_left_out(model):

@@ -294,6 +294,7 @@ def test_four_tasks_are_learnt_and_played(
     run = next(Path("runs").glob("*/one"))
     last = dict.fromkeys((run / "metrics.csv").read_text().splitlines()[0].split(","))
     assert {f"eval/{name}/return" for name in NAMES} | {"eval/return", "val/reward/error@1"} <= last.keys()
+    assert {f"val/{name}/reward/error@1" for name in NAMES} <= last.keys()
     assert main(["evaluate", "--ckpt", str(run), "--episodes", "1", "--json", "all.json"]) == 0
     report = json.loads(Path("all.json").read_text())
     assert list(report["tasks"]) == list(NAMES)

@@ -7,10 +7,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from made import scaled_action
+from made import made_cache, scaled_action
 from test_data import trainer_of
 from test_data_offline import Watch, data_of
 
+from datamodules.mixture import Mixture
+from datamodules.offline import CacheRows
+from datamodules.replay import RowReplay
+from datamodules.selection import SourceSpec
 from lit_wm.dreamerv3 import DreamerV3Module
 from lit_wm.heldout import foresee
 from lit_wm.noise import NoiseStreams
@@ -56,6 +60,21 @@ def test_held_out_rows_know_their_source_where_another_has_none_held_out(tmp_pat
     for batch in (data.held_out_episodes(module), data.held_out_batch(module)):
         assert batch.source.tolist() == [1] * len(batch.reward)
     data.close()
+
+
+def test_every_task_of_a_source_is_looked_at(tmp_path):
+    """Here nine of ten episodes are of the first of three tasks."""
+    cache = made_cache(tmp_path / "cache", [6] * 100)
+    task = np.repeat([2, 0, 1], [90, 5, 5])
+    cache.rows["task"][:] = torch.from_numpy(np.repeat(task, 7))
+    spec, spaces = SourceSpec("made:6"), cache.schema.spaces
+    storage = CacheRows(cache, tmp_path / "rows", spaces, np.arange(100), spec, lead=0)
+    options = {"window": 4, "context": 0, "seed": 0, "by": "episodes", "within_episodes": True}
+    mixture = Mixture({"source0": RowReplay.of_dataset(storage, spaces, **options)})
+    for number, counts in ((1, [1, 1, 1]), (9, [3, 3, 3]), (100, [5, 5, 33])):
+        columns, _ = mixture.last_rows(number, 5)
+        assert torch.bincount(columns["task",][:, 0].flatten().long()).tolist() == counts
+    mixture.close()
 
 
 def fit(tmp_path, name, kind, source, check, updates=4, **options):
