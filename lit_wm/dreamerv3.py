@@ -8,6 +8,7 @@ deviation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from lit_wm.distributions import (
 from lit_wm.errors import ConfigError
 from lit_wm.functional import symexp
 from lit_wm.module import Pretraining, WorldModelModule, arguments_of
-from lit_wm.nets.coders import Decoder, Encoder, greedy
+from lit_wm.nets.coders import Decoder, Encoder, greedy, module_key
 from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
 from lit_wm.nets.multitask import TaskSpaces
@@ -36,7 +37,7 @@ from lit_wm.noise import Noise
 from lit_wm.optim import LaProp
 from lit_wm.planners import Planner
 from lit_wm.presets import DREAMERV3, dreamerv3_sizes
-from lit_wm.pretrained import Weights
+from lit_wm.pretrained import Meaning, Weights, entries
 from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.tasks import list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
@@ -119,8 +120,9 @@ class DreamerV3Module(WorldModelModule):
         disagreement: what imagined steps cost, in reward per unit of the ensemble's disagreement beyond its
             mean in the data, which is 1; below 0 it is a bonus for exploration, as in Plan2Explore.
         disagreement_limit: imagined roll-outs end where the disagreement is larger; None = nowhere.
-        start_from: checkpoint whose weights a new run begins with; optimisers and replay begin anew.
-        start_partial: take from it what fits by name and shape; else all has to.
+        start_from: checkpoint or run directory whose weights a new run begins with; optimisers and replay
+            begin anew.
+        start_partial: take from it what fits by name, shape and meaning; else all has to.
         freeze: names of parts that are not trained, of enc, dyn, dec, rew, con, pol and val.
         tasks: several, learnt from datasets: ``data`` for those that ``data.sources`` name, ``mt30``,
             ``mt80`` or a list of ``{name, obs, action, episode_length}``; None = one task.
@@ -414,6 +416,7 @@ class DreamerV3(WorldModel):
         self.ensemble = self.make_ensemble(o, feat + action, o.stoch * o.classes, o.units)
         self.register_buffer("bins", symexp_bins(255), persistent=False)
         self.planner = self.planner_of(o.planner, o.planner_options)
+        self.meanings = self.meanings_of(options | {"spaces": spaces})
 
     bins: Tensor
 
@@ -956,6 +959,38 @@ class DreamerV3(WorldModel):
     def gamma(self, task: Tensor | None = None) -> float:
         """Discount, 1 - 1/horizon."""
         return 1 - 1 / self.horizon
+
+    def meanings_of(self, given: Mapping[str, Any]) -> dict[str, Meaning]:
+        """Entries by name, but the decoder's images, which are in the environment's order; of several tasks
+        the sizes of their vectors.
+        """
+        spaces = Spaces.from_plain(given["spaces"])
+        o = SimpleNamespace(**arguments_of(DreamerV3Module, given, exact=False))
+        sizes = dreamerv3_sizes(o.preset, **{k: getattr(o, k) for k in DREAMERV3["size200m"]})
+        obs, action = dict(spaces.obs), spaces.action
+        if len(tasks := list_tasks(o.tasks, None, spaces)[0]) > 1:
+            places = Spec("float32", tuple(sorted({t.obs for t in tasks})))
+            obs |= {k: places for k, s in obs.items() if s.dtype == "float32" and not s.is_discrete}
+        vectors, images = ([k for k in obs if obs[k].is_image is image] for image in (False, True))
+        table = {
+            "vectors": Meaning(entries(obs, sorted(vectors)), ("enc.mlp0.weight",)),
+            "images": Meaning(entries(obs, sorted(images)), ("enc.cnn0.weight",)),
+            "decoded images": Meaning(entries(obs, images), ("dec.imgout.",)),
+            "actions": Meaning(
+                entries(action, sorted(action)), ("dyn.dynin2.weight", "ensemble.net.0.weight")
+            ),
+            "normalize": Meaning(bool(o.normalize), ("enc.mlp0.weight", "dec.vec.")),
+            "squash": Meaning(o.squash, ("enc.mlp0.weight",)),
+            "strided, outer": Meaning((o.strided, o.outer), ("enc.cnn", "dec.conv", "dec.imgout.")),
+            "stoch, classes": Meaning((sizes["stoch"], sizes["classes"]), ("",)),
+            "reward_scale": Meaning(float(o.reward_scale), ("rew.head.", "val.head.", "retnorm.")),
+            "contdisc": Meaning(o.contdisc, ("con.head.",)),
+        }
+        for part, specs, keys in (("dec.vec", obs, vectors), ("pol.head", action, action)):
+            for k in keys:  # the only one may have any name
+                name = f"{part} {k if len(specs) > 1 else ''}".rstrip()
+                table[name] = Meaning(entries({k: specs[k]}, [k]), (f"{part}.{module_key(k)}.",))
+        return table
 
     def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
         """The tensors of a file; embeddings only if its tasks are these."""

@@ -103,12 +103,13 @@ class WorldModelModule(pl.LightningModule):
     ) -> Self:
         """A module with the arguments and the weights of a checkpoint, for a new run.
 
-        Weights are taken where name and shape fit; the rest, such as first layers and heads of other spaces,
-        begins fresh, see :attr:`load_report`. Counters and optimisers begin anew, phases of pretraining are
-        over. Statistics of observations are kept if the observations are the same.
+        Weights are taken where name, shape and meaning fit; the rest, such as first layers and heads of other
+        spaces and the outputs of rewards and values in other units, begins fresh, the same in every call, see
+        :attr:`load_report`. Counters and optimisers begin anew, phases of pretraining are over. Statistics of
+        observations are kept if the observations are the same; the only one may have another name.
 
         Args:
-            path: the file, whole or exported.
+            path: the file, whole or exported, or a run directory.
             spaces: observations and actions; those of the checkpoint by default.
             overrides: arguments of the module instead of the checkpoint's; ``task_like`` as there.
 
@@ -131,7 +132,9 @@ class WorldModelModule(pl.LightningModule):
         like = options.pop("task_like", None)
         if spaces is not None:
             options["spaces"] = spaces.to_plain() if isinstance(spaces, Spaces) else dict(spaces)
-        module = cls(**options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.get("seed", 0))
+            module = cls(**options)
         module.load_report = module.model.load_weights(found, like, partial=True)
         half = str(found.about.get("precision", "")).startswith("bf16")
         module.model.compute_dtype = torch.bfloat16 if half else torch.float32

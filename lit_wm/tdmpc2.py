@@ -14,6 +14,7 @@ first axis, so that every step is contiguous.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from lit_wm.noise import Noise
 from lit_wm.planners import Planner
 from lit_wm.presets import TDMPC2 as TDMPC2_PRESETS
 from lit_wm.presets import tdmpc2_sizes
-from lit_wm.pretrained import Weights
+from lit_wm.pretrained import Meaning, Weights, entries
 from lit_wm.returns import gather_values
 from lit_wm.tasks import action_masks, list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
@@ -82,9 +83,9 @@ class TDMPC2Module(WorldModelModule):
             action, episode_length}``; None = one task.
         task: the one of ``tasks`` that the environment is; a name that is not there is a further task.
         task_like: the task whose embedding a further one begins with; None = small random numbers.
-        start_from: checkpoint whose weights a new run begins with; all but a further task's embedding and
-            the value scale.
-        start_partial: take from it what fits by name and shape; else all has to.
+        start_from: checkpoint or run directory whose weights a new run begins with; all but a further task's
+            embedding and the value scale.
+        start_partial: take from it what fits by name, shape and meaning; else all has to.
         task_embedding_policy_grad: ``official`` adds what the policy loss says of the task embedding to the
             next update of the model, as the reference does; ``none`` leaves it out.
         planner: ``mppi``, ``cem``, ``gradient``, ``random``, or ``policy`` to act without planning.
@@ -401,6 +402,7 @@ class TDMPC2(WorldModel):
         self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
         self.register_buffer("rhos", o.rho ** torch.arange(o.horizon + 1.0), persistent=False)
         self.planner = self.planner_of(o.planner, o.planner_options)
+        self.meanings = self.meanings_of(options | {"spaces": spaces})
         # Last, so that nothing above depends on whether there is one.
         self.ensemble = self.make_ensemble(o, L + T + A, L, M)
 
@@ -947,6 +949,27 @@ class TDMPC2(WorldModel):
         x = self.inputs(state.deter, self.embed(state.task), action)
         values = symlog_two_hot_mean(self.critic(x), self.bins)  # (K, B)
         return values if reduce is None else values.mean(0) if reduce == "mean" else values.amin(0)
+
+    def meanings_of(self, given: Mapping[str, Any]) -> dict[str, Meaning]:
+        """Observations in the environment's order and actions by name; of several tasks those of the largest.
+        The only one may have any name: no network knows it.
+        """
+        spaces = Spaces.from_plain(given["spaces"])
+        o = SimpleNamespace(**arguments_of(TDMPC2Module, given, exact=False))
+        obs, action = spaces.obs, spaces.action
+        if tasks := list_tasks(o.tasks, o.task, spaces)[0]:
+            obs = {"obs": Spec("float32", (max(t.obs for t in tasks),))}
+            action = {"action": Spec("float32", (max(t.action for t in tasks),))}
+        first, heads = ("encoder.0.weight", "encoder.conv0.weight"), ("reward.2.", "critic.2.")
+        readers = tuple(f"{name}.0.weight" for name in ("dynamics", "reward", "critic", "ensemble.net"))
+        return {
+            "observations": Meaning(entries(obs, obs), first),
+            "actions": Meaning(entries(action, sorted(action)), (*readers, "policy.2.")),
+            "normalize": Meaning(bool(o.normalize), first[:1]),
+            "simnorm_dim": Meaning(o.simnorm_dim, ("",)),
+            "reward_scale": Meaning(float(o.reward_scale), heads),
+            "vmin, vmax": Meaning((float(o.vmin), float(o.vmax)), heads),
+        }
 
     def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
         """The tensors of a file with a row for a further task, the last; with ``partial`` rows by task name.

@@ -36,6 +36,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_wm.callbacks import DreamVideo, Evaluate, ResumableCheckpoint, RLProgressBar
 from lit_wm.callbacks.evaluate import playable
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
+from lit_wm.pretrained import newest
 from lit_wm.strategy import ReplicatedStrategy
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger, flatten, folder_name
 from lit_wm.vocabulary import Translator, put
@@ -329,8 +330,8 @@ def find_checkpoint(
         if experiment_of(said) and said.get("name") and (root / said["name"]).is_dir():
             root /= said["name"]
     for name in names:
-        if found := [p for depth in ("", "*/", "*/*/") for p in root.glob(f"{depth}checkpoints/{name}.ckpt")]:
-            return max(found, key=lambda path: path.stat().st_mtime)
+        if found := newest(root, name):
+            return found
     start = "Start without --ckpt_path, or give" if verb == "fit" else "Give"
     raise CheckpointError(
         f"{flag} {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n"

@@ -17,7 +17,7 @@ from lit_wm.nets.normalize import Normalizer
 from lit_wm.noise import Noise, NoiseStreams
 from lit_wm.planners import Planner, make_planner
 from lit_wm.planners.protocol import check_budget
-from lit_wm.pretrained import LoadReport, Weights, load, read_weights
+from lit_wm.pretrained import LoadReport, Meaning, Weights, load, read_weights
 from lit_wm.tasks import Task
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
@@ -38,6 +38,7 @@ class WorldModel(nn.Module, ABC):
         tasks, task_index: the several tasks that it knows, and the number of the one that its environment is.
         policy_part, critic_part, slow_part: names of the policy, the critic and the critic's slow copy.
         anew: tensors that :meth:`load_weights` leaves as they are.
+        meanings: what entries of its tensors mean, by what may differ, see :meth:`meanings_of`.
     """
 
     decodes: bool = True
@@ -50,6 +51,7 @@ class WorldModel(nn.Module, ABC):
     critic_part: str
     slow_part: str
     anew: tuple[str, ...] = ()
+    meanings: Mapping[str, Meaning] = {}
 
     def __init__(self, spaces: Spaces, normalize: bool = False):
         super().__init__()
@@ -118,9 +120,9 @@ class WorldModel(nn.Module, ABC):
         """Take the weights of a checkpoint of ours.
 
         Args:
-            source: the file.
+            source: the file, or a run directory.
             task_like: the task whose embedding a further one begins with.
-            partial: take what fits by name and shape; else anything that does not is refused.
+            partial: take what fits by name, shape and meaning; else anything that does not is refused.
 
         Raises:
             CheckpointError: if the file is none, of another model, or does not fit.
@@ -131,6 +133,10 @@ class WorldModel(nn.Module, ABC):
     def adapt_weights(self, found: Weights, task_like: str | None, partial: bool) -> Tensors:
         """The tensors of a file as this model wants them."""
         return found.tensors
+
+    def meanings_of(self, given: Mapping[str, Any]) -> dict[str, Meaning]:
+        """What entries of tensors mean where shapes do not tell, for the arguments of a module."""
+        return {}
 
     @abstractmethod
     def initial(self, batch_size: int) -> State:
@@ -360,6 +366,14 @@ class WorldModel(nn.Module, ABC):
                 raise ValueError(
                     f"observation {k!r} is {obs[k].dtype}; expected an image of uint8, 0 ... 255"
                 )
+            if n := spec.classes:
+                real = obs[k].is_floating_point()
+                if real or ((obs[k] < 0) | (obs[k] >= n)).any():
+                    found = obs[k].dtype if real else f"{int(obs[k].min())} to {int(obs[k].max())}"
+                    raise ValueError(
+                        f"observation {k!r} is {found}; expected classes, integers 0 ... {n - 1}\n"
+                        "Subtract the start of a space that counts from elsewhere, as Discrete(3, start=5)"
+                    )
         return self.normalized({k: v.to(self.device) for k, v in obs.items()})
 
     def normalized(self, obs: Tensors) -> Tensors:

@@ -158,14 +158,169 @@ def test_other_spaces_take_what_fits(kind: type, way: str, tmp_path: Path, capsy
 def test_what_does_not_fit_is_refused_without_the_option(kind: type, tmp_path: Path) -> None:
     path = saved(make(kind), tmp_path / "a.ckpt")
     one = sorted(CHANGED[kind])[0]
-    with pytest.raises(CheckpointError, match=f"in {one} .*\n.*start_partial: true") as error:
+    theirs = r"float32 \(5,\) in the file, float32 \(7,\) here"
+    with pytest.raises(CheckpointError, match=f"{theirs}\n(.*\n)*.*start_partial: true") as error:
         fit(make(kind, NEW, start_from=str(path)), tmp_path, NEW)
     assert len(str(error.value).splitlines()) <= 5
+    file = torch.load(path, weights_only=True)
+    torch.save({"state_dict": file["state_dict"]}, tmp_path / "b.ckpt")  # which says nothing of its spaces
+    with pytest.raises(CheckpointError, match=f"in {one} .*\n.*start_partial: true"):
+        fit(make(kind, NEW, start_from=str(tmp_path / "b.ckpt")), tmp_path, NEW)
     with pytest.raises(ConfigError, match=r"start_partial needs model.start_from"):
         fit(make(kind, start_partial=True), tmp_path)
     _, start = fit(make(kind, start_from=str(path), seed=1), tmp_path)
     for name, value in weights(make(kind)).items():
         assert torch.equal(value, start[name]) is (name != "scale"), name
+
+
+def of(obs: dict[str, Any], action: dict[str, Any]) -> Spaces:
+    """Vectors by their sizes, images by their shapes."""
+    seen = {k: Spec("uint8", n) if isinstance(n, tuple) else Spec("float32", (n,)) for k, n in obs.items()}
+    return Spaces(seen, {k: Spec("float32", (n,)) for k, n in action.items()})
+
+
+PAIR = of({"a": 3, "b": 3}, {"x": 2, "y": 2})
+DRIVE = PAIR.action
+CLASSES = {"action": Spec("int32", (), 6)}
+EYES = of({"left": (64, 64, 3), "right": (64, 64, 3)}, {"action": 3})
+TAKEN = {"dynamics.0.weight", "reward.0.weight", "critic.0.weight"}
+UNITS = {"reward.2.weight", "reward.2.bias", "critic.2.weight", "critic.2.bias"}
+POLICY = {"policy.2.weight", "policy.2.bias"}
+HEADS = {f"{part}.head.logits.{name}" for part in ("rew", "val") for name in ("weight", "bias")}
+ENDS = {"con.head.logit.weight", "con.head.logit.bias"}
+
+
+def named(*parts: str) -> set[str]:
+    return {f"{part}.{name}" for part in parts for name in ("weight", "bias")}
+
+
+# What the file was trained with, what there is here, and which tensors of ours must not come from the file;
+# None: that is not to be refused. All tensors of one name have one shape.
+MEANINGS: list[tuple[type, Any, Any, set[str] | None]] = [
+    # A Gaussian head of three actions has the outputs of one of six classes, a vector of six the columns.
+    (TDMPC2Module, OLD, Spaces(OLD.obs, CLASSES), TAKEN | POLICY),
+    (DreamerV3Module, of({"obs": 5}, {"action": 6}), Spaces(OLD.obs, CLASSES),
+     {"dyn.dynin2.weight"} | named("pol.head.@action.logits")),
+    (TDMPC2Module, of({"obs": 5}, {"action": 6}), Spaces(OLD.obs, CLASSES), TAKEN | POLICY),
+    # The same width of other keys. DreamerV3 sorts them.
+    (TDMPC2Module, PAIR, Spaces({k: PAIR.obs[k] for k in "ba"}, DRIVE), {"encoder.0.weight"}),
+    (DreamerV3Module, PAIR, Spaces({k: PAIR.obs[k] for k in "ba"}, {k: DRIVE[k] for k in "yx"}), None),
+    (TDMPC2Module, PAIR, Spaces(PAIR.obs, {k: DRIVE[k] for k in "yx"}), None),
+    (TDMPC2Module, PAIR, of({"p": 3, "q": 3}, {"x": 2, "y": 2}), {"encoder.0.weight"}),
+    (DreamerV3Module, PAIR, of({"p": 3, "q": 3}, {"x": 2, "y": 2}),
+     {"enc.mlp0.weight"} | named("dec.vec.@p.pred", "dec.vec.@q.pred")),
+    (DreamerV3Module, PAIR, of({"a": 3, "q": 3}, {"x": 2, "y": 2}),
+     {"enc.mlp0.weight"} | named("dec.vec.@q.pred")),
+    (TDMPC2Module, PAIR, of({"obs": 6}, {"x": 2, "y": 2}), {"encoder.0.weight"}),
+    (DreamerV3Module, PAIR, of({"obs": 6}, {"x": 2, "y": 2}),
+     {"enc.mlp0.weight"} | named("dec.vec.@obs.pred")),
+    (TDMPC2Module, PAIR, of({"a": 3, "b": 3}, {"gas": 2, "brake": 2}), TAKEN | POLICY),
+    (DreamerV3Module, PAIR, of({"a": 3, "b": 3}, {"gas": 2, "brake": 2}), {"dyn.dynin2.weight"}
+     | named(*(f"pol.head.@{k}.{n}" for k in ("gas", "brake") for n in ("mean", "stddev")))),
+    (DreamerV3Module, EYES, of({"right": (64, 64, 3), "left": (64, 64, 3)}, {"action": 3}),
+     named("dec.imgout")),
+    # As many numbers in classes of another count.
+    (DreamerV3Module, Spaces({"obs": Spec("int32", (2,), 3)}, OLD.action),
+     Spaces({"obs": Spec("int32", (3,), 2)}, OLD.action),
+     {"enc.mlp0.weight"} | named("dec.vec.@obs.logits")),
+    # What outputs and inputs are in units of.
+    (TDMPC2Module, {}, {"reward_scale": 0.01}, UNITS),
+    (TDMPC2Module, {}, {"vmin": -5.0, "vmax": 5.0}, UNITS),
+    (DreamerV3Module, {}, {"reward_scale": 0.01}, HEADS | {f"retnorm.{k}" for k in ("lo", "hi", "corr")}),
+    (DreamerV3Module, {}, {"contdisc": False}, ENDS),
+    (DreamerV3Module, {}, {"squash": False}, {"enc.mlp0.weight"}),
+    (DreamerV3Module, {}, {"lr": 1.0, "horizon": 50}, None),
+    (TDMPC2Module, {}, {"lr": 1.0, "discount": 0.9}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "there", "here", "lost"), MEANINGS)
+def test_tensors_of_the_same_shape_that_mean_something_else_are_not_taken(
+    kind: type, there: Any, here: Any, lost: set[str] | None, tmp_path: Path
+) -> None:
+    def made(given: Any, seed: int) -> Any:
+        return make(kind, given, seed) if isinstance(given, Spaces) else make(kind, seed=seed, **given)
+
+    old, new = made(there, 0), made(here, 1)
+    path, given, blank = saved(old, tmp_path / "a.ckpt"), weights(old), weights(new)
+    if lost is None:
+        report = new.model.load_weights(path)
+        assert not report.changed
+        lost = set()
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"\n  .* in the file, .* here\n.*start_partial: true"
+        ) as error:
+            new.model.load_weights(path)
+        assert len(str(error.value).splitlines()) <= 5
+        assert all(torch.equal(value, blank[name]) for name, value in weights(new).items())
+        report = new.model.load_weights(path, partial=True)
+        assert report.changed
+        assert "in the file" in str(report)
+    slow, fast = f"{new.model.slow_part}.", f"{new.model.critic_part}."
+    for name, value in weights(new).items():
+        critic = name.replace(slow, fast)
+        if critic in lost:
+            assert torch.equal(value, blank[critic]), name
+        elif name != "scale":
+            assert torch.equal(value, given[name]), name
+    copies = {name.replace(fast, slow) for name in lost if name.startswith(fast)}
+    assert set(report.fresh) - {"scale"} == lost | copies
+
+
+@BOTH
+def test_the_only_observation_and_action_may_have_another_name(kind: type, tmp_path: Path) -> None:
+    old, other = make(kind, normalize=True), of({"my.state": 5}, {"torque": 3})
+    old.model.normalizer.fitted.fill_(True)
+    new = make(kind, other, 1, normalize=True)
+    report = new.model.load_weights(saved(old, tmp_path / "a.ckpt"))
+    assert not report.changed
+    assert set(report.fresh) <= {"scale"}
+    x, a = torch.randn(2, 5), torch.rand(2, 3)
+    for module in (old, new):
+        module.eval()
+    before, now = old.encode({"obs": x}), new.encode({"my.state": x})
+    assert torch.equal(before.deter, now.deter)
+    assert torch.equal(old.q(before, {"action": a}), new.q(now, {"torque": a}))
+    if kind is TDMPC2Module:
+        assert torch.equal(old.act({"obs": x})[0]["action"], new.act({"my.state": x})[0]["torque"])
+    else:  # the noise of an action has its name
+        policies = [m.model.pol(m.model.feat(state)) for m, state in ((old, before), (new, now))]
+        assert torch.equal(policies[0]["action"].mean, policies[1]["torque"].mean)
+        assert torch.equal(old.decode(before)["obs"], new.decode(now)["my.state"])
+
+
+@BOTH
+def test_what_is_fresh_is_the_same_in_every_call(kind: type, tmp_path: Path) -> None:
+    path = saved(make(kind), tmp_path / "a.ckpt")
+    state = torch.get_rng_state()
+    one, two, other = (
+        weights(kind.from_pretrained(path, NEW, **more))  # type: ignore[attr-defined]
+        for more in ({}, {}, {"seed": 1})
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    first = next(name for name in CHANGED[kind] if name.startswith("enc"))
+    assert not torch.equal(one[first], other[first])
+
+
+@BOTH
+def test_a_run_directory_is_its_last_checkpoint(kind: type, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=r"start_from .*run: no last checkpoint .*\nGive a run directory"
+    ):
+        fit(make(kind, start_from=str(tmp_path / "run")), tmp_path)
+    old = make(kind)
+    saved(make(kind, seed=3), folder / "best.ckpt")
+    saved(old, folder / "last.ckpt")
+    _, start = fit(make(kind, start_from=str(tmp_path / "run"), seed=1), tmp_path)
+    called = weights(kind.from_pretrained(tmp_path / "run"))  # type: ignore[attr-defined]
+    for name, value in weights(old).items():
+        if name != "scale":
+            assert torch.equal(value, start[name]), name
+            assert torch.equal(value, called[name]), name
 
 
 @BOTH
