@@ -11,7 +11,7 @@ import torch
 
 from lit_wm.envs import read_spaces, spaces_from_gym
 from lit_wm.envs.wrappers import Entries
-from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest
+from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest, whole
 from lit_wm.module import WorldModelModule, arguments_of
 from lit_wm.noise import NoiseStreams
 from lit_wm.presets import DREAMERV3, TDMPC2
@@ -40,8 +40,10 @@ def create_world_model(
             knows its spaces: :func:`lit_wm.training.train` goes on where it stood.
         obs_shape: shape of one observation: three axes are an image of uint8, (C, H, W) or (H, W, C), others
             float32; a mapping of names to shapes, or a Gymnasium space. Without names it is called ``obs``.
+            Images (H, W) of a space may come without the axis of their only channel.
         action_dim: how many numbers an action has, each in -1 ... 1, or how many classes; a mapping of names
-            to these, or a Gymnasium space. Without names it is called ``action``.
+            to these, or a Gymnasium space. Without names it is called ``action``. The verbs count classes
+            from 0: of a ``Discrete(3, start=5)`` subtract 5 before, and add 5 to what ``act`` says.
         discrete: whether an ``action_dim`` counts classes; None: for DreamerV3 with an image, as in Atari.
         data: a dataset (path or URI), a ``ReplayBuffer`` or an environment id that says both instead.
         device: ``cpu``, ``cuda`` or ``cuda:1``; None is a GPU if there is one.
@@ -136,7 +138,7 @@ def _of_data(data: Any) -> Spaces:
     if not isinstance(data, str) or (reason := no_source(data)) is None:
         return spaces_of(data)
     try:
-        return read_spaces(data)
+        return read_spaces(data.removeprefix("env:"))
     except EnvError as error:
         why = str(error).splitlines()[0]
         raise EnvError(f"{data!r} is neither an environment nor data:\n  {why}\n  {reason}") from error
@@ -159,13 +161,17 @@ def _obs(value: Any) -> Spec:
 
 
 def _shape(argument: str, value: Any, axes: int | None = None) -> tuple[int, ...]:
-    shape = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    if not shape or any(type(n) is not int or n < 1 for n in shape) or axes not in (None, len(shape)):
+    shape = value if isinstance(value, list | tuple) else (value,)
+    try:
+        sizes = tuple(whole(argument, n) for n in shape)
+    except ConfigError:
+        sizes = ()
+    if not sizes or axes not in (None, len(sizes)):
         form = "a whole number, such as 6" if axes else "a shape, such as (39,) or (3, 64, 64)"
         raise ConfigError(
             f"{argument} is {value!r}; expected {form}, a mapping of names, or a Gymnasium space"
         )
-    return shape
+    return sizes
 
 
 def describe(specs: Mapping[str, Spec]) -> str:

@@ -25,7 +25,7 @@ from datamodules.sources import find_uri, parse_uri
 from datamodules.windows import BufferWindows, buffer_spaces
 from lit_wm.callbacks import ResumableCheckpoint, RLProgressBar
 from lit_wm.create import describe
-from lit_wm.errors import CheckpointError, ConfigError, DataError, nearest
+from lit_wm.errors import CheckpointError, ConfigError, DataError, nearest, whole
 from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger
@@ -37,7 +37,7 @@ __all__ = ["ReplayBuffer", "held_out_losses", "train"]
 # Trainer arguments that something else decides here.
 DECIDED = {"max_steps": "total_steps", "min_steps": "total_steps", "max_epochs": "total_steps",
            "min_epochs": "total_steps", "default_root_dir": "folder", "enable_checkpointing": "folder",
-           "enable_progress_bar": "progress"}  # fmt: skip
+           "enable_progress_bar": "progress", "fast_dev_run": "total_steps"}  # fmt: skip
 DECIDED |= dict.fromkeys(
     ("accelerator", "devices", "num_nodes", "strategy"), "create_world_model(device=...)"
 )
@@ -77,9 +77,14 @@ def train(
         DataError: if the buffer does not fit the model or has no window as long; nothing has begun then.
         ConfigError: for an argument that cannot work.
     """
-    _check(model, total_steps, options)
+    total_steps = _check(model, total_steps, options)
     data = _Data(model, buffer, batch_size, batch_length)
     started, device, bf16 = model.updates, model.device, model.model.compute_dtype == torch.bfloat16
+    if started and not model.optimizer_states:
+        warnings.warn(
+            f"the model stands at update {started:,} without what its optimizers knew, as after an export: "
+            "they begin anew.\n  Create it from the run directory instead to go on exactly.", stacklevel=2
+        )  # fmt: skip
     callbacks = [_GoOn(), *options.pop("callbacks", [])]
     own = options.pop("logger", None)
     loggers = list(own) if isinstance(own, list) else [] if own in (None, True, False) else [own]
@@ -163,7 +168,18 @@ def no_source(data: str) -> str | None:
 
 def spaces_of(data: ReplayBuffer | str | Path) -> Spaces:
     """Entries of a buffer or dataset, as a model of it needs them."""
-    return buffer_spaces(data if isinstance(data, ReplayBuffer) else ReplayBuffer.load(data))
+    return buffer_spaces(_buffer(data))
+
+
+def _buffer(data: Any) -> ReplayBuffer:
+    if isinstance(data, str | Path):
+        return ReplayBuffer.load(data)
+    if not isinstance(data, ReplayBuffer):
+        raise ConfigError(
+            f"the data are a {type(data).__name__}; expected a ReplayBuffer, a path or the URI of a dataset\n"
+            "  ReplayBuffer().add_episode(obs, action, reward) makes one of arrays."
+        )
+    return data
 
 
 class _Data(pl.LightningDataModule):
@@ -177,17 +193,13 @@ class _Data(pl.LightningDataModule):
         super().__init__()
         inner, within = model.model, getattr(model, "windows", "stream") == "episode"
         exactly = getattr(model, "window_steps", None)
-        self.batch_size = (256 if within else 16) if batch_size is None else batch_size
-        steps = (exactly or 64) if batch_length is None else batch_length
-        for name, value, least in (("batch_size", self.batch_size, 1), ("batch_length", steps, 2)):
-            if type(value) is not int or value < least:
-                raise ConfigError(f"{name} is {value!r}; expected a whole number of {least} or more")
+        self.batch_size = (256 if within else 16) if batch_size is None else whole("batch_size", batch_size)
+        steps = (exactly or 64) if batch_length is None else whole("batch_length", batch_length, 2)
         if exactly not in (None, steps):
             raise ConfigError(
                 f"batch_length is {steps}; expected {exactly}, one more than the model's horizon"
             )
-        if not isinstance(buffer, ReplayBuffer):
-            buffer = ReplayBuffer.load(buffer)
+        buffer = _buffer(buffer)
         if buffer.cache is None and not buffer.num_episodes:
             raise DataError(f"there is nothing to train on: {buffer}. Add a finished episode first.")
         _check_fit(inner.spaces, buffer)
@@ -247,11 +259,10 @@ class _Checkpoint(ResumableCheckpoint):
         checkpoint["of_train"] = pl_module.rank_state_dict()
 
 
-def _check(model: Any, total_steps: int, options: dict[str, Any]) -> None:
+def _check(model: Any, total_steps: int, options: dict[str, Any]) -> int:
+    """The number of updates, if model and options can be used."""
     if not isinstance(model, WorldModelModule):
         raise ConfigError(f"model is a {type(model).__name__}; expected what create_world_model gives")
-    if type(total_steps) is not int or total_steps < 1:
-        raise ConfigError(f"total_steps is {total_steps!r}; expected a whole number of updates, 1 or more")
     known = [*inspect.signature(pl.Trainer).parameters]
     for name, value in options.items():
         if name in DECIDED:
@@ -261,6 +272,7 @@ def _check(model: Any, total_steps: int, options: dict[str, Any]) -> None:
         accepted, reason = ACCEPTED.get(name, ((value,), ""))
         if value not in accepted:
             raise ConfigError(f"{name}={value!r} is refused: {reason}")
+    return whole("total_steps", total_steps)
 
 
 def _check_fit(model: Spaces, buffer: ReplayBuffer) -> None:
@@ -278,12 +290,14 @@ def _check_fit(model: Spaces, buffer: ReplayBuffer) -> None:
 
 
 def _run_of(run: Path, model: WorldModelModule) -> Path:
-    """The run directory, unless another run lives there."""
+    """The run directory, unless another run lives there; one that never saved may begin anew."""
     last = run / "checkpoints" / "last.ckpt"
-    there = None
-    if last.exists():
-        there = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["resume"]["updates"]
-    if there != model.updates and (there is not None or (run / "config.yaml").exists()):
+    if not last.exists():
+        if saved := sorted(last.parent.glob("*.ckpt")):
+            raise CheckpointError(f"{run} holds {saved[-1].name} of another run\n  Choose another folder.")
+        return run
+    there = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["resume"]["updates"]
+    if there != model.updates:
         raise CheckpointError(
             f"{run} holds a run that stands at update {there}, the model at {model.updates}\n"
             f"  Go on with it: create_world_model({str(run)!r}). Or choose another folder."
@@ -293,8 +307,9 @@ def _run_of(run: Path, model: WorldModelModule) -> Path:
 
 def _run_id(run: Path) -> str | None:
     """The MLflow run of a folder that training goes on in."""
-    record = run / "run.json"
-    return json.loads(record.read_text()).get("mlflow", {}).get("run_id") if record.exists() else None
+    record, last = run / "run.json", run / "checkpoints" / "last.ckpt"
+    goes_on = record.exists() and last.exists()
+    return json.loads(record.read_text()).get("mlflow", {}).get("run_id") if goes_on else None
 
 
 def _config(model: WorldModelModule, total_steps: int) -> str:

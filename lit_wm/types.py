@@ -94,7 +94,7 @@ class Spaces:
     obs: dict[str, Spec]
     action: dict[str, Spec]
     episode_length: int | None = field(default=None, compare=False)  # decisions until the time limit
-    unbounded: tuple[str, ...] = field(default=(), compare=False)  # actions whose range no one knows
+    unbounded: tuple[str, ...] = field(default=(), compare=False)  # actions said to have no bounds
     tasks: tuple[dict[str, Any], ...] = field(default=(), compare=False)
 
     def to_plain(self) -> dict[str, Any]:

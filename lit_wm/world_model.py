@@ -358,6 +358,8 @@ class WorldModel(nn.Module, ABC):
             raise ValueError(f"observation keys {sorted(missing)} are missing; got {sorted(obs)}")
         obs = {k: _tensor(obs[k]) for k in self.spaces.obs}
         for k, spec in self.spaces.obs.items():
+            if spec.is_image and obs[k].ndim > 2 and (*obs[k].shape[-2:], 1) == spec.shape:
+                obs[k] = obs[k].unsqueeze(-1)  # as a space without the axis of its only channel has them
             shape = tuple(obs[k].shape[obs[k].ndim - len(spec.shape) :])
             if shape != spec.shape or obs[k].ndim == len(spec.shape):
                 expected = ", ".join(map(str, ("batch", *spec.shape)))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from tensordict import TensorDict
 
 from lit_wm import DreamerV3Module, Spaces, TDMPC2Module, create_world_model
-from lit_wm.errors import CheckpointError, ConfigError, EnvError
+from lit_wm.errors import CheckpointError, ConfigError, DataError, EnvError
+from lit_wm.noise import NoiseStreams
 from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, TDMPC2_PARAMETERS
 from lit_wm.training import ReplayBuffer, train
 from lit_wm.types import Spec
@@ -93,6 +95,41 @@ def test_spaces_of_gymnasium_and_names():
         spaces_of("tdmpc2:debug", (5,), Box(-np.inf, np.inf, (2,)))
 
 
+def test_observed_classes_count_from_zero_and_a_gray_image_needs_no_axis():
+    seen = Dict(view=Box(0, 255, (64, 64), np.uint8), level=Discrete(3, start=5))
+    model = create_world_model("dreamerv3:debug", seen, 2, device="cpu")
+    assert model.model.spaces.obs["view"].shape == (64, 64, 1)
+    view = np.stack([seen["view"].sample() for _ in range(3)])
+
+    def belief(level, view=view):
+        model.model.noise = NoiseStreams(0)
+        return model.encode({"view": view, "level": level})
+
+    flat, deep = (belief(np.array([0, 1, 2]), v) for v in (view, view[..., None]))
+    assert torch.equal(flat.stoch, deep.stoch)
+    for level, found in (([5, 6, 7], "5 to 7"), ([0, 100, 1], "0 to 100"), ([-1, 0, 0], "-1 to 0")):
+        with pytest.raises(
+            ValueError, match=rf"'level' is {found}; expected classes, integers 0 ... 2\n.*start"
+        ):
+            belief(np.array(level))
+    with pytest.raises(ValueError, match=r"'level' is torch.float32; expected classes, integers 0 ... 2"):
+        belief(np.array([0.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"'view' has shape \(64, 64\); expected \(batch, 64, 64, 1\)"):
+        belief(np.array([0]), view[0])
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert spaces_of("dreamerv3:debug", (np.int64(5),), np.int64(4)) == spaces_of("dreamerv3:debug", (5,), 4)
+    assert spaces_of("dreamerv3:debug", np.int32(5), 4, discrete=True).action["action"].classes == 4
+    buffer = ReplayBuffer(np.int64(50), action_dim=Discrete(2).n)
+    buffer.add_episode(np.zeros((9, 5)), np.arange(8) % 2, np.zeros(8))
+    sizes = {"batch_size": np.int64(2), "batch_length": np.int32(4)}
+    train(create_world_model("dreamerv3:debug", data=buffer, device="cpu"), buffer, np.int64(1), **sizes)
+    for wrong in (True, np.True_, 4.0, np.array([4])):
+        with pytest.raises(ConfigError, match="action_dim is "):
+            spaces_of("dreamerv3:debug", (5,), wrong)
+
+
 def test_data_say_the_spaces():
     recording = Spaces({"obs": Spec("float32", (34,))}, {"action": Spec("float32", (2,))})
     for data in (NPZ / "recording.npz", str(NPZ / "recording.npz"), f"npz:{NPZ}/recording.npz"):
@@ -105,6 +142,7 @@ def test_data_say_the_spaces():
     assert spaces_of("tdmpc2:debug", data=buffer).episode_length == 7
     assert spaces_of("tdmpc2:debug", data=recording) == recording
     cartpole = spaces_of("dreamerv3:debug", data="CartPole-v1")
+    assert spaces_of("dreamerv3:debug", data="env:CartPole-v1") == cartpole
     assert cartpole.action == {"action": Spec("int32", (), 2)}
     assert cartpole.episode_length == 500
 
@@ -136,6 +174,37 @@ def test_what_cannot_be_made_is_one_clear_error(given, message):
     with pytest.raises(ConfigError, match=message) as error:
         create_world_model(**call)
     assert len(str(error.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("kind", ["tdmpc2", "chunk"])
+def test_bounds_that_a_file_does_not_state_are_unknown_not_infinite(kind, tmp_path):
+    rng, form = np.random.default_rng(0), "20260101T000000F000-a-0-60.npz" if kind == "chunk" else "0.pt"
+    for scale in (1.0, 2.0):
+        place = tmp_path / f"{scale:g}" / form
+        place.parent.mkdir()
+        action = scale * rng.uniform(0.9, 1, (3, 20, 2)).astype("f4")
+        obs, reward = rng.normal(size=(3, 20, 4)).astype("f4"), np.zeros((3, 20), "f4")
+        if kind == "chunk":
+            first = np.arange(60) % 20 == 0
+            flags = {"is_first": first, "is_last": np.roll(first, -1), "is_terminal": np.zeros(60, bool)}
+            arrays = {
+                "obs": obs.reshape(60, 4),
+                "action": action.reshape(60, 2),
+                "reward": reward.reshape(60),
+            }
+            np.savez(place, **arrays, **flags)
+        else:
+            action[:, 0] = np.nan  # what led to the first observation
+            columns = {"obs": obs, "action": action, "reward": reward}
+            torch.save(TensorDict({k: torch.from_numpy(v) for k, v in columns.items()}, [3, 20]), place)
+        model = create_world_model("tdmpc2:debug", data=place, device="cpu")
+        if scale == 1:
+            train(model, place, 1, batch_size=2, progress=False)
+            continue
+        with pytest.raises(DataError, match=r"nobody says their bounds.*\n.*Buffer.load\(.*action_low="):
+            train(model, place, 1, batch_size=2)
+        told = ReplayBuffer.load(place, action_low=-2, action_high=2)
+        train(model, told, 1, batch_size=2, progress=False)
 
 
 def test_a_missing_gpu_and_an_unknown_environment_are_said():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -174,6 +175,47 @@ def test_a_folder_goes_on_in_another_process_as_if_nothing_had_happened(name, tm
     assert mine.info.run_id in record
     with pytest.raises(CheckpointError, match="holds a run that stands at update 4, the model at 0\n"):
         quietly(made(name, buffer), buffer, 1, folder=run)
+
+
+def test_a_folder_whose_run_never_saved_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    buffer, run = filled(), Path("runs/first")
+
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if index == 3:
+                raise RuntimeError("out of memory")
+
+    model = made("tdmpc2:debug", buffer, log_every=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quietly(model, buffer, 5, folder=run, callbacks=[Fails()])
+    assert (run / "config.yaml").exists()
+    assert not list(run.glob("checkpoints/*"))
+    quietly(made("tdmpc2:debug", buffer, log_every=1), buffer, 2, folder=run)
+    assert create_world_model(run, device="cpu").updates == 2
+    with open(run / "metrics.csv") as file:
+        assert [row["step/grad"] for row in csv.DictReader(file)] == ["1.0", "2.0"]
+    (run / "checkpoints" / "last.ckpt").rename(run / "checkpoints" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"holds best.ckpt of another run\n  Choose another folder"):
+        quietly(model, buffer, 1, folder=run)
+
+
+def test_optimizers_that_begin_anew_are_said_once(tmp_path):
+    buffer, file = filled(), tmp_path / "run" / "checkpoints" / "last.ckpt"
+    model = made("tdmpc2:debug", buffer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the model stands")
+        quietly(model, buffer, 2, folder=tmp_path / "run", logger=False)
+        quietly(create_world_model(file, device="cpu"), buffer, 1)
+    saved = torch.load(file, weights_only=True)
+    del saved["optimizer_states"]  # as `lit-wm export` writes it
+    torch.save(saved, tmp_path / "alone.ckpt")
+    model = create_world_model(tmp_path / "alone.ckpt", device="cpu")
+    with pytest.warns(UserWarning, match="stands at update 2 without what its optimizers knew.*begin anew"):
+        quietly(model, buffer, 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the model stands")
+        quietly(model, buffer, 1)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -454,6 +496,10 @@ def test_what_fits_is_what_the_error_says():
         ({"total_steps": 0}, "total_steps is 0; expected a whole number"),
         ({"max_steps": 3}, "max_steps cannot be set: total_steps decides it"),
         ({"accelerator": "gpu"}, r"accelerator cannot be set: create_world_model\(device=...\) decides it"),
+        ({"fast_dev_run": True}, "fast_dev_run cannot be set: total_steps decides it"),
+        ({"total_steps": True}, "total_steps is True; expected a whole number"),
+        ({"batch_size": True}, "batch_size is True; expected a whole number of 1 or more"),
+        ({"buffer": [1, 2]}, "the data are a list; expected a ReplayBuffer, a path or the URI of a dataset"),
         ({"precison": 16}, "the Trainer has no option 'precison'; did you mean 'precision'"),
         ({"precision": "16-mixed"}, "precision='16-mixed' is refused: "),
         ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 is refused"),
@@ -462,9 +508,9 @@ def test_what_fits_is_what_the_error_says():
 )
 def test_what_the_trainer_cannot_do_is_refused(options, message):
     buffer = filled()
-    call = {"model": made("tdmpc2:debug", buffer), "total_steps": 1} | options
+    call = {"model": made("tdmpc2:debug", buffer), "buffer": buffer, "total_steps": 1} | options
     with pytest.raises(ConfigError, match=message):
-        train(buffer=buffer, **call)
+        train(**call)
 
 
 def test_an_empty_buffer_is_refused_and_terminations_are_mentioned():

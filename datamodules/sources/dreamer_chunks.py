@@ -46,6 +46,8 @@ class DreamerChunks(Source):
         ConfigError: for names in ``drop`` that do not exist.
     """
 
+    version = 2
+
     def __init__(
         self, files: Sequence[str | Path], tolerate: bool = False,
         classes: int | Mapping[str, int] | None = None, discrete: bool = False,
@@ -76,8 +78,7 @@ class DreamerChunks(Source):
             action[k] = self._acted(k, [head[k] for head in heads.values()], given)
         self._obs = {k if len(obs) > 1 else "obs": k for k in obs}
         obs = dict(zip(self._obs, obs.values(), strict=True))
-        unbounded = tuple(k for k, spec in action.items() if not spec.is_discrete)
-        self.schema = Schema(Spaces(obs, action, None, unbounded))
+        self.schema = Schema(Spaces(obs, action))
         self.meta = {"format": "dreamer_chunks"}
 
     def _unique(self, files: list[Path]) -> list[Path]:

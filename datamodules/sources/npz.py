@@ -85,6 +85,7 @@ class NPZ(FlatSource):
             acts = actions or ("action",)
             inner: Source = DreamerChunks(files, tolerate, classes, bool(discrete), acts, self.drop)
             self.__dict__ |= {**vars(inner), "_inner": inner, "_report": inner.report}
+            self.version = inner.version
             return
         if tolerate or actions:
             raise ConfigError(f"npz: tolerate and actions are for Dreamer chunks; {files[0]} is none.")

@@ -95,10 +95,10 @@ class TDMPC2(Source):
         self._names = self._task_names(tasks if tasks is not None else known)
         bounds = {"action": np.ones(action.shape)} if known or isinstance(tasks, str) else {}
         obs = {"obs": Spec("uint8" if image else "float32", tuple(width))}
-        unbounded = () if bounds else ("action",)
-        self.schema = Schema(Spaces(obs, {"action": action}, rows - 1, unbounded),
+        self.schema = Schema(Spaces(obs, {"action": action}, rows - 1),
                              {k: -v for k, v in bounds.items()}, bounds)  # fmt: skip
         self.meta = {"format": "tdmpc2", "tasks": self._names}
+        self.version = 1 if bounds else 2
 
     def _task_names(self, tasks: str | Sequence[str] | None) -> list[str]:
         if isinstance(tasks, str):

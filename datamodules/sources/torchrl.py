@@ -77,6 +77,8 @@ class TorchRL(Source):
         ConfigError: for another ``dones_are`` or names that do not exist.
     """
 
+    version = 2
+
     def __init__(
         self, rest: str, last_obs: str = "error", dones_are: str = "ends", classes: int | None = None,
         drop: str | Sequence[str] = (),
@@ -107,8 +109,7 @@ class TorchRL(Source):
         self._hot: set[str] = set()
         specs = {k: self._acted(k, c, classes) for k, c in self._action.items()}
         obs = {k: seen(c.dtype, c.shape) for k, c in self._obs.items()}
-        unbounded = tuple(k for k, spec in specs.items() if not spec.is_discrete)
-        self.schema = Schema(Spaces(obs, specs, None, unbounded))
+        self.schema = Schema(Spaces(obs, specs))
         self.meta = {"format": "torchrl"} | ({} if "next/reward" in self._columns else {"no_reward": True})
         self._runs = [self._find(rows) for rows in self._streams]
         self._look_for_defects(root)

@@ -71,7 +71,7 @@ def test_streams_follow_their_successors(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got[0].reward, [10, 20, 30, 40, 50])  # what came with the next row
     np.testing.assert_allclose(got[0].action["action"][:, 0], [0, 0.01, 0.02, 0.03, 0.04], rtol=1e-6)
     assert source.report.counts["open_end"] == 1  # the second episode of the first stream
-    assert source.schema.spaces.unbounded == ("action",)
+    assert source.schema.spaces.unbounded == ()
 
 
 def test_a_missing_chunk_ends_one_stream_and_begins_another(tmp_path: Path) -> None:

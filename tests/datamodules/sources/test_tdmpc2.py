@@ -45,7 +45,7 @@ def test_every_value_is_what_torch_loads() -> None:
     theirs = [episode for part in whole for episode in part]
     assert (source.total_episodes, source.total_steps) == (len(theirs), 100 * len(theirs)) == (14, 1400)
     assert source.schema.spaces.obs["obs"].shape == (24,)
-    assert source.schema.spaces.unbounded == ("action",)  # Pendulum's are in [-2, 2] here
+    assert source.schema.spaces.unbounded == ()  # Pendulum's are in [-2, 2] here
     for ours, episode in zip(got, theirs, strict=True):
         np.testing.assert_array_equal(ours.observation["obs"], episode["obs"])
         np.testing.assert_array_equal(ours.action["action"], episode["action"][1:])

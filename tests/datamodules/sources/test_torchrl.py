@@ -189,7 +189,7 @@ def test_entries_of_every_kind(tmp_path: Path) -> None:
     }  # loc is the policy's
     assert spaces.action["pick"] == Spec("int32", (), 5)
     assert spaces.action["many"] == Spec("int32", (), 4)
-    assert spaces.unbounded == ("move",)
+    assert spaces.unbounded == ()
     (got,) = checked(source)
     np.testing.assert_array_equal(got.observation["pixels"][:-1], seen["pixels"])
     np.testing.assert_array_equal(got.observation["on"][-1], after["on"][-1])
