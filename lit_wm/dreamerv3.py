@@ -25,7 +25,7 @@ from lit_wm.distributions import (
     two_hot_mean,
     unimix,
 )
-from lit_wm.errors import ConfigError
+from lit_wm.errors import ConfigError, whole
 from lit_wm.functional import symexp
 from lit_wm.module import Pretraining, WorldModelModule, arguments_of
 from lit_wm.nets.coders import Decoder, Encoder, greedy, module_key
@@ -904,7 +904,8 @@ class DreamerV3(WorldModel):
         """Roll out given actions (B, H, ...), or the policy for ``horizon`` (or ``imag_length``) steps."""
         noise = self.source(noise)
         given = None if actions is None else self.action_dict(actions, len(state.deter), True)
-        steps = next(iter(given.values())).shape[1] if given else (horizon or self.imag_length)
+        ahead = self.imag_length if horizon is None else whole("horizon", horizon)
+        steps = next(iter(given.values())).shape[1] if given else ahead
         states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []
         mask = self.action_mask_of(state)
         for t in range(steps):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_wm.distributions import categorical_entropy, symlog_two_hot_loss, symlog_two_hot_mean
-from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest
+from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest, whole
 from lit_wm.functional import one_hot
 from lit_wm.module import Pretraining, WorldModelModule, arguments_of
 from lit_wm.nets.coders import discrete_one_hot
@@ -918,7 +918,8 @@ class TDMPC2(WorldModel):
         """
         noise = self.source(noise)
         given = None if actions is None else self.actions(self.action_dict(actions, len(state.deter), True))
-        steps = given.shape[1] if given is not None else (horizon or self.horizon)
+        ahead = self.horizon if horizon is None else whole("horizon", horizon)
+        steps = ahead if given is None else given.shape[1]
         emb, zs, taken = self.embed(state.task), [state.deter], []
         for t in range(steps):
             if given is None:

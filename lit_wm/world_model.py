@@ -335,7 +335,7 @@ class WorldModel(nn.Module, ABC):
             if spec.classes and kind.is_floating_point and given[1 + steps :] == (*spec.shape, spec.classes):
                 value = value.argmax(-1)
             lead, fits = value.shape[: 1 + steps], value.shape[1 + steps :] == spec.shape
-            fits = fits and len(lead) == 1 + steps and lead[0] == batch
+            fits = fits and len(lead) == 1 + steps and lead[0] == batch and 0 not in lead[1:]
             if spec.classes and fits:  # -1 marks an action that is not known
                 fits = not value.is_floating_point() and bool(((value >= -1) & (value < spec.classes)).all())
             if not fits:
@@ -346,7 +346,8 @@ class WorldModel(nn.Module, ABC):
                     what = (
                         f"integers 0 ... {spec.classes - 1} {what}, or floats {each}, a number for each class"
                     )
-                raise ValueError(f"action {k!r} is {kind} {given}; expected {what}; the batch comes first")
+                raise ValueError(f"action {k!r} is {kind} {given}; expected {what}; the batch comes "
+                                 f"first{', then one step or more' * steps}")  # fmt: skip
             found[k] = value.long() if spec.is_discrete else value.float()
         return found
 

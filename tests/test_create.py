@@ -130,6 +130,18 @@ def test_numbers_of_numpy_are_numbers():
             spaces_of("dreamerv3:debug", (5,), wrong)
 
 
+@pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
+def test_a_dream_of_no_step_is_refused(name):
+    model = create_world_model(name, (5,), 2, device="cpu")
+    state = model.encode(np.zeros((3, 5), "f4"))
+    assert model.imagine(state, horizon=np.int64(1)).rewards.shape == (3, 1)
+    for wrong in (0, -1, 2.0):
+        with pytest.raises(ValueError, match=f"horizon is {wrong}; expected a whole number of 1 or more"):
+            model.imagine(state, horizon=wrong)
+    with pytest.raises(ValueError, match=r"\(3, 0, 2\); expected \(3, steps, 2\); .* then one step or more"):
+        model.imagine(state, torch.zeros(3, 0, 2))
+
+
 def test_data_say_the_spaces():
     recording = Spaces({"obs": Spec("float32", (34,))}, {"action": Spec("float32", (2,))})
     for data in (NPZ / "recording.npz", str(NPZ / "recording.npz"), f"npz:{NPZ}/recording.npz"):
