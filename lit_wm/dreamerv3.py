@@ -118,8 +118,9 @@ class DreamerV3Module(WorldModelModule):
             in which the policy learns too, by behaviour cloning.
         ensemble: networks that predict the next latent state, to notice where the data say little; 0 = none.
         disagreement: what imagined steps cost, in reward per unit of the ensemble's disagreement beyond its
-            mean in the data, which is 1; below 0 it is a bonus for exploration, as in Plan2Explore.
-        disagreement_limit: imagined roll-outs end where the disagreement is larger; None = nowhere.
+            mean in the data, which is 1; below 0 it is a bonus for exploration (docs/offline.md).
+        disagreement_limit: imagined roll-outs end, with the value there, where the disagreement is larger;
+            None = nowhere.
         start_from: checkpoint or run directory whose weights a new run begins with; optimisers and replay
             begin anew.
         start_partial: take from it what fits by name, shape and meaning; else all has to.
@@ -571,20 +572,22 @@ class DreamerV3(WorldModel):
         if not self.contdisc:
             weight = weight / (1 - 1 / self.horizon)
         lam: float | Tensor = self.lam
-        doubt = None
+        doubt = alive = None
         if self.doubts:
             taken = torch.stack([self.flat(a, start.task, feats.dtype) for a in actions])
             x = torch.cat([feats[:-1], taken], -1)
             doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]  # (H, N)
             reward = torch.cat([reward[:1], reward[1:] - self.disagreement * (doubt - 1)])
             if self.disagreement_limit is not None:
-                # Where a step is not trusted the return falls back on the value there, and what comes from
+                # At the first step that is not trusted the return is the value there, and what comes from
                 # then on does not count.
-                trusted = (doubt <= self.disagreement_limit).float()
-                lam = torch.cat([trusted, trusted[-1:]]).T * self.lam
-                weight = weight * torch.cat([trusted.cumprod(0), trusted[-1:]])
+                alive = (doubt <= self.disagreement_limit).float().cumprod(0)
+                alive = torch.cat([alive, alive[-1:]])
+                lam, weight = alive.T * self.lam, weight * alive
         boot = slow_value if self.slowtar else value
         returns = lambda_return(reward.T, cont.T, boot.T, lam).T  # (H, N)
+        if alive is not None:
+            returns = torch.where(alive[:-1] > 0, returns, boot[:-1])
         return Dream(
             feats, actions, reward, cont, value, slow_value, value_logits, log_probs, dist, weight, returns,
             doubt,
@@ -651,7 +654,8 @@ class DreamerV3(WorldModel):
         action = self.previous_action(batch)[:, 1:]  # zero where an episode begins, which does not count
         x = torch.cat([out.feat[:, :-1].to(action.dtype), action], -1)
         target = unimix(out.post_logit[:, 1:].detach(), self.mix).flatten(-2)
-        return self.ensemble.loss(x, target, ~batch.is_first[:, 1:])  # type: ignore[union-attr]
+        keep = ~batch.is_first if batch.fake is None else ~(batch.is_first | batch.fake)
+        return self.ensemble.loss(x, target, keep[:, 1:])  # type: ignore[union-attr]
 
     def continue_target(self, batch: Batch) -> Tensor:
         """1 for a step after which the episode goes on, 0 for a terminal one; times gamma with ``contdisc``.
@@ -944,7 +948,11 @@ class DreamerV3(WorldModel):
                 out[k] = out[k].float().movedim(-1, -3) if spec.channels_first else out[k].float()
             elif not spec.is_discrete:
                 out[k] = symexp(out[k])
-        return out if self.normalizer is None else self.normalizer.inverse(out)
+        if self.normalizer is not None:
+            out = self.normalizer.inverse(out)
+            if self.task_spaces is not None:  # whose padding is zero in any units
+                out = self.task_spaces.gather(self.task_spaces.spread(out, state.task)[0], state.task)
+        return out
 
     def v(self, state: State) -> Tensor:
         """Critic's value. (...)"""

@@ -142,6 +142,14 @@ class WorldModelModule(pl.LightningModule):
 
     def _begin(self) -> None:
         """Begin a new run with the weights of ``start_from``."""
+        learning = self.learning()
+        clones = learning["actor"] and not self.groups["critic"]
+        if self.world_model_only and not learning["world_model"] and not clones:
+            raise ConfigError(
+                "the data have no rewards for a critic, and train_world_model: false or model.freeze keeps the "
+                "world model\nTrain the world model, use data with rewards, or, with train_critic: false, "
+                "clone actions alone"
+            )
         start, like, partial = map(self.hparams.get, ("start_from", "task_like", "start_partial"))
         if not start and (partial or like):
             raise ConfigError(

@@ -98,9 +98,10 @@ class TDMPC2Module(WorldModelModule):
             in which the policy learns too, by behaviour cloning.
         ensemble: networks that predict the next latent state, to notice where the data say little; 0 = none.
         disagreement: what planned steps and actions of the policy cost, in reward per unit of the ensemble's
-            disagreement beyond its mean in the data, which is 1; below 0 it is a bonus for exploration.
+            disagreement beyond its mean in the data, which is 1; below 0 it is a bonus for exploration
+            (docs/offline.md).
         disagreement_limit: planned roll-outs end, with the value there, where the disagreement is larger;
-            None = nowhere.
+            None = nowhere. Needs a planner: the policy does not learn in imagination.
         freeze: names of parts that are not trained, of encoder, dynamics, reward, termination,
             task_embedding, policy and critic.
         log_every: updates between two lines of metrics.
@@ -198,8 +199,13 @@ class TDMPC2Module(WorldModelModule):
         return module_from_official(path, **overrides)
 
     def setup(self, stage: str) -> None:
-        """Beside what all modules do, ask which of several tasks the environment is."""
+        """Beside what all modules do, ask which of several tasks the environment is, and for plans to end."""
         super().setup(stage)
+        if stage == "fit" and self.model.disagreement_limit is not None and self.model.planner is None:
+            raise ConfigError(
+                "model.disagreement_limit ends plans, and model.planner: policy makes none: here it has no "
+                "effect\nUse a planner, or model.disagreement, which the policy learns from"
+            )
         env = getattr(getattr(self.trainer, "datamodule", None), "env", None)
         if self.model.tasks and self.model.task_index is None and env:
             raise ConfigError(f"model.tasks names several: say with model.task which one {env} is")
@@ -278,6 +284,7 @@ class ModelLoss:
     next_z: Tensor  # (H, B, L), encoded
     td_target: Tensor  # (H, B)
     rows: Tensors  # (B,) the losses of each window, without rho
+    emb: Tensor | None  # (B, T) of the task, with autograd
 
 
 class Policy(NamedTuple):
@@ -530,7 +537,7 @@ class TDMPC2(WorldModel):
             rows["value"] = value_loss.mean((0, 1))
         total = torch.stack([zs.new_zeros(()), *(self.coefs[k] * v for k, v in losses.items())]).sum()
         metrics |= {f"loss/{k}": v.detach() for k, v in losses.items()} | {"opt/loss": total.detach()}
-        return ModelLoss(total, losses, metrics, zs, next_z, td_target, rows)
+        return ModelLoss(total, losses, metrics, zs, next_z, td_target, rows, emb)
 
     def td_target(
         self, next_z: Tensor, reward: Tensor, terminated: Tensor, task: Tensor | None, emb: Tensor | None,
@@ -608,10 +615,10 @@ class TDMPC2(WorldModel):
         disagreement.
         """
         z = torch.cat([out.zs[:1], out.next_z[:-1]]).detach()  # (H, B, L)
-        emb = self.embed(self.task_of(batch.task, z.shape[1]))
+        emb = None if out.emb is None else out.emb.detach()  # embedding anew would shorten what is kept
         action = self.actions(batch.prev_action)[:, 1:].transpose(0, 1)
         keep = torch.ones_like(z[..., 0]) if batch.fake is None else ~batch.fake[:, 1:].T
-        x = self.inputs(z, None if emb is None else emb.detach(), action)
+        x = self.inputs(z, emb, action)
         return self.ensemble.loss(x, out.next_z, keep)  # type: ignore[union-attr]
 
     def penalty(self, x: Tensor) -> Tensor | float:

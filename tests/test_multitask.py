@@ -23,6 +23,7 @@ from lit_wm.errors import ConfigError, DataError
 from lit_wm.noise import NoiseStreams
 from lit_wm.scores import Reference
 from lit_wm.tasks import Task, as_seen, as_taken, misfit, ordered
+from lit_wm.tdmpc2 import TDMPC2Module
 from lit_wm.types import Batch, Spaces, Spec
 
 WIDE = Spaces({"obs": Spec("float32", (5,))}, {"action": Spec("float32", (3,))})
@@ -154,6 +155,34 @@ def test_verbs_carry_the_task(planner: str) -> None:
         assert not torch.equal(other.deter, model.encode(obs, task=task, noise=NoiseStreams(0)).deter)
     with pytest.raises(ConfigError, match="2 tasks: say which by the argument `task`"):
         model.act(obs)
+
+
+def test_padding_is_zero_in_any_units() -> None:
+    model = make_module(WIDE, tasks=TASKS, normalize=True).model
+    mean, std = torch.arange(5.0) - 9, torch.arange(5.0) + 1
+    with torch.no_grad():
+        state = model.encode(torch.randn(3, 5), task=TASK)
+        plain = model.decode(state)["obs"]
+        model.normalizer.fit({"obs": (mean, std)})
+        seen = model.decode(state)["obs"]
+    own = torch.arange(5) < torch.tensor([3, 5, 3]).unsqueeze(1)
+    torch.testing.assert_close(seen, (plain * std + mean) * own)
+
+
+def test_an_ensemble_that_nothing_uses_shortens_no_embedding(tmp_path: Path) -> None:
+    runs = []
+    for ensemble in (0, 3):
+        torch.manual_seed(0)
+        module = TDMPC2Module(
+            WIDE.to_plain(), "debug", tasks=TASKS, task_dim=4, horizon=5, lr=3e-2, ensemble=ensemble,
+            pretrain={"world_model": 6}, planner="policy",
+        )  # fmt: skip
+        with torch.no_grad():
+            module.model.task_embedding.weight.copy_(torch.eye(4)[:2])
+        fit(module, tmp_path, [batch_of(torch.full((3,), i % 2), seed=i) for i in range(7)])
+        runs.append(module.state_dict())
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
 
 
 @pytest.mark.parametrize(

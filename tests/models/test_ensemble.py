@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
-from small_models import BOTH, fit, make_batch, make_module
+from small_models import BOTH, SPACES, fit, make_batch, make_module
 from torch import Tensor
 
 from lit_wm.errors import ConfigError
 from lit_wm.nets.ensemble import Ensemble
 from lit_wm.noise import NoiseStreams
-from lit_wm.types import State
+from lit_wm.types import Spaces, Spec, State
 
 
 @BOTH
@@ -82,38 +83,164 @@ def fixed(value: float) -> Any:
     return lambda x: torch.full(x.shape[:-1], value)
 
 
-@BOTH
-def test_the_penalty_is_what_a_plan_costs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make_module(kind, ensemble=3, disagreement=0.5)
-    model, actions = module.model.eval(), torch.rand(2, 3, 3, 2) * 2 - 1
-    if kind == "dreamerv3":  # large values would hide small costs
-        for head in (model.val, model.rew):
-            torch.nn.init.zeros_(head.output.weight), torch.nn.init.zeros_(head.output.bias)
+def steep(x: Tensor) -> Tensor:
+    """A disagreement that differs between states, actions and steps."""
+    return 2 + x.float() @ torch.linspace(-0.3, 0.3, x.shape[-1])
 
-    def value() -> Tensor:
-        state = model.encode(torch.ones(2, 5), noise=NoiseStreams(0))
+
+def careful(kind: str, patch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """A model whose ensemble is :func:`steep`, with rewards and values of about 1."""
+    model = make_module(kind, ensemble=3, **options).model.eval()
+    model.bins = torch.linspace(-3, 3, len(model.bins))
+    patch.setattr(model.ensemble, "disagreement", steep)
+    return model
+
+
+class Likeliest:
+    """Noise that leaves the most likely classes."""
+
+    def exponential(self, stream: str, shape: tuple[int, ...], t: int = 0) -> Tensor:
+        return torch.ones(shape)
+
+
+@pytest.mark.parametrize("limit", [None, 3.0])
+@pytest.mark.parametrize("coefficient", [0.5, -0.5])
+def test_what_dreamed_steps_cost(
+    coefficient: float, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = careful("dreamerv3", monkeypatch, disagreement=coefficient, disagreement_limit=limit)
+    start = State(torch.randn(9, 2, 32), torch.eye(4).expand(9, 2, 4, 4))
+    dream = model.dream(start, NoiseStreams(0))
+    monkeypatch.setattr(model, "ensemble", None)
+    plain = model.dream(start, NoiseStreams(0))
+    x = torch.cat([plain.feats[:-1], torch.stack([a["action"] for a in plain.actions])], -1)
+    returns, trusted, alive = plain.value.clone(), steep(x) <= (limit or 1e9), torch.ones(18).bool()
+    for t in (3, 2, 1, 0):
+        reward = plain.reward[t + 1] - coefficient * (steep(x[t]) - 1)
+        ahead = 0.05 * plain.value[t + 1] + 0.95 * returns[t + 1]
+        returns[t] = torch.where(trusted[t], reward + plain.cont[t + 1] * ahead, plain.value[t])
+    for t in range(4):  # after the end the value stands for the return, and nothing counts
+        alive = alive & trusted[t]
+        returns[t] = torch.where(alive, returns[t], plain.value[t])
+        assert torch.equal(dream.weight[t], plain.weight[t] * alive)
+    assert alive.all() if limit is None else 0 < alive.sum() < 18
+    torch.testing.assert_close(dream.returns, returns[:4])
+
+
+def test_a_dream_that_is_not_trusted_says_nothing_of_its_rewards() -> None:
+    """Not by the first return, which replayed values fall back on, nor by the scale of returns."""
+    seen = []
+    for bias in (0.0, 5.0):
+        model = make_module("dreamerv3", ensemble=3, disagreement_limit=2.0).model
+        model.ensemble.disagreement = fixed(9.0)
         with torch.no_grad():
-            planned = model.value(state, actions, NoiseStreams(0))
-            return planned if kind == "tdmpc2" else torch.cat([dreamed(state), planned.flatten()])
+            model.rew.output.bias[100] += bias
+            out = model.loss(make_batch(), model.initial(3), NoiseStreams(0))
+        seen.append([out.dream.reward, out.replay_returns, model.retnorm.lo, model.retnorm.hi])
+    (reward, *before), (other, *after) = seen
+    assert not torch.equal(reward, other)
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x, y)
 
-    def dreamed(state: State) -> Tensor:
-        dream = model.dream(state.map(lambda x: x.unsqueeze(1)), NoiseStreams(1))
-        return dream.returns[0]
 
-    monkeypatch.setattr(model.ensemble, "disagreement", fixed(1.0))
-    usual = value()
-    monkeypatch.setattr(model, "disagreement", 0.0)
-    torch.testing.assert_close(value(), usual)  # 1 is the mean of the data, which costs nothing
-    monkeypatch.setattr(model, "disagreement", 0.5)
-    monkeypatch.setattr(model.ensemble, "disagreement", fixed(3.0))
-    cost = usual - value()
-    if kind == "tdmpc2":  # three steps and the policy's action at the end, each (3 - 1) / 2
-        gamma = model.discount
-        torch.testing.assert_close(cost, torch.full((2, 3), float(sum(gamma**t for t in range(4)))))
+@BOTH
+@pytest.mark.parametrize("coefficient", [0.5, -0.5])
+def test_what_planned_steps_cost(kind: str, coefficient: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = careful(kind, monkeypatch, disagreement=coefficient)
+    actions, dreamer = torch.rand(2, 3, 3, 2) * 2 - 1, kind == "dreamerv3"
+    state = State(torch.randn(2, 32), torch.eye(4).expand(2, 4, 4)) if dreamer else State(torch.rand(2, 16))
+    with torch.no_grad():
+        found = model.value(state, actions, NoiseStreams(0), deterministic=True)
+        each = state.map(lambda x: x.repeat_interleave(3, 0))
+        dream = model.imagine(each, actions.flatten(0, 1), noise=Likeliest())
+        total, weight = torch.zeros(6), torch.ones(6)
+        for t in range(3):
+            here = model.feat(dream.states[t]) if dreamer else dream.states[t].deter
+            cost = coefficient * (steep(torch.cat([here, actions[:, :, t].flatten(0, 1)], -1)) - 1)
+            total = total + weight * (dream.rewards[:, t] - cost)
+            weight = weight * (1.0 if dreamer else model.discount) * dream.continues[:, t]
+        if dreamer:
+            end = model.v(dream.states[-1])
+        else:
+            z = dream.states[-1].deter
+            last = model.pi(z, None, None, torch.ones(6, 2)).mean
+            end = model.q(dream.states[-1], last) - coefficient * (steep(torch.cat([z, last], -1)) - 1)
+    torch.testing.assert_close(found, (total + weight * end).view(2, 3))
+
+
+def test_what_the_targets_of_tdmpc2_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = careful("tdmpc2", monkeypatch, disagreement=0.5, episodic=True)
+    z, reward, ended = torch.rand(3, 4, 16), torch.randn(3, 4), (torch.rand(3, 4) < 0.5).float()
+    given = (z, reward, ended, None, None)
+    with torch.no_grad():
+        found = model.td_target(*given, NoiseStreams(0))
+        monkeypatch.setattr(model, "ensemble", None)
+        action = model.pi(z, None, None, NoiseStreams(0).normal("td/policy", (3, 4, 2))).action
+        cost = 0.5 * (steep(torch.cat([z, action], -1)) - 1)
+        plain = model.td_target(*given, NoiseStreams(0))
+    torch.testing.assert_close(found, plain - model.discount * (1 - ended) * cost)
+    assert 0 < ended.sum() < 12
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_what_the_policy_of_tdmpc2_pays(classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces = Spaces(SPACES.obs, {"action": Spec("int64", (), classes) if classes else Spec("float32", (2,))})
+    monkeypatch.setattr(small_models, "SPACES", spaces)
+    model, zs = careful("tdmpc2", monkeypatch, disagreement=0.5), torch.rand(4, 5, 16)
+    monkeypatch.setattr(model, "update_scale", lambda q: model.scale.fill_(2.0))
+    with torch.no_grad():
+        found, _ = model.policy_loss(zs, None, NoiseStreams(0))
+        monkeypatch.setattr(model, "ensemble", None)
+        plain, _ = model.policy_loss(zs, None, NoiseStreams(0))
+        noise = model.policy_noise(NoiseStreams(0), "policy", (4, 5))
+        pi = model.pi(zs, None, None, noise)
+        if classes is None:
+            cost = steep(torch.cat([zs, pi.action], -1)) - 1
+        else:
+            one = torch.eye(3).expand(4, 5, 3, 3)
+            cost = steep(torch.cat([zs.unsqueeze(2).expand(-1, -1, 3, -1), one], -1)) - 1
+            cost = (pi.probs * cost).sum(-1)
+        paid = sum(0.5**t * (0.5 * cost[t] / 2.0).mean() for t in range(4)) / 4
+    torch.testing.assert_close(found - plain, paid)
+
+
+@BOTH
+def test_what_the_ensemble_learns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next latent of a state and the action taken there; neither across episodes nor copies."""
+    model, batch = make_module(kind, ensemble=3).model, make_batch()
+    fake = torch.zeros(3, 4, dtype=torch.bool)
+    fake[1, 3] = True
+    batch, action = replace(batch, fake=fake), batch.prev_action["action"]
+    monkeypatch.setattr(model.ensemble, "loss", lambda *given: given)
+    if kind == "dreamerv3":
+        out = model.loss(batch, model.initial(3), NoiseStreams(0))
+        x, target, keep = model.ensemble_loss(batch, out)
+        latent, next_latent = out.feat[:, :-1], 0.99 * out.post_logit.softmax(-1) + 0.01 / 4
+        next_latent, counts = next_latent[:, 1:].flatten(-2), ~fake
+        action = action * ~batch.is_first.unsqueeze(-1)
+        counts[0, 2] = False  # where an episode begins
     else:
-        assert (cost > 1).all()
-    monkeypatch.setattr(model, "disagreement", -0.5)
-    torch.testing.assert_close(value() - usual, cost)
+        x, target, keep = model.ensemble_loss(batch, model.model_loss(batch, NoiseStreams(0)))
+        x, target, keep, counts = x.transpose(0, 1), target.transpose(0, 1), keep.T, ~fake
+        z = model.encoder(batch.obs["obs"])
+        latent, next_latent = z[:, :-1], z[:, 1:]
+    torch.testing.assert_close(x, torch.cat([latent, action[:, 1:]], -1))
+    torch.testing.assert_close(target, next_latent)
+    assert torch.equal(keep, counts[:, 1:])
+
+
+@BOTH
+def test_exploring_can_leave_the_task_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def total(reward: float, coefficient: float) -> Tensor:
+        model = careful(kind, monkeypatch, disagreement=coefficient, reward_scale=1e-6)
+        batch, noise = replace(make_batch(), reward=torch.full((3, 4), reward)), NoiseStreams(0)
+        if kind == "dreamerv3":
+            return model.loss(batch, model.initial(3), noise).total
+        out = model.model_loss(batch, noise)
+        return out.total + model.policy_loss(out.zs, None, noise)[0]
+
+    torch.testing.assert_close(total(1.0, -1.0), total(-9.0, -1.0), rtol=1e-4, atol=1e-4)
+    assert (total(1.0, -1.0) - total(1.0, 0.0)).abs() > 0.01
 
 
 def test_planned_roll_outs_end_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,12 +309,7 @@ def test_options_that_do_not_fit_are_named(kind: str, options: dict[str, Any], m
         make_module(kind, **options)
 
 
-def test_copied_observations_teach_it_nothing() -> None:
-    module = make_module("tdmpc2", ensemble=3)
-    batch, noise = make_batch(), NoiseStreams(0)
-    fake = torch.zeros(3, 4, dtype=torch.bool)
-    fake[1, 3] = True
-    out = module.model.model_loss(replace(batch, fake=fake), noise)
-    loss = module.model.ensemble_loss(replace(batch, fake=fake), out)[0]
-    out.next_z[2, 1] = 100.0
-    assert module.model.ensemble_loss(replace(batch, fake=fake), out)[0] == loss
+def test_a_limit_on_plans_needs_plans(tmp_path: Path) -> None:
+    module = make_module("tdmpc2", ensemble=3, disagreement_limit=2.0, planner="policy")
+    with pytest.raises(ConfigError, match="planner: policy makes none: here it has no effect"):
+        fit(module, tmp_path, 1)
