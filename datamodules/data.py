@@ -74,8 +74,10 @@ class ReplayDataModule(LightningDataModule):
         env: any Gymnasium id, ``atari:GAME`` or ``atari100k:GAME``; null trains on ``sources`` alone.
         sources: datasets to train on: a URI such as ``minari:ID``, or a list of URIs or mappings, see
             :class:`~datamodules.selection.SourceSpec`; ``env:ID?num_envs=4`` among them is the environment.
+            While none that is drawn has rewards the world model learns alone, beside it a cloned actor.
         env_weight: share of the batch that comes from the environment, beside the ``weight`` of each source;
-            a list ``[[update, weight], ...]`` changes it linearly between updates.
+            a list ``[[update, weight], ...]`` changes it linearly between updates, and those before the first
+            step there count.
         mix: ``ratio`` gives every source its weight's share of each batch, on average exactly;
             ``proportional`` a share by the number of its windows.
         val_fraction: share of the episodes of each source that are held out from training.
@@ -166,7 +168,7 @@ class ReplayDataModule(LightningDataModule):
         self._ahead: Prefetch | None = None
         self._multitask = False  # whether the model wants to know the task of each row
         self._task: int | None = None  # that of the environment
-        self._rewarded: Tensor | None = None  # which sources have rewards; None if all have
+        self.rewarded: Tensor | None = None  # which sources have rewards; None if all have
         self.collector: Collector | None = None
         self.ratio: TrainRatio | None = None
         # Env steps of the run that this one goes on from, where its collectors are not restored.
@@ -293,6 +295,8 @@ class ReplayDataModule(LightningDataModule):
             told.append((f"{spec.uri} (source {number})", spec.task, cache.meta.get("tasks")))
             named[told[-1][0]] = model_spaces(cache, self.stack)
         spaces = common_spaces(named, self.pad)
+        if self.env is not None:  # whose time limit decides ring and discount, however long the data's are
+            spaces = replace(spaces, episode_length=named[self.env].episode_length)
         return replace(spaces, tasks=named_tasks(told, named)).to_plain()
 
     @property
@@ -408,7 +412,7 @@ class ReplayDataModule(LightningDataModule):
         """Open environments and replay for ``fit``; a second fit goes on with them. Raises ConfigError if the
         processes cannot share the work or the disk is too small.
         """
-        if stage != "fit" or self.replay is not None:
+        if stage != "fit":
             return
         from datamodules.mixture import Mixture, Prefetch
 
@@ -419,6 +423,9 @@ class ReplayDataModule(LightningDataModule):
                 "Call trainer.fit(model, data); for batches without a Trainer: ReplayBuffer.load(URI)"
             )
         module: Any = trainer.lightning_module
+        if self.replay is not None:
+            self._find_rewards(module)  # which may be another one
+            return
         self.world_size, self.rank = trainer.world_size, trainer.global_rank
         num_envs = 0 if self.env is None else self._share("num_envs")
         if self.pad and self.env is not None:
@@ -436,13 +443,13 @@ class ReplayDataModule(LightningDataModule):
         root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
         root = root / f"rank{self.rank}"
         ring = None if self.env is None else self._open_ring(module, spaces, num_envs, root)
+        self._find_rewards(module)
         if not self.sources:
             self.replay = ring
             self._fit_normalizer(module, {})
             return
         train, held = self._open_sources(module, spaces, root)
         self._fit_normalizer(module, train)
-        self._find_rewards(module)
         if ring is not None:
             train["env"] = ring
         weights = [*self.sources, self.env_weight] if ring is not None else self.sources
@@ -458,13 +465,29 @@ class ReplayDataModule(LightningDataModule):
             self._ahead = Prefetch(self.replay, self.local_batch, self.prefetch)
 
     def _find_rewards(self, module: Any) -> None:
-        """Note which sources have rewards; without any the module trains the world model only."""
-        lacking = torch.tensor([bool(cache.meta.get("no_reward")) for cache in self.caches])
-        if self.env is None and lacking.all():
-            module.world_model_only = True
-            self._say("no source has rewards: the world model learns, and neither actor nor critic")
-        if lacking.any():
-            self._rewarded = torch.cat([~lacking, torch.ones(1, dtype=torch.bool)])  # the last is env
+        """Note and say which sources have no rewards."""
+        has = [not cache.meta.get("no_reward") for cache in self.caches]
+        self.rewarded = None if all(has) else torch.tensor([*has, True])  # the last is env
+        module.world_model_only = self._no_rewards(module)
+        if not any(has) and module.world_model_only:
+            cloning = getattr(getattr(module, "pretraining", None), "cloning", False)
+            others = (
+                "the actor by cloning, and the critic does not" if cloning else "and neither actor nor critic"
+            )
+            until = "" if self.env is None else f", until {self.env} is stepped"
+            self._say(f"no source has rewards: the world model learns, {others}{until}")
+        elif not all(has):
+            uris = (spec.uri for spec, there in zip(self.sources, has, strict=True) if not there)
+            self._say(f"no rewards in {', '.join(uris)}: these rows teach neither rewards nor values")
+
+    def _no_rewards(self, module: Any) -> bool:
+        """Whether no source that may be drawn for the next update has rewards."""
+        if self.rewarded is None:
+            return False
+        ratio, update = self.mix == "ratio", module.updates
+        drawn = [not ratio or s.weight_at(update) > 0 for s in (*self.sources, self.env_weight)]
+        drawn[-1] &= self.env is not None and update >= (self.offline_updates or 0)
+        return not (self.rewarded & torch.tensor(drawn)).any()
 
     def _open_ring(self, module: Any, spaces: Spaces, num_envs: int, root: Path) -> RowReplay:
         """Environments, their collector and its ring."""
@@ -523,6 +546,8 @@ class ReplayDataModule(LightningDataModule):
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             task = task_number(spec, cache, tasks, self._task)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
+            if ended := int(cache.episodes["terminated"][np.concatenate(split)].sum()):
+                self._check_ends(module, f"each of {ended:,} episodes of {spec.uri}")
             steps = [int((cache.episodes["length"][chosen] - 1).sum()) for chosen in split]
             self._say(
                 f"{spec.uri}: {len(cache.episodes['start']):,} episodes, {len(split[0]):,} to train on "
@@ -590,6 +615,8 @@ class ReplayDataModule(LightningDataModule):
         """
         self._flush()
         offline = self.offline_updates or 0
+        if self.rewarded is not None:
+            module.world_model_only = self._no_rewards(module)
         if self.env is None or (offline and module.updates < offline):
             if self._ahead is not None:
                 return self._batch(self._ahead.next(), module.device)
@@ -636,10 +663,16 @@ class ReplayDataModule(LightningDataModule):
         if self.world_size == 1 and getattr(checkpoint, "stopping", False):
             raise checkpoint.interrupted()
         collector.collect(module.policy, module.device)
-        if self.within_episodes and collector.terminations and not getattr(module, "episodic", True):
+        if collector.terminations:
+            self._check_ends(module, f"an episode of {self.env}")
+
+    def _check_ends(self, module: Any, what: str) -> None:
+        """Refuse episodes that terminated for a model that cannot know it."""
+        if self.within_episodes and not getattr(module, "episodic", True):
+            several = getattr(getattr(module, "model", None), "tasks", None)
             raise ConfigError(
-                f"an episode of {self.env} ended by itself, which a model without termination head takes for "
-                "a time limit.\n  Set model.episodic: true."
+                f"{what} ended by itself; a model without termination head plans on beyond such ends.\n  "
+                + ("model.tasks goes with time limits alone." if several else "Set model.episodic: true.")
             )
 
     def report_batch(self, batch_size: int, length: int, device: torch.device | str = "cpu") -> Batch:
@@ -681,7 +714,7 @@ class ReplayDataModule(LightningDataModule):
             batch,
             source=source,
             recorded=None if self.env is None else source < len(self.sources),
-            rewarded=None if self._rewarded is None else self._rewarded[source],
+            rewarded=None if self.rewarded is None else self.rewarded[source],
         )
 
     def _with_task(self, batch: Batch) -> Batch:

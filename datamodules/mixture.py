@@ -113,8 +113,8 @@ class Mixture:
         return joined | dict(out)
 
     def last_rows(self, number: int, length: int) -> tuple[dict[Key, Tensor], Tensor]:
-        """The last rows of about ``number`` episodes of datasets, evenly spread over each task of each part, of
-        which there is one at least.
+        """The last rows of about ``number`` episodes of datasets, evenly spread over each task of each part,
+        of which there is one at least.
 
         Returns:
             Columns without lead rows, (B, T, ...) with T of up to ``length``, short episodes filled up with

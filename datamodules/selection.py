@@ -54,7 +54,7 @@ class SourceSpec:
     Args:
         uri: ``minari:ID``, ``npz:PATH`` ..., see :mod:`datamodules.sources`.
         weight: share of the batch, relative to the other sources; a list ``[[update, weight], ...]`` changes
-            it linearly between updates.
+            it linearly between updates, of which those of pretraining and ``offline_updates`` are the first.
         task: name or number of the task, for multi-task models.
         top_returns: use the fraction of episodes with the highest returns only.
         min_length: leave out episodes of fewer transitions.

@@ -75,7 +75,8 @@ class DreamerV3Module(WorldModelModule):
         outer: the outermost image stage keeps the resolution.
         squash: encode symlog of the vectors instead of their values.
         imag_length: imagined steps H per start state.
-        imag_warmup: updates over which H rises from 1 to ``imag_length``; 0 = there from the start.
+        imag_warmup: updates over which H rises from 1 to ``imag_length``; 0 = there from the start. Here and
+            in the other schedules those of pretraining and ``data.offline_updates`` count.
         imag_last: imagine from the last n steps of each row only, n >= 2; 0 = from all.
         horizon: discount horizon in steps, gamma = 1 - 1/horizon.
         contdisc: fold the discount into the continue head's target.
@@ -133,6 +134,7 @@ class DreamerV3Module(WorldModelModule):
     """
 
     model: DreamerV3
+    of_rewards = ("rew", "repval")
 
     def __init__(
         self,
@@ -226,7 +228,7 @@ class DreamerV3Module(WorldModelModule):
             raise ConfigError(f"model.grad_clip is {grad_clip}; expected more than 0, or null for no limit")
         self.groups = dict(self.trained)
         self.trained |= {"ensemble": True} if ensemble else {}
-        self.pretraining = Pretraining.of(pretrain, self.groups["world_model"])
+        self.pretraining = Pretraining.of(pretrain, self.groups, bool(self.model.loss_scales["bc"]))
         self.last_carry: State | None = None
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -35,13 +35,21 @@ class Pretraining:
 
     world_model: int = 0
     actor: int = 0
+    cloning: bool = False  # whether the actor ever imitates: it goes on to where there are no rewards
 
     @classmethod
-    def of(cls, given: Mapping[str, int] | None, train_world_model: bool) -> Pretraining:
+    def of(
+        cls, given: Mapping[str, int] | None, groups: Mapping[str, bool], cloning: bool = False
+    ) -> Pretraining:
         """Check ``model.pretrain``.
 
+        Args:
+            given: the option.
+            groups: whether world_model, actor and critic learn.
+            cloning: whether the actor's loss has a part that imitates.
+
         Raises:
-            ConfigError: for other entries, negative counts, or a world model that is frozen.
+            ConfigError: for other entries, negative counts, or a world model or cloned actor that is frozen.
         """
         given = given or {}
         if not isinstance(given, Mapping) or given.keys() - {"world_model", "actor"}:
@@ -51,9 +59,14 @@ class Pretraining:
         for name, count in given.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise ConfigError(f"model.pretrain.{name} is {count!r}; expected 0 updates or more")
-        if any(given.values()) and not train_world_model:
+        if any(given.values()) and not groups["world_model"]:
             raise ConfigError("model.pretrain trains the world model, which train_world_model: false freezes")
-        return cls(**given)
+        if given.get("actor") and not groups["actor"]:
+            raise ConfigError(
+                "model.pretrain.actor clones actions, but train_actor: false or freeze keeps the actor\n"
+                "Leave one of them out, or count these updates as pretrain.world_model"
+            )
+        return cls(**given, cloning=cloning or given.get("actor", 0) > 0)
 
     @property
     def updates(self) -> int:
@@ -75,7 +88,8 @@ class WorldModelModule(pl.LightningModule):
     grad_clip: float | None = None  # largest norm of all gradients together
     groups: dict[str, bool]  # whether world_model, actor and critic learn
     pretraining = Pretraining()
-    world_model_only = False  # the data have no rewards
+    world_model_only = False  # the data have no rewards, as the data module says
+    of_rewards: tuple[str, ...] = ()  # losses that rows without rewards have no part in
     optimizer_states: list[dict[str, Any]] | None = None  # what lit_wm.training.train goes on from
 
     def __init__(self, log_every: int = 100, seed: int = 0):
@@ -204,11 +218,12 @@ class WorldModelModule(pl.LightningModule):
     @property
     def phase(self) -> str:
         """What the next update trains: ``world_model`` alone, the ``actor`` beside it by cloning, or all
-        (``joint``).
+        (``joint``). Without rewards there is no joint one.
         """
-        if self.world_model_only or self.updates < self.pretraining.world_model:
+        first = self.pretraining
+        if self.updates < first.world_model or (self.world_model_only and not first.cloning):
             return "world_model"
-        return "actor" if self.updates < self.pretraining.updates else "joint"
+        return "actor" if self.updates < first.updates or self.world_model_only else "joint"
 
     def learning(self) -> dict[str, bool]:
         """Which of world_model, actor and critic the next update trains."""
@@ -277,7 +292,8 @@ class WorldModelModule(pl.LightningModule):
 
     def by_source(self, batch: Batch, rows: Tensors) -> Tensors:
         """Losses of the rows of a batch, (B, ...) by name, added up by the source that the rows are of."""
-        names = getattr(getattr(getattr(self._trainer, "datamodule", None), "replay", None), "names", [])
+        data = getattr(self._trainer, "datamodule", None)
+        names, rewarded = getattr(getattr(data, "replay", None), "names", []), getattr(data, "rewarded", None)
         if batch.source is None or len(names) < 2:
             return {}
         sums: Tensors = {}
@@ -287,6 +303,7 @@ class WorldModelModule(pl.LightningModule):
             sums |= {
                 f"{name}/loss/{k}": (here * v.detach().reshape(len(v), -1).mean(1)).sum()
                 for k, v in rows.items()
+                if k not in self.of_rewards or rewarded is None or rewarded[number]
             }
         return sums
 
@@ -319,6 +336,8 @@ class WorldModelModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the compute dtype from the Trainer and give every process its own noise."""
         self._take_precision()
+        if getattr(self.trainer, "datamodule", None) is None:
+            self.world_model_only = False  # whatever the data of an earlier fit were
         # A second fit goes on with the streams of the first.
         if not self.noise.used or self.noise.rank != self.trainer.global_rank:
             self.noise = NoiseStreams(self.seed, self.trainer.global_rank, self.device)

@@ -110,6 +110,7 @@ class TDMPC2Module(WorldModelModule):
 
     model: TDMPC2
     windows = "episode"  # what it learns from, see the data module
+    of_rewards = ("reward", "value")
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class TDMPC2Module(WorldModelModule):
         )
         self.trained = {"model": self.groups["world_model"] or self.groups["critic"]}
         self.trained |= {"policy": self.groups["actor"]} | ({"ensemble": True} if ensemble else {})
-        self.pretraining = Pretraining.of(pretrain, self.groups["world_model"])
+        self.pretraining = Pretraining.of(pretrain, self.groups, bool(bc_coef))
 
     @classmethod
     def from_official(cls, path: str | Path, **overrides: Any) -> TDMPC2Module:

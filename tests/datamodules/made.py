@@ -12,16 +12,16 @@ BOUNDS = -2.0, 4.0  # of actions
 
 @register("made")
 class Made(Source):
-    """``made:LENGTHS``, joined by commas; every third episode terminates.
+    """``made:LENGTHS``, joined by commas; every third episode ``terminates``.
 
     Episode e has observations (e, t, width-2 zeros), actions (e + t / 1000) / 10 - 2 and rewards 100 e + t.
     """
 
     def __init__(self, rest: str, width: int = 2, image: int = 0, seed: int = 0, bounds: bool = True,
-                 actions: int = 2, spread: float = 1.0):  # fmt: skip
+                 actions: int = 2, spread: float = 1.0, terminates: bool = True):  # fmt: skip
         self.lengths, self.width, self.image = [int(x) for x in rest.split(",")], width, image
         obs = {"obs": Spec("uint8", (image, image, 3))} if image else {"obs": Spec("float32", (width,))}
-        self.actions, self.spread = actions, spread
+        self.actions, self.spread, self.terminates = actions, spread, terminates
         low, high = ({"action": np.full(actions, x)} for x in BOUNDS)
         spaces = Spaces(obs, {"action": Spec("float32", (actions,))})
         self.schema = Schema(spaces, low, high) if bounds else Schema(spaces)
@@ -37,7 +37,7 @@ class Made(Source):
                 obs = np.zeros((steps + 1, self.width))
                 obs[:, 0], obs[:, 1] = e, t
             end = t[:-1] == steps - 1
-            done = end if e % 3 == 0 else end & False
+            done = end if e % 3 == 0 and self.terminates else end & False
             action = (np.stack([e + t[:-1] / 1000] * self.actions, 1) / 10 - 2) * self.spread
             yield Episode(
                 {"obs": obs}, {"action": action}, 100 * e + t[:-1], done, end & ~done, f"episode {e}"

@@ -157,7 +157,7 @@ def test_reports_come_from_held_out_episodes_which_training_never_sees(tmp_path)
 @pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
 def test_losses_on_held_out_episodes_are_logged_and_change_nothing(tmp_path, kind):
     windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
-    more = {} if windows else {"imag_length": 3}
+    more = {"episodic": True} if windows else {"imag_length": 3}
 
     class Keep(pl.loggers.CSVLogger):
         def log_metrics(self, metrics, step=None):
@@ -243,7 +243,7 @@ def test_demonstrations_beside_an_environment(tmp_path):
 def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
     windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
     data = data_of(tmp_path, batch_size=8, sources=["made:40,40,40"], **windows)
-    more = {} if windows else {"imag_length": 3, "lr": 1e-3, "warmup": 0}
+    more = {"episodic": True} if windows else {"imag_length": 3, "lr": 1e-3, "warmup": 0}
     module = kind(data.spaces, preset="debug", log_every=1000, **more)
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=40,
@@ -375,7 +375,7 @@ def test_two_processes_draw_different_batches_of_the_same_data(tmp_path):
 @pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
 def test_normalisation_is_fitted_to_training_rows_and_lives_with_the_weights(tmp_path, kind):
     windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
-    more = {} if windows else {"imag_length": 3}
+    more = {"episodic": True} if windows else {"imag_length": 3}
     data = data_of(tmp_path, batch_size=4, sources=["made:40,50,60"], val_fraction=0.3, **windows)
 
     def fitted(normalize):

@@ -151,7 +151,8 @@ def test_images_and_tasks_are_foreseen_too(tmp_path):
     assert np.isfinite([logged[0][1][f"val/open_loop/obs@{h}"] for h in (1, 5, 15)]).all()
     data.close()
     tasks = [{"name": n, "obs": w, "action": 2, "episode_length": 50} for n, w in (("walk", 3), ("run", 2))]
-    sources = [{"uri": f"made:20,30,25?width={w}", "task": n} for n, w in (("run", 2), ("walk", 3))]
+    uri = "made:2{w},3{w},2{w}?terminates=false&width={w}"
+    sources = [{"uri": uri.format(w=w), "task": n} for n, w in (("run", 2), ("walk", 3))]
     data = data_of(tmp_path, sources=sources, pad=True, val_fraction=0.3, **EPISODE)
     module = TDMPC2Module(data.spaces, preset="debug", tasks=tasks, discount=[0.9, 0.99])
     trainer = trainer_of(tmp_path)

@@ -159,6 +159,7 @@ def test_data_without_rewards_need_a_world_model_that_learns(
         ({"pretrain": {"critic": 5}}, r"expected \{world_model: n, actor: m\}"),
         ({"pretrain": {"world_model": -1}}, "model.pretrain.world_model is -1"),
         ({"pretrain": {"world_model": 2}, "train_world_model": False}, "train_world_model: false freezes"),
+        ({"pretrain": {"actor": 2}, "train_actor": False}, "train_actor: false or freeze keeps the actor"),
     ],
 )
 def test_pretraining_that_cannot_be_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
