@@ -161,8 +161,8 @@ class WorldModelModule(pl.LightningModule):
         if self.world_model_only and not learning["world_model"] and not clones:
             raise ConfigError(
                 "the data have no rewards for a critic, and train_world_model: false or model.freeze keeps "
-                "the world model\nTrain the world model, use data with rewards, or, with train_critic: false, "
-                "clone actions alone"
+                "the world model\nTrain the world model, use data with rewards or, with train_critic: "
+                "false, clone actions alone"
             )
         start, like, partial = map(self.hparams.get, ("start_from", "task_like", "start_partial"))
         if not start and (partial or like):
