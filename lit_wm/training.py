@@ -207,14 +207,15 @@ class _Data(pl.LightningDataModule):
         self.windows = BufferWindows(buffer, steps, within, model.seed, tasks, task)
         if not getattr(model, "episodic", True) and self.windows.terminates:
             warnings.warn(
-                "the data have terminations, which a model with episodic=False takes for time limits",
+                "the data have terminations; a model with episodic=False plans on beyond them, although its "
+                "values stop there",
                 stacklevel=3,
             )
         model.world_model_only = bool(buffer.cache is not None and buffer.cache.meta.get("no_reward"))
         if model.world_model_only:
-            warnings.warn(
-                "the data have no rewards: the world model learns, and neither actor nor critic", stacklevel=3
-            )
+            cloning = model.pretraining.cloning
+            others = "and the actor by cloning, not the critic" if cloning else "and neither actor nor critic"
+            warnings.warn(f"the data have no rewards: the world model learns, {others}", stacklevel=3)
         if inner.normalizer is not None and not inner.normalizer.fitted:
             inner.normalizer.fit(self.windows.statistics())
 

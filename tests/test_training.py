@@ -518,9 +518,7 @@ def test_an_empty_buffer_is_refused_and_terminations_are_mentioned():
     model = create_world_model("tdmpc2:debug", data=spaces, device="cpu")
     with pytest.raises(DataError, match="there is nothing to train on"):
         quietly(model, ReplayBuffer(10, spaces=spaces), 1)
-    with pytest.warns(
-        UserWarning, match="terminations, which a model with episodic=False takes for time limits"
-    ):
+    with pytest.warns(UserWarning, match="a model with episodic=False plans on beyond them"):
         quietly(model, filled(terminated=True), 1)
 
 
