@@ -239,7 +239,8 @@ class Proofs:
             lines.append(f"- {name}: {task.episodes} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
                          f"random actions, {task.episodes} of a random player")  # fmt: skip
         bars = {m: [table[n, m] for n in names] for m in methods}
-        self.write("offline", "offline", lines, {"rows": rows, "references": references}, bars=(names, bars))
+        title = "offline" if {"bc", "iql"} & set(methods) else "offline-options"
+        self.write("offline", title, lines, {"rows": rows, "references": references}, bars=(names, bars))
         return all(ok for *_, ok in verdicts)
 
     def prove_online(self) -> bool:
@@ -371,7 +372,9 @@ class Proofs:
             ax.legend(frameon=False, fontsize=7)
         figure.tight_layout()
         figure.savefig(out / f"{title}.png", dpi=110)
-        command = f"python benchmarks/prove_offline.py {proof}"
+        words = [proof, *(("--methods", *self.given.methods) if title == "offline-options" else ())]
+        words += [] if self.given.task == list(TASKS) or proof == "demos" else ["--task", *self.given.task]
+        command = " ".join(["python benchmarks/prove_offline.py", *words])
         seeds = ", ".join(map(str, self.given.seeds))
         head = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
