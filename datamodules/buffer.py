@@ -18,9 +18,9 @@ from torch import Tensor
 
 from datamodules.cache import Cache, ingest, write_rows
 from datamodules.episodes import Arrays, Episode, Report, Schema, Source, _typed, checked
-from datamodules.offline import CacheRows, action_bounds
+from datamodules.offline import CacheRows, action_bounds, scaled
 from datamodules.replay import RowReplay
-from datamodules.rows import nested, row_key
+from datamodules.rows import Key, nested, row_key
 from datamodules.sampling import EpisodeSampler, counter_rng
 from datamodules.selection import SourceSpec
 from datamodules.sources import find_uri, open_source
@@ -37,8 +37,8 @@ class ReplayBuffer:
     """Transitions to draw from: a ring that :meth:`add` fills, or a dataset that :meth:`load` opens.
 
     A transition is an observation o_t, the action a_t chosen at it, the reward r_{t+1} and the flags that a_t
-    led to, and o_{t+1}. Values keep their units, floats become float32. Several observations or actions are
-    mappings by name.
+    led to, and o_{t+1}. Values are kept in their units, floats as float32, and images as uint8. Several
+    observations or actions are mappings by name.
 
     Args:
         capacity: observations kept, T+1 for an episode of T transitions; the oldest go first.
@@ -49,8 +49,8 @@ class ReplayBuffer:
         directory: for memory-mapped files, which are gone with the buffer; None is a temporary one.
         seed: of the draws: the same calls give the same batches.
         action_low, action_high: what is -1 and 1 to a model: a number or an array of the only continuous
-            action, or several by name. :func:`lit_wm.training.train` scales by them, and keeps values beyond
-            them; where they are not said it takes actions in -1 ... 1.
+            action, or several by name. :func:`lit_wm.training.train` and :meth:`sample_sequences` scale by
+            them, and keep values beyond them; where they are not said ``train`` takes actions in -1 ... 1.
 
     Raises:
         ConfigError: for bounds or numbers that cannot be.
@@ -179,7 +179,7 @@ class ReplayBuffer:
                 warnings.warn("a transition truncated without next_obs is left out", stacklevel=2)
             obs, action, rewards = self._stacked()
             self._steps, self._next = [], None
-            self.add_episode(obs, action, rewards, terminated, truncated)
+            self._append(obs, action, rewards, terminated, truncated)
 
     def add_episode(
         self, obs: Any, action: Any, reward: Any, terminated: Any = False, truncated: Any = False
@@ -187,7 +187,8 @@ class ReplayBuffer:
         """Append a whole episode of T transitions.
 
         Args:
-            obs: o_0 ... o_T; without o_T as in :meth:`add`.                               (T+1, ...)
+            obs: o_0 ... o_T; without o_T, what a_{T-1} led to, as in :meth:`add`, with a warning.
+                                                                                           (T+1, ...)
             action: a_0 ... a_{T-1}.                                                          (T, ...)
             reward: r_1 ... r_T.                                                                  (T,)
             terminated, truncated: of the last transition, or of each; with neither it was truncated.
@@ -197,9 +198,19 @@ class ReplayBuffer:
             NotSupported: on a loaded buffer.
         """
         seen, acts = _named(obs, "obs"), _named(action, "action")
-        replay = self._open(seen, acts)
+        self._open(seen, acts)
         if self._steps:
             raise DataError("an episode is being added step by step; end it with truncated=True first.")
+        if self._append(seen, acts, reward, terminated, truncated):
+            warnings.warn(
+                "an episode has as many observations as actions: nobody knows what the last action led to.\n"
+                "  That transition is left out, or repeats the last observation if the episode terminated. "
+                "Give T+1 observations of T actions.", stacklevel=2
+            )  # fmt: skip
+
+    def _append(self, seen: Arrays, acts: Arrays, reward: Any, terminated: Any, truncated: Any) -> bool:
+        """Add a whole episode; True if it lacks the last observation."""
+        replay = self._open(seen, acts)
         assert replay.writer is not None
         where, steps = f"episode {replay.writer.episodes}", len(next(iter(acts.values())))
         _same_names(where, seen, self.spaces.obs)
@@ -222,6 +233,7 @@ class ReplayBuffer:
                     sampler.extend(replay.storage.newest(_ONE))
             if e.fake_last:
                 self._fake.add(replay.writer.episodes - 1)
+        return len(next(iter(seen.values()))) == steps
 
     def sample_sequences(self, batch_size: int, sequence_length: int) -> TensorDict:
         """Draw runs of transitions, each within one finished episode; every such run is equally likely.
@@ -229,7 +241,9 @@ class ReplayBuffer:
         Returns:
             A TensorDict (B, L) with, at t, ``observation`` o_t, ``action`` a_t, ``reward`` r_{t+1},
             ``terminated`` and ``truncated`` after a_t, ``next_observation`` o_{t+1}, ``is_first`` if t begins
-            the episode, and ``task``. Several entries are nested by name.
+            the episode, and ``task``. Several entries are nested by name. Actions are those that ``train``
+            shows a model and its verbs take: their bounds are -1 and 1; where nobody has said the bounds
+            they are as added. :meth:`episodes` has them in their own units.
 
         Raises:
             DataError: if no finished episode is as long.
@@ -248,7 +262,7 @@ class ReplayBuffer:
         if len(self._samplers) > _SAMPLERS:
             del self._samplers[next(iter(self._samplers))]
         sampler.draws["train"], self._draws = self._draws, self._draws + 1
-        rows = nested(replay.storage.gather(sampler.draw(batch_size)[0]))
+        rows = nested(self._for_models(replay.storage.gather(sampler.draw(batch_size)[0])))
 
         def part(x: Any, steps: slice) -> Any:
             return {k: v[:, steps] for k, v in x.items()} if isinstance(x, dict) else x[:, steps]
@@ -350,6 +364,13 @@ class ReplayBuffer:
         for k, spec in seen.items():
             if spec.is_discrete:
                 raise ConfigError(f"observation {k!r} is a whole number; give spaces, which say its classes.")
+            ends = spec.shape[::2]
+            if not spec.is_image and len(spec.shape) == 3 and min(ends) <= 4 and sorted(spec.shape)[1] >= 8:
+                raise DataError(
+                    f"observation {k!r} is {obs[k].dtype} {spec.shape}, which looks like an image; images "
+                    "are uint8, 0 ... 255.\n  Convert values of 0 ... 1: (255 * obs).round().astype('uint8')."
+                    " If it is none, give spaces."
+                )
             if shape is not None and tuple(shape) not in (spec.shape, obs[k].shape[1:]):
                 raise DataError(f"observation {k!r} is {spec.shape}; obs_shape says {tuple(shape)}.")
         return Spaces(seen, acts)
@@ -360,6 +381,18 @@ class ReplayBuffer:
         obs = {k: np.stack([x[k] for x in seen]) for k in seen[0]}
         action = {k: np.stack([step[1][k] for step in self._steps]) for k in self._steps[0][1]}
         return obs, action, np.array([step[2] for step in self._steps])
+
+    def _for_models(self, columns: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """Drawn columns (B, T, ...) with the bounds of actions, where they are known, at -1 and 1."""
+        assert self._schema is not None
+        specs = self._schema.spaces.action
+        for k in [k for k in self._schema.low if not specs[k].is_discrete]:
+            if (bounds := action_bounds(k, self._schema, SourceSpec("ReplayBuffer"))) is not None:
+                value = columns[row_key("action", k, specs)].numpy()
+                flat, acts = value.reshape(-1, *value.shape[2:]), columns["valid",].numpy()
+                value = scaled(flat, bounds, acts).astype(np.float32).reshape(value.shape)
+                columns[row_key("action", k, specs)] = torch.from_numpy(value)
+        return columns
 
     def _filled(self, batch_size: int) -> RowReplay:
         if batch_size < 1:
@@ -378,8 +411,9 @@ def _bounded(schema: Schema, low: Any, high: Any, where: str = "ReplayBuffer") -
     lows, highs = (dict(x if isinstance(x, Mapping) else dict.fromkeys(floats, x)) for x in (low, high))
     names = lows | highs
     if names.keys() - floats or (len(floats) != 1 and not isinstance(low, Mapping)):
+        told = ", ".join(map(str, names)) or "none"
         raise ConfigError(
-            f"{where}: action_low and action_high are of {', '.join(names) or 'none'}; the continuous "
+            f"{where}: action_low and action_high are of {told}; the continuous "
             f"actions are {', '.join(floats) or 'none'}: bounds of several are mappings by name."
         )
     found = dict(schema.low), dict(schema.high)

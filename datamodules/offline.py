@@ -236,10 +236,12 @@ def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> tuple[np.ndarra
     if spec.action_low is not None and spec.action_high is not None:
         shape, said = schema.spaces.action[key].shape, (spec.action_low, spec.action_high)
         try:
+            if any(np.asarray(x).dtype.kind not in "iuf" for x in said):  # NumPy makes numbers of words too
+                raise TypeError
             low, high = (np.broadcast_to(np.asarray(x, np.float64), shape) for x in said)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):
             raise ConfigError(
-                f"{spec.uri}: action_low {said[0]} and action_high {said[1]} do not fit action {key!r}; "
+                f"{spec.uri}: action_low {said[0]!r} and action_high {said[1]!r} do not fit action {key!r}; "
                 f"expected numbers, or arrays {shape}."
             ) from None
         stated = [np.asarray(x.get(key, np.nan)) for x in (schema.low, schema.high)]

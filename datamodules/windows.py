@@ -12,8 +12,8 @@ import torch
 
 from datamodules.buffer import ReplayBuffer
 from datamodules.data import task_number
-from datamodules.offline import BOUNDS_HINT, CacheRows, action_bounds, observation_statistics, scaled
-from datamodules.rows import Key, RowStorage, nested, row_key
+from datamodules.offline import BOUNDS_HINT, CacheRows, observation_statistics
+from datamodules.rows import RowStorage, nested
 from datamodules.sampling import EpisodeSampler, WindowSampler
 from datamodules.selection import SourceSpec, model_spaces
 from datamodules.views import dreamer_view, tdmpc2_view
@@ -60,13 +60,9 @@ class BufferWindows:
         rows = buffer._filled(1)
         self.within_episodes, self.fake = within_episodes, sorted(buffer._fake)
         self.tasks = bool(tasks) and buffer.cache is not None  # the rows of a ring know no task
-        self.bounds = dict[Key, tuple[np.ndarray, np.ndarray]]()  # of the actions that are scaled here
+        self.buffer = buffer
         if buffer.cache is None:
             self.storage: RowStorage = rows.storage
-            assert buffer._schema is not None
-            for k in buffer._schema.low:
-                if found := action_bounds(k, buffer._schema, SourceSpec("ReplayBuffer")):
-                    self.bounds[row_key("action", k, buffer.spaces.action)] = found
         else:  # rows of their own, with actions in -1 ... 1
             cache, folder = buffer.cache, buffer._folder / f"train{next(_FOLDERS)}"
             every, spec = np.arange(len(cache.episodes["start"])), SourceSpec(str(cache.uri))
@@ -101,11 +97,8 @@ class BufferWindows:
         self.sampler.draws[mode], self.sampler.mode = number, mode
         index, _ = self.sampler.draw(size)
         columns = self.storage.gather(index)
-        for key, bounds in self.bounds.items():
-            value = columns[key].numpy()
-            flat, acts = value.reshape(-1, *value.shape[2:]), columns["valid",].numpy()
-            value = scaled(flat, bounds, acts).astype(np.float32).reshape(value.shape)
-            columns[key] = torch.from_numpy(value)
+        if self.buffer.cache is None:
+            columns = self.buffer._for_models(columns)
         if self.fake:
             copied = np.isin(self.storage.arrays["episode",][index.numpy()], self.fake)
             columns["fake_last",] = torch.from_numpy(copied).unsqueeze(-1) & ~columns["valid",]

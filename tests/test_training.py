@@ -334,6 +334,9 @@ def test_bounds_that_are_said_become_one_and_values_beyond_them_stay(form, withi
                 np.testing.assert_allclose(acted[i], expected[row[i, 0] - 1], atol=1e-6)
                 most = max(most, float(acted[i].max()))
     assert most == pytest.approx(4 / 3)
+    drawn = buffer.sample_sequences(32, 4)  # what the verbs take
+    told = expected[drawn["observation"].long().squeeze(-1).numpy()]
+    np.testing.assert_allclose(drawn["action"], told, atol=1e-6)
 
 
 def test_bounds_of_several_actions_go_by_name_and_nobodys_are_asked_for(tmp_path):
@@ -368,6 +371,10 @@ def test_bounds_of_several_actions_go_by_name_and_nobodys_are_asked_for(tmp_path
             {"action_low": [1, 2, 3], "action_high": 4},
             "do not fit action 'action'; expected numbers, or",
         ),
+        ({"action_low": "-1", "action_high": "1"}, "action_low '-1' and action_high '1' do not fit action"),
+        ({"action_low": [0, "a"], "action_high": 1}, "do not fit action 'action'; expected numbers, or"),
+        ({"action_low": torch.zeros(2, requires_grad=True), "action_high": 1}, "expected numbers, or arrays"),
+        ({"action_low": {1: -2}, "action_high": {1: 2}}, "are of 1; the continuous actions are action"),
         (
             {"action_low": {"gas": 1}, "action_high": {"gas": 2}},
             "are of gas; the continuous actions are action",

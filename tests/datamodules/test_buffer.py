@@ -228,9 +228,9 @@ def test_every_form_loads_by_its_path_with_its_own_values(tmp_path):
             for k in file
             for o, a in zip(file[k]["observations"][:-1], file[k]["actions"][:], strict=True)
         }
-    batch = buffer.sample_sequences(32, 8)  # torques up to 2 stay torques
-    assert batch["action"].abs().max() > 1
-    rows = torch.cat([batch["observation"], batch["action"]], -1).flatten(0, 1)
+    batch = buffer.sample_sequences(32, 8)  # the file's torques, -2 to 2, as models want them
+    assert 0.5 < batch["action"].abs().max() <= 1
+    rows = torch.cat([batch["observation"], batch["action"] * 2], -1).flatten(0, 1)
     assert {tuple(x) for x in rows.tolist()} <= pairs
     assert len(load("minari", "pendulum", "scripted-v0", "data", "main_data.hdf5")) == len(buffer) == 1037
 
@@ -294,9 +294,24 @@ def test_a_missing_last_observation(recwarn):
     e = list(buffer.episodes())[1]
     assert e.observation["obs"][:, 0].tolist() == [0, 1, 2]
     assert e.truncated.tolist() == [False, True]
-    buffer.add_episode(np.zeros((3, 1)), np.zeros((3, 1)), np.zeros(3), terminated=True)
-    assert len(buffer) == 3 + 2 + 3
-    assert [x.fake_last for x in buffer.episodes()] == [True, False, True]
+    assert len(recwarn) == 0
+    for ended in (True, False):
+        with pytest.warns(UserWarning, match=r"as many observations as actions(.|\n)*Give T\+1 observations"):
+            buffer.add_episode(np.zeros((3, 1)), np.zeros((3, 1)), np.zeros(3), terminated=ended)
+    assert len(buffer) == 3 + 2 + 3 + 2
+    assert [x.fake_last for x in buffer.episodes()] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 3), (1, 48, 64)])
+def test_a_float_that_looks_like_an_image_is_refused(shape):
+    obs, rest = np.random.default_rng(0).random((4, *shape)), (np.zeros((3, 1)), np.zeros(3))
+    refused(lambda: ReplayBuffer().add_episode(obs, *rest), DataError, "looks like an image", "255 * obs")
+    refused(lambda: ReplayBuffer().add(obs[0], [0.0], 0, True), DataError, "float64", str(shape))
+    buffer = ReplayBuffer()
+    buffer.add_episode((255 * obs).round().astype("uint8"), *rest)
+    assert buffer.spaces.obs["obs"].is_image
+    spaces = Spaces({"obs": Spec("float32", shape)}, {"action": Spec("float32", (1,))})
+    ReplayBuffer(spaces=spaces).add_episode(obs, *rest)  # said to be none
 
 
 def test_the_running_episode_counts_and_is_saved_but_not_drawn(tmp_path):
