@@ -409,10 +409,12 @@ class ReplayDataModule(LightningDataModule):
         return value
 
     def setup(self, stage: str) -> None:
-        """Open environments and replay for ``fit``; a second fit goes on with them. Raises ConfigError if the
-        processes cannot share the work or the disk is too small.
+        """Open environments and replay for ``fit``, held-out episodes for ``validate``; a second fit goes on
+        with them. Raises ConfigError if the processes cannot share the work or the disk is too small.
         """
-        if stage != "fit":
+        fitting = stage == "fit"
+        looking = stage == "validate" and self.sources and self.val_fraction and self.replay is None
+        if not (fitting or looking):
             return
         from datamodules.mixture import Mixture, Prefetch
 
@@ -441,14 +443,21 @@ class ReplayDataModule(LightningDataModule):
         self._task = getattr(model, "task_index", None)
         self._pin = trainer.strategy.root_device.type == "cuda"
         root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
-        root = root / f"rank{self.rank}"
-        ring = None if self.env is None else self._open_ring(module, spaces, num_envs, root)
+        root = (
+            root / f"{'rank' if fitting else 'validate'}{self.rank}"
+        )  # a training may be under way beside it
+        ring = self._open_ring(module, spaces, num_envs, root) if fitting and self.env is not None else None
         self._find_rewards(module)
         if not self.sources:
             self.replay = ring
             self._fit_normalizer(module, {})
             return
-        train, held = self._open_sources(module, spaces, root)
+        train, held = self._open_sources(module, spaces, root, fitting)
+        if self.held_out is not None:
+            self.held_out.close()
+        self.held_out = Mixture(held, None, self.seed) if held else None
+        if not fitting:
+            return
         self._fit_normalizer(module, train)
         if ring is not None:
             train["env"] = ring
@@ -458,7 +467,6 @@ class ReplayDataModule(LightningDataModule):
             return [spec.weight_at(update) for spec in weights]
 
         self.replay = Mixture(train, None if self.mix == "proportional" else shares, self.seed, self.rank)
-        self.held_out = Mixture(held, None, self.seed) if held else None
         if self._restored:
             self.load_state_dict(self._restored)
         if ring is None and self.prefetch:
@@ -516,8 +524,10 @@ class ReplayDataModule(LightningDataModule):
         self.ratio = TrainRatio(per_step * self.world_size, self.first_updates)
         return ring
 
-    def _open_sources(self, module: Any, spaces: Spaces, root: Path) -> list[dict[str, RowReplay]]:
-        """Replays of the episodes to train on, and of those held out, by source."""
+    def _open_sources(
+        self, module: Any, spaces: Spaces, root: Path, fitting: bool
+    ) -> list[dict[str, RowReplay]]:
+        """Replays of the episodes to train on (none unless ``fitting``), and of those held out, by source."""
         from datamodules.offline import CacheRows, dataset_bytes
         from datamodules.replay import RowReplay
 
@@ -525,7 +535,7 @@ class ReplayDataModule(LightningDataModule):
         rows = sum(map(len, self.caches))
         need = dataset_bytes(rows, spaces, module.latent_specs()) * self.trainer.num_devices
         root.mkdir(parents=True, exist_ok=True)
-        if need > (free := shutil.disk_usage(root).free):
+        if fitting and need > (free := shutil.disk_usage(root).free):
             raise ConfigError(
                 f"this run's own columns of {rows:,} rows need {need / 1e9:,.1f} GB, but {root} has "
                 f"{free / 1e9:,.1f} GB free.\n  Move data.replay_dir to a larger disk, use less data or a "
@@ -555,7 +565,7 @@ class ReplayDataModule(LightningDataModule):
             )
             for kind, group, chosen in zip(("train", "val"), groups, split, strict=True):
                 train, name = kind == "train", f"source{number}"
-                if not train and not len(chosen):
+                if not (fitting if train else len(chosen)):
                     continue
                 latents, folder = module.latent_specs() if train else None, root / f"{name}-{kind}"
                 storage = CacheRows(cache, folder, spaces, chosen, spec, latents, lead, self._pin, self.stack,
@@ -690,9 +700,9 @@ class ReplayDataModule(LightningDataModule):
 
     @property
     def _replay(self) -> RowReplay | Mixture:
-        if self.replay is None:
+        if (replay := self.held_out if self.replay is None else self.replay) is None:
             raise RuntimeError("the replay is open only after setup('fit'), which Trainer.fit calls")
-        return self.replay
+        return replay
 
     def _rewind(self) -> None:
         """Let the thread stop, with draws that stand where training does."""

@@ -6,7 +6,7 @@ same figures. Nothing here needs Lightning, and no other random numbers are draw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -200,6 +200,23 @@ def calibration(q: Tensor, rows: Tensor, times: Tensor, episodes: Batch, gamma: 
     if (left.norm(dim=1) > 1e-6 * both.norm(dim=1)).all():
         result["value/correlation"] = float(left[0] @ left[1] / left.norm(dim=1).prod())
     return result
+
+
+def lines_of(found: Mapping[str, float]) -> list[str]:
+    """The figures ``val/...`` of a validation to be read: losses, then each error with its horizons side by
+    side; of several tasks the means.
+    """
+    lines: dict[str, list[str]] = {}
+    for name, value in found.items():
+        key, _, horizon = name.removeprefix("val/").partition("@")
+        head, _, rest = key.partition("/")
+        if head == "loss":
+            lines.setdefault("losses", []).append(f"{rest} {value:.4g}")
+        elif head in ("open_loop", "reward", "continue", "value"):
+            lines.setdefault(key, []).append(f"@{horizon:<2} {value:<9.4g}" if horizon else f"{value:.4g}")
+    return [
+        f"  {key:<22}{', '.join(x) if key == 'losses' else '  '.join(x)}".rstrip() for key, x in lines.items()
+    ]
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -58,7 +60,10 @@ class Pretraining:
             )
         for name, count in given.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ConfigError(f"model.pretrain.{name} is {count!r}; expected 0 updates or more")
+                raise ConfigError(
+                    f"model.pretrain.{name} is {count!r}; expected a whole number of updates, e.g. "
+                    "model.pretrain: {world_model: 10000}"
+                )
         if any(given.values()) and not groups["world_model"]:
             raise ConfigError("model.pretrain trains the world model, which train_world_model: false freezes")
         if given.get("actor") and not groups["actor"]:
@@ -173,6 +178,14 @@ class WorldModelModule(pl.LightningModule):
             self.load_report = self.model.load_weights(start, like, bool(partial))
         if self.load_report and not self._restored and self.trainer.is_global_zero:
             print(self.load_report, file=sys.stderr)
+            fixed = [n for n, p in self.model.named_parameters() if not p.requires_grad]
+            lost = [n for n in self.load_report.fresh if n in fixed and self.model.slow_part not in n]
+            if lost:
+                warnings.warn(
+                    f"frozen but not loaded: {', '.join(lost[:4])}{f' ... and {len(lost) - 4} more' * (len(lost) > 4)}"
+                    "; these weights are random and stay so\n  Train them too (model.freeze, train_world_model, "
+                    "train_actor, train_critic), or begin with a checkpoint that has them.", stacklevel=2
+                )  # fmt: skip
         self._restored = True
         if self.model.normalizer is not None and not self.model.normalizer.fitted:
             raise ConfigError(
@@ -382,7 +395,9 @@ class WorldModelModule(pl.LightningModule):
             if whole is not None and self.trainer.is_global_zero:
                 found = foresee(self.model, whole(self), NoiseStreams(self.seed, 0, self.device))
                 metrics |= {f"val/{name}": value for name, value in found.items()}
+        metrics = self.trainer.strategy.broadcast(metrics)
         self.held_out, self.held_out_at = metrics, int(self.updates)
+        self.log_dict(metrics, logger=False, batch_size=1)  # for checkpoint.monitor; loggers want other steps
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.axis)
 
@@ -442,32 +457,13 @@ class WorldModelModule(pl.LightningModule):
         self._sums = {k: v.to(self.device) for k, v in state["metrics"]["sums"].items()}
         self._count = int(state["metrics"]["count"])
 
-    # --- Verbs: without autograd; those of ``model`` are differentiable ------------------------------
+    # --- Verbs: without autograd, see give_verbs; those of ``model`` are differentiable ---------------
 
-    @torch.no_grad()
-    def encode(self, *args: Any, **kwargs: Any) -> State:
-        """The latent state after an observation; arguments here and below as the model has them."""
-        return self.model.encode(*args, **kwargs)
-
-    @torch.no_grad()
-    def imagine(self, *args: Any, **kwargs: Any) -> Trajectory:
-        """Roll out actions, or the policy, in the world that the model has learnt."""
-        return self.model.imagine(*args, **kwargs)
-
-    @torch.no_grad()
-    def decode(self, state: State) -> Tensors:
-        """Expected observations of latent states, in the environment's units."""
-        return self.model.decode(state)
-
-    @torch.no_grad()
-    def q(self, state: State, action: Tensors | Tensor, **kwargs: Any) -> Tensor:
-        """Predicted return of taking an action and following the policy."""
-        return self.model.q(state, action, **kwargs)
-
-    @torch.no_grad()
-    def act(self, *args: Any, **kwargs: Any) -> tuple[Tensors, State]:
-        """An action for each environment, and the state to hand in with the next observation."""
-        return self.model.act(*args, **kwargs)
+    encode: Callable[..., State]
+    imagine: Callable[..., Trajectory]
+    decode: Callable[..., Tensors]
+    q: Callable[..., Tensor]
+    act: Callable[..., tuple[Tensors, State]]
 
     def latent_specs(self) -> dict[str, Spec]:
         """Entries of a latent state as the replay stores them; empty for a model that needs none."""
@@ -493,6 +489,30 @@ class WorldModelModule(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             action, state = self.model.act(obs, state, is_first, mode, noise, **more)
         return {k: v.cpu() for k, v in action.items()}, state
+
+
+def give_verbs(module: type[WorldModelModule], model: type[WorldModel]) -> None:
+    """Give a module the verbs of its model, with their arguments and words, but without autograd."""
+    for name in ("encode", "imagine", "decode", "q", "act"):
+        setattr(module, name, _verb(getattr(model, name), inspect.getdoc(getattr(WorldModel, name))))
+
+
+def _verb(own: Any, words: str | None) -> Any:
+    place = [*inspect.signature(own).parameters].index("state")
+
+    @wraps(own)
+    @torch.no_grad()
+    def verb(self: WorldModelModule, *args: Any, **kwargs: Any) -> Any:
+        state = args[place - 1] if len(args) >= place else kwargs.get("state")
+        if not isinstance(state, State) and (place == 1 or state is not None):
+            raise TypeError(
+                f"{own.__name__} takes a state, as encode and act give it, or trajectory.states[-1] of imagine; "
+                f"this is a {type(state).__name__}"
+            )
+        return getattr(self.model, own.__name__)(*args, **kwargs)
+
+    verb.__doc__ = f"{words}\n\nOf {own.__qualname__}: {inspect.getdoc(own)}"
+    return verb
 
 
 def arguments_of(module: type, given: Mapping[str, Any], exact: bool = True) -> dict[str, Any]:

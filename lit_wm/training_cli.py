@@ -36,6 +36,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_wm.callbacks import DreamVideo, Evaluate, ResumableCheckpoint, RLProgressBar
 from lit_wm.callbacks.evaluate import playable
 from lit_wm.errors import CheckpointError, ConfigError, LitWMError, nearest
+from lit_wm.heldout import lines_of
 from lit_wm.pretrained import newest
 from lit_wm.strategy import ReplicatedStrategy
 from lit_wm.tracking import CsvLogger, RunRecord, SafeMLFlowLogger, flatten, folder_name
@@ -673,27 +674,38 @@ class TrainingCLI(LightningCLI):
             when = f"{count} episode{'s' * (count != 1)} at update {evaluate.played_at:,}"
             lines.append(f"fit: {', '.join(shown)}: {when}{evaluate.cut_note()}")
         if getattr(module, "held_out", None):
-            losses = {k: v for k, v in module.held_out.items() if k.startswith("val/loss/")}
-            text = ", ".join(f"{k.removeprefix('val/loss/')} {v:.4g}" for k, v in losses.items())
-            lines.append(f"fit: held-out losses at update {module.held_out_at:,}: {text}")
+            lines += [f"fit: held-out episodes at update {module.held_out_at:,}:", *lines_of(module.held_out)]
         why = f"trainer.val_check_interval is {self.trainer.val_check_interval}"
         if not (playable(self.trainer) or getattr(self.datamodule, "held_out", None)):
             why = "data.eval_env or data.val_fraction would make it possible"
         return lines or [f"fit: nothing was evaluated: {why}"]
 
     def after_validate(self) -> None:
-        """Print what the evaluation found and write it to ``validate.json`` in the run directory."""
-        evaluate = self._get(self.config_init, "evaluate")
-        if not self.trainer.is_global_zero or evaluate.results is None:
+        """Print what episodes and held-out data say and write it to ``validate.json`` in the run directory.
+
+        Raises:
+            ConfigError: there are neither.
+        """
+        evaluate, held_out = self._get(self.config_init, "evaluate"), getattr(self.model, "held_out", {})
+        if not self.trainer.is_global_zero:
             return
-        metrics = evaluate.results.summary() | {f"dream/{k}": v for k, v in evaluate.errors.items()}
-        report = {"env": self.experiment, "checkpoint": str(self.command.checkpoint), "metrics": metrics}
-        report["reference"] = evaluate.results.reference and evaluate.results.reference._asdict()
+        if (results := evaluate.results) is None and not held_out:
+            raise ConfigError(
+                "validate: no environment to play in and no held-out episodes to look at\n"
+                "Name an environment: --data.eval_env ENV. Trainings with data.val_fraction hold episodes out"
+            )
+        metrics = {} if results is None else results.summary()
+        metrics |= {f"dream/{k}": v for k, v in evaluate.errors.items()}
+        for name, value in metrics.items():
+            print(f"  {name:<32} {value:.6g}{evaluate.cut_note() if name == 'eval/return' else ''}")
+        if held_out:
+            print("held-out episodes:", *lines_of(held_out), sep="\n")
+        reference = None if results is None or results.reference is None else results.reference._asdict()
+        report: dict[str, Any] = {"env": self.experiment, "checkpoint": str(self.command.checkpoint)}
+        report |= {"metrics": metrics | held_out, "reference": reference}
         path = self.run_dir / "validate.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
-        for name, value in metrics.items():
-            print(f"  {name:<32} {value:.6g}{evaluate.cut_note() if name == 'eval/return' else ''}")
         print(f"validate: {path}")
 
 

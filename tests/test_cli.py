@@ -1,6 +1,8 @@
 """The command line from end to end, on CartPole with a tiny model."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -252,6 +254,61 @@ def test_validate_test_and_predict_each_leave_their_file(at_run, capsys):
     assert min(test["returns"]) <= test["metrics"]["test/return"] <= max(test["returns"])
     with np.load(at_run / "episodes.npz", allow_pickle=False) as episodes:
         assert episodes["action/action"].shape[0] == episodes["reward"].shape[0] > 1
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """(run directory of two updates on six episodes of nobody's environment, what was printed)."""
+    folder, printed = tmp_path_factory.mktemp("offline"), io.StringIO()
+    rng, ends = np.random.default_rng(0), np.arange(120) % 20 == 19
+    arrays = {"observations": rng.normal(size=(120, 3)), "actions": rng.uniform(-1, 1, (120, 2))}
+    arrays |= {"rewards": rng.normal(size=120)}
+    np.savez(folder / "d.npz", dones=ends, **{k: v.astype(np.float32) for k, v in arrays.items()})
+    source = {"uri": f"npz:{folder}/d.npz?dones_are=terminals", "action_low": [-1, -1], "action_high": [1, 1]}
+    flags = ["--config", "overlay/debug", "--name", "held", "--model.preset", "debug"]
+    flags += ["--data.sources", json.dumps([source]), "--data.val_fraction", "0.4"]
+    flags += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--trainer.logger", "false"]
+    flags += ["--data.cache_dir", str(folder / "cache")]
+    flags += ["--checkpoint.monitor", "val/loss/rew", "--checkpoint.mode", "min"]
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        assert main(["fit", *flags]) == 0
+    (run,) = folder.glob("runs/*/held")
+    return run, printed.getvalue()
+
+
+def validations(run):
+    """Of each validation the figures of held-out episodes that the training has logged."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = [
+            {k: float(v) for k, v in row.items() if k.startswith("val/") and v}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row]
+
+
+def test_held_out_episodes_are_shown_at_the_end_and_by_validate(offline, capsys):
+    run, printed = offline
+    *_, last = validations(run)
+    shown = printed.partition("fit: held-out episodes at update 2:\n")[2].splitlines()
+    assert re.fullmatch(r"  open_loop/obs +@1 +[\d.e-]+ +@5 +[\d.e-]+ +@15 +[\d.e-]+", shown[1])
+    assert f"rew {last['val/loss/rew']:.4g}" in shown[0]
+    assert main(["validate", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    assert "\n".join(shown[:-2]) in capsys.readouterr().out
+    assert json.loads((run / "validate.json").read_text())["metrics"] == pytest.approx(last, rel=1e-6)
+    assert sorted(p.name for p in (run / "replay").iterdir()) == [
+        "rank0",
+        "validate0",
+    ]  # of the fit: untouched
+    assert main(["validate", "--ckpt_path", str(run), "--data.val_fraction", "0"]) == 1
+    assert "no held-out episodes" in capsys.readouterr().err
+
+
+def test_best_can_be_what_foresees_held_out_episodes_best(offline):
+    run, _ = offline
+    losses = [row["val/loss/rew"] for row in validations(run)]
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert len(losses) == 2
+    assert best["global_step"] == 1 + losses.index(min(losses))
 
 
 def test_a_folder_that_hides_the_data_modules_is_named(tmp_path):

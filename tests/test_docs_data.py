@@ -101,7 +101,7 @@ def test_a_configuration_trains_or_opens(text, place, capsys):
     name = text.split("\n")[0].strip("# ").removesuffix(".yaml")  # two of one second would have the same
     flags = ["--name", name + "-offline" * (text in OFFLINE), *small("TDMPC2" in text)]
     assert main(["fit", "--config", str(path), *flags, "--data.prefill", "40"]) == 0
-    assert ("fit: held-out losses at update" in capsys.readouterr().out) == ("val_fraction" in text)
+    assert ("fit: held-out episodes at update" in capsys.readouterr().out) == ("val_fraction" in text)
 
 
 def test_the_recipe_for_a_source_is_ten_lines_and_reads(tmp_path):

@@ -9,7 +9,7 @@ A run directory holds::
             rank0.pt                    noise streams, random numbers of torch, numpy and Python, collector,
                                         environments
             replay0/                    the replay
-        best.ckpt                       highest ``eval/return``; no replay
+        best.ckpt                       best ``eval/return``, or other ``monitor``; no replay
         updates-000010000.ckpt          periodic; no replay
 
 The folder is written first, then the file that names it, then older folders are deleted. Each step is
@@ -37,7 +37,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_wm.callbacks.evaluate import Interrupts, data_of
-from lit_wm.errors import CheckpointError, ConfigError, Interrupted
+from lit_wm.errors import CheckpointError, ConfigError, Interrupted, nearest
 
 # Updates between two looks of several processes at clock and signals: each costs a collective.
 AGREE_EVERY = 10
@@ -53,7 +53,8 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: folder of the checkpoints; None is ``checkpoints`` in the run directory.
-        monitor: metric that decides what is best, from the callback metrics.
+        monitor: metric that decides what is best: ``eval/return``, ``val/...`` of held-out episodes, or one
+            that the module itself logs.
         mode: whether the best is the ``"max"`` or the ``"min"`` of it.
         every_n_minutes: save ``last`` when the newest one is this old; 0 never does. ``last`` is also saved
             at the end. A save copies the replay and deletes the former copy only afterwards, so that for a
@@ -160,6 +161,10 @@ class ResumableCheckpoint(ModelCheckpoint):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or self.monitor is None:
             return
         score = trainer.callback_metrics.get(self.monitor)
+        if score is None and self.monitor != "eval/return" and not self.stopping:
+            known = [name for name in trainer.callback_metrics if name.startswith(("eval/", "val/"))]
+            close = nearest(self.monitor, known) or f"; there is {', '.join(known[:6]) or 'nothing'}"
+            rank_zero_warn(f"no best.ckpt: checkpoint.monitor {self.monitor!r} is not measured here{close}")
         if score is None or bool(score.isnan()):
             return
         better = {"max": torch.gt, "min": torch.lt}[self.mode]

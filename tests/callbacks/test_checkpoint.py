@@ -177,6 +177,16 @@ def test_best_follows_the_monitored_metric_and_survives_a_resume(make_trainer, t
     assert checkpoint.best_model_path == str(tmp_path / "checkpoints" / "best.ckpt")
 
 
+def test_a_metric_that_is_not_measured_is_said_with_what_is(make_trainer, tmp_path):
+    class Scored(tiny.TinyModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss/rew", 1.0, logger=False, batch_size=1)
+
+    trainer = make_trainer(ResumableCheckpoint(monitor="val/loss"), max_steps=2, val_check_interval=2)
+    with pytest.warns(UserWarning, match="no best.ckpt: .*'val/loss'.*did you mean 'val/loss/rew'"):
+        trainer.fit(Scored(), tiny.TinyData())
+
+
 def test_a_dry_run_saves_nothing(make_trainer, tmp_path):
     trainer = make_trainer(ResumableCheckpoint(every_n_updates=1), max_steps=3, fast_dev_run=True)
     trainer.fit(tiny.TinyModule(), tiny.TinyData())
