@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def create_world_model(
     if kind not in PRESETS and (isinstance(name, Path) or name.endswith(".ckpt") or Path(name).exists()):
         if options:
             raise ConfigError(
-                f"{name} is a checkpoint, with options of its own: leave out {', '.join(options)}"
+                f"{name} is a checkpoint, with options of its own: leave out {', '.join(options)}\n  Its "
+                "weights in a new model with others: from_pretrained of DreamerV3Module or TDMPC2Module"
             )
         return _of_checkpoint(Path(name), place, obs_shape, action_dim, discrete, data)
     known = [f"{k}:{size}" for k, sizes in PRESETS.items() for size in sizes]
@@ -88,8 +90,22 @@ def create_world_model(
         raise ConfigError(f"{name}: {wrong[0]!r} {told}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed", 0))
-        module = module_class(said.to_plain(), **({"preset": preset} if preset else {}), **options)
+        try:
+            module = module_class(said.to_plain(), **({"preset": preset} if preset else {}), **options)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {_in_python(str(error))}") from None
     return module.to(place)
+
+
+def _in_python(message: str) -> str:
+    """What names keys of a configuration, with arguments instead: ``model.horizon: 5`` as ``horizon=5``."""
+
+    def said(found: re.Match[str]) -> str:
+        plain = {"true": "True", "false": "False", "null": "None"}.get(found[2], found[2])
+        return f"{found[1]}={plain if plain != found[2] or plain[0].isdigit() else repr(plain)}"
+
+    message = re.sub(r"\bmodel\.(\w+): ([\w.]*\w)", said, message)
+    return re.sub(r"\bmodel\.(?=\w)| \(data\.[^)]*\)", "", message)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

@@ -27,7 +27,7 @@ from lit_wm.distributions import (
 )
 from lit_wm.errors import ConfigError, whole
 from lit_wm.functional import symexp
-from lit_wm.module import Pretraining, WorldModelModule, arguments_of
+from lit_wm.module import Pretraining, WorldModelModule, arguments_of, give_verbs
 from lit_wm.nets.coders import Decoder, Encoder, greedy, module_key
 from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
@@ -1021,3 +1021,6 @@ class DreamerV3(WorldModel):
             )
             for k, s in self.spaces.action.items()
         }
+
+
+give_verbs(DreamerV3Module, DreamerV3)

@@ -179,12 +179,13 @@ class WorldModelModule(pl.LightningModule):
         if self.load_report and not self._restored and self.trainer.is_global_zero:
             print(self.load_report, file=sys.stderr)
             fixed = [n for n, p in self.model.named_parameters() if not p.requires_grad]
-            lost = [n for n in self.load_report.fresh if n in fixed and self.model.slow_part not in n]
-            if lost:
+            slow = f"{self.model.slow_part}."
+            if lost := [n for n in self.load_report.fresh if n in fixed and not n.startswith(slow)]:
+                shown = f"{', '.join(lost[:4])}{f' ... and {len(lost) - 4} more' * (len(lost) > 4)}"
                 warnings.warn(
-                    f"frozen but not loaded: {', '.join(lost[:4])}{f' ... and {len(lost) - 4} more' * (len(lost) > 4)}"
-                    "; these weights are random and stay so\n  Train them too (model.freeze, train_world_model, "
-                    "train_actor, train_critic), or begin with a checkpoint that has them.", stacklevel=2
+                    f"frozen but not loaded: {shown}; these weights are random and stay so\n  Train them "
+                    "too (model.freeze, train_world_model, train_actor, train_critic), or begin with a "
+                    "checkpoint that has them.", stacklevel=2
                 )  # fmt: skip
         self._restored = True
         if self.model.normalizer is not None and not self.model.normalizer.fitted:
@@ -506,8 +507,8 @@ def _verb(own: Any, words: str | None) -> Any:
         state = args[place - 1] if len(args) >= place else kwargs.get("state")
         if not isinstance(state, State) and (place == 1 or state is not None):
             raise TypeError(
-                f"{own.__name__} takes a state, as encode and act give it, or trajectory.states[-1] of imagine; "
-                f"this is a {type(state).__name__}"
+                f"{own.__name__} takes a state, as encode and act give it, or trajectory.states[-1] of "
+                f"imagine; this is a {type(state).__name__}"
             )
         return getattr(self.model, own.__name__)(*args, **kwargs)
 

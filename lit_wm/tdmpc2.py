@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lit_wm.distributions import categorical_entropy, symlog_two_hot_loss, symlog_two_hot_mean
 from lit_wm.errors import CheckpointError, ConfigError, NotSupported, nearest, whole
 from lit_wm.functional import one_hot
-from lit_wm.module import Pretraining, WorldModelModule, arguments_of
+from lit_wm.module import Pretraining, WorldModelModule, arguments_of, give_verbs
 from lit_wm.nets.coders import discrete_one_hot
 from lit_wm.nets.heads import flat_action
 from lit_wm.nets.normed import Layers, PixelEncoder
@@ -442,11 +442,13 @@ class TDMPC2(WorldModel):
         if not there or channels * cells != self.latent_dim:
             left = f"{channels} x {h} x {w} = {channels * cells} numbers" if there else "nothing"
             fits = f"{self.latent_dim // cells}" if there and self.latent_dim % cells == 0 else ""
+            others = [k for k, v in TDMPC2_PRESETS.items() if v["latent_dim"] == channels * cells]
             raise ConfigError(
                 f"the pixel encoder leaves {left} of {height}x{width} images, model.latent_dim is "
                 f"{self.latent_dim}; they must be equal\n"
                 + (f"Use model.num_channels: {fits}, or " if fits else "Use ")
                 + (f"model.latent_dim: {channels * cells}" if there else "at least 47x47 pixels")
+                + f", or the size {' or '.join(others)}" * (there and bool(others))
             )
         return PixelEncoder((sum(s[2] for s in sizes.values()), height, width), channels, self.simnorm_dim)
 
@@ -1018,3 +1020,6 @@ def termination_metrics(logit: Tensor, terminated: Tensor) -> Tensors:
     hits = (predicted * terminated).sum()
     f1 = 2 * hits / (predicted.sum() + terminated.sum()).clamp(min=1e-9)
     return {"termination/rate": terminated.mean(), "termination/f1": f1}
+
+
+give_verbs(TDMPC2Module, TDMPC2)

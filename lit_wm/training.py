@@ -265,11 +265,15 @@ def _check(model: Any, total_steps: int, options: dict[str, Any]) -> int:
     if not isinstance(model, WorldModelModule):
         raise ConfigError(f"model is a {type(model).__name__}; expected what create_world_model gives")
     known = [*inspect.signature(pl.Trainer).parameters]
+    own = [*inspect.signature(train).parameters][2:-1]
     for name, value in options.items():
         if name in DECIDED:
             raise ConfigError(f"{name} cannot be set: {DECIDED[name]} decides it")
         if name not in known:
-            raise ConfigError(f"the Trainer has no option {name!r}{nearest(name, known)}")
+            raise ConfigError(
+                f"train and Lightning's Trainer have no option {name!r}{nearest(name, own + known)}\n"
+                "  Those of the model, such as its learning rate lr, are create_world_model's."
+            )
         accepted, reason = ACCEPTED.get(name, ((value,), ""))
         if value not in accepted:
             raise ConfigError(f"{name}={value!r} is refused: {reason}")

@@ -150,17 +150,23 @@ class WorldModel(nn.Module, ABC):
         action: Tensors | None = None,
         is_first: Tensor | None = None,
     ) -> State:
-        """One filtering step: the state after ``action`` was executed in ``state`` and ``obs`` was seen."""
+        """One filtering step: the state after ``action`` was executed in ``state`` and ``obs`` was seen.
+
+        Observations are those of environment and data, (B, ...) by name, images as uint8. Actions, of all
+        verbs, are in the model's units: their bounds are -1 and 1, classes count from 0.
+        """
 
     @abstractmethod
     def imagine(
         self, state: State, actions: Tensors | Tensor | None = None, horizon: int | None = None
     ) -> Trajectory:
-        """Roll out given actions (B, H, ...), or the policy for ``horizon`` steps."""
+        """Roll out given actions (B, H, ...), in -1 ... 1 or classes, or the policy for ``horizon`` steps."""
 
     @abstractmethod
     def decode(self, state: State) -> Tensors:
-        """Expected observations in the environment's units and layout; images as floats in 0 ... 1."""
+        """Expected observations by name: images as float32 in 0 ... 1, not 0 ... 255, (..., C, H, W) or
+        (..., H, W, C) as they were observed; vectors in the units of the data; classes as integers.
+        """
 
     @abstractmethod
     def q(self, state: State, action: Tensors | Tensor) -> Tensor:
@@ -181,9 +187,15 @@ class WorldModel(nn.Module, ABC):
         planner: Planner | str | None = None,
         max_ms: float | None = None,
     ) -> tuple[Tensors, State]:
-        """Action for each environment and the state to hand in next time.
+        """Action for each environment and the state to hand in with its next observation.
+
+        Actions are (B, ...) by name, in the model's units: -1 and 1 are the bounds of the environment's,
+        which numbers of DreamerV3's policy may pass, as the reference's do: clip them; classes count from 0.
 
         Args:
+            obs: (B, ...) by name.
+            state: what the call before gave; None where all rows begin an episode.
+            is_first: rows that begin one while others go on.                                   (B,) bool
             mode: ``train`` explores, ``eval`` does not.
             planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
             max_ms: time for planning, in milliseconds; the best plan so far is taken. No iteration begins

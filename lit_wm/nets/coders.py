@@ -37,7 +37,7 @@ def image_grid(specs: dict[str, Spec], outer: bool = False) -> tuple[int, int] |
     if any(n % stride or not 3 <= n // stride <= 16 for n in (height, width)):
         raise ConfigError(
             f"image observations are {height}x{width}; height and width must be multiples of {stride} from "
-            f"{3 * stride} to {16 * stride}. Resize them, e.g. data.env_options.size: 64"
+            f"{3 * stride} to {16 * stride}. Resize them, e.g. to 64x64 (data.env_options.size: 64)"
         )
     return height // stride, width // stride
 
