@@ -65,8 +65,8 @@ def collect_parser() -> Parser:
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
     meaning = "options of the environment, as K=V or '{K: V}'; the training's if --env is not given"
     parser.add_argument("--env-options", nargs="+", metavar="K=V", help=meaning)
-    meaning = "how a checkpoint acts: as in evaluations or as in training (eval)"
-    parser.add_argument("--mode", choices=["eval", "train"], default="eval", help=meaning)
+    meaning = "how a checkpoint acts: as in evaluations, as in training, or by its likeliest action (eval)"
+    parser.add_argument("--mode", choices=["eval", "train", "greedy"], default="eval", help=meaning)
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

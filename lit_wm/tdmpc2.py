@@ -39,7 +39,7 @@ from lit_wm.pretrained import Meaning, Weights, entries
 from lit_wm.returns import gather_values
 from lit_wm.tasks import action_masks, list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
-from lit_wm.world_model import WorldModel
+from lit_wm.world_model import MODES, WorldModel
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -427,7 +427,7 @@ class TDMPC2(WorldModel):
             others = sorted(obs.keys() - set(self.image_keys))
             raise ConfigError(
                 f"TD-MPC2 encodes vectors or images, not both: {self.image_keys} and {others}\n"
-                "Leave some out, e.g. data.env_options.drop: [NAME]"
+                "Leave some out: data.env_options.drop: [NAME], of datasets 'URI?drop=NAME,NAME'"
             )
         _ = self.discrete  # refuses actions that cannot be searched
 
@@ -900,11 +900,12 @@ class TDMPC2(WorldModel):
         max_ms: float | None = None,
         task: Tensor | None = None,
     ) -> tuple[Tensors, State]:
-        """Encode ``obs`` and plan from there; without a planner the policy acts, in ``eval`` by its mean. The
-        other arguments are :meth:`WorldModel.act`'s and, ``task``, :meth:`encode`'s.
+        """Encode ``obs`` and plan from there; without a planner the policy acts, but in ``train`` by its mean.
+
+        Other arguments are :meth:`WorldModel.act`'s and, ``task``, :meth:`encode`'s.
         """
-        if mode not in ("train", "eval"):
-            raise ValueError(f"mode is {mode!r}; expected 'train' or 'eval'")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         noise = self.source(noise)
         now = self.encode(obs, state, None, is_first, noise, task)
         found = self.search(now, state, is_first, mode, noise, planner, max_ms)

@@ -21,6 +21,8 @@ from lit_wm.pretrained import LoadReport, Meaning, Weights, load, read_weights
 from lit_wm.tasks import Task
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
+MODES = ("train", "eval", "greedy")
+
 
 class WorldModel(nn.Module, ABC):
     """Base of the models. All verbs are batch first and take no gradient decisions: wrap them in
@@ -196,7 +198,8 @@ class WorldModel(nn.Module, ABC):
             obs: (B, ...) by name.
             state: what the call before gave; None where all rows begin an episode.
             is_first: rows that begin one while others go on.                                   (B,) bool
-            mode: ``train`` explores, ``eval`` does not.
+            mode: ``train`` explores, ``eval`` acts as the reference's evaluations do, ``greedy`` takes the
+                most likely action where DreamerV3's policy samples even in those.
             planner: another than the model's own, an object or a name, see :mod:`lit_wm.planners`.
             max_ms: time for planning, in milliseconds; the best plan so far is taken. No iteration begins
                 that would pass it if it took as long as the longest so far, but one is always done; a planner

@@ -206,7 +206,7 @@ def test_in_bfloat16_states_are_bfloat16_and_predictions_float32() -> None:
             lambda m: m.imagine(m.initial(B), {"move": torch.zeros(B, 2)}),
             r"action keys are \['move'\], expected \['action'\]",
         ),
-        (lambda m: m.act({"obs": torch.zeros(B, 5)}, mode="greedy"), "expected 'train' or 'eval'"),
+        (lambda m: m.act({"obs": torch.zeros(B, 5)}, mode="mean"), "expected one of train, eval, greedy"),
         (lambda m: build(MIXED).encode(torch.zeros(B, 5)), "pass a dict"),
         (lambda m: m.encode(torch.zeros(B, 5), m.initial(B)), "needs the action executed since"),
         (lambda m: build(CAMERA).encode(torch.zeros(B, 64, 64, 3)), "expected an image of uint8"),

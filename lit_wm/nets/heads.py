@@ -91,6 +91,12 @@ class ActionDist(NamedTuple):
         lo, hi = (0.5 * math.log(2 * math.pi * math.e * std**2) for std in (dists.MIN_STD, dists.MAX_STD))
         return dims * lo, dims * hi
 
+    def mode(self) -> Tensor:
+        """The most likely action: int64 indices or float32 values within -1 ... 1. (..., *shape)"""
+        if self.log_p is not None:
+            return self.log_p.argmax(-1)
+        return self.mean if self.mask is None else self.mean * self.mask  # type: ignore[operator, return-value]
+
     def sample(self, noise: Noise, stream: str, t: int = 0) -> Tensor:
         """A sample: int64 indices or unclipped float32 values. (..., *shape)"""
         if self.log_p is not None:
@@ -148,6 +154,11 @@ class PolicyHead(nn.Module):
                 mean, std = dists.bounded_normal(layers["mean"](x), layers["stddev"](x))  # type: ignore[index]
                 out[k] = ActionDist(spec, mean=mean.view(shape), std=std.view(shape), mask=mask)
         return out
+
+
+def likely_actions(policy: dict[str, ActionDist]) -> Tensors:
+    """The most likely action per key."""
+    return {k: d.mode() for k, d in policy.items()}
 
 
 def sample_actions(policy: dict[str, ActionDist], noise: Noise, stream: str, t: int = 0) -> Tensors:

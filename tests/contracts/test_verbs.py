@@ -345,7 +345,8 @@ def of_policy(net, state, mode):
     with torch.no_grad():
         if net.decodes:  # DreamerV3 samples, in evaluation too
             said = net.pol(feat(state)).items()
-            return {k: d.mean + 0.3 * d.std if d.log_p is None else d.log_p.argmax(-1) for k, d in said}
+            far = 0.3 * (mode != "greedy")
+            return {k: d.mean + far * d.std if d.log_p is None else d.log_p.argmax(-1) for k, d in said}
         out = net.policy(state.deter)
     if out.shape[-1] == 5:
         return {"action": out.argmax(-1)}
@@ -359,7 +360,7 @@ def test_act_is_the_policys_action_in_the_space(case, request):
     space, samples = ACTION[request.node.callspec.params["case"][2]], model.model.decodes
     leaves = space.spaces if isinstance(space, Dict) else {"action": space}
     played = {}
-    for mode in ("eval", "train"):
+    for mode in ("eval", "train", "greedy"):
         played[mode], state = model.act(obs, mode=mode)
         assert same(state, model.encode(obs))
         assert equal(state.action, played[mode])
@@ -368,17 +369,19 @@ def test_act_is_the_policys_action_in_the_space(case, request):
             chosen, leaf = played[mode][k], leaves[k]
             torch.testing.assert_close(chosen, expected, rtol=1e-4, atol=1e-4)  # dtypes too
             assert chosen.dtype == (torch.float32 if isinstance(leaf, Box) else torch.int64)
-            if not isinstance(leaf, Box) or not samples:  # DreamerV3's vectors are cut by the environment
+            if (
+                not isinstance(leaf, Box) or not samples or mode == "greedy"
+            ):  # DreamerV3's vectors are cut by the environment
                 assert all(leaf.contains(x.numpy().astype(leaf.dtype)) for x in chosen)
         assert equal(model.act(obs, mode=mode)[0], played[mode])
         low, high = (model.act(obs, mode=mode, noise=Constant("act/policy", i))[0] for i in (0, 1))
-        if mode == "train" or samples:
+        if mode == "train" or (samples and mode == "eval"):
             assert all((low[k] < high[k]).all() for k in low)
         else:  # no noise of exploration
             assert equal(low, played[mode])
             assert equal(high, played[mode])
     assert equal(model.act(obs)[0], played["eval"])
-    with pytest.raises(ValueError, match="mode is 'test'; expected 'train' or 'eval'"):
+    with pytest.raises(ValueError, match="mode is 'test'; expected one of train, eval, greedy"):
         model.act(obs, mode="test")
 
 
