@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from lit_wm.noise import NoiseStreams
 from lit_wm.presets import DREAMERV3_PARAMETERS_IMAGE, TDMPC2_PARAMETERS
 from lit_wm.training import ReplayBuffer, train
 from lit_wm.types import Spec
+from lit_wm.world_model import WorldModel
 
 NPZ = Path(__file__).parent / "datamodules" / "data" / "npz"
+LINE = Spaces({"obs": Spec("float32", (3,))}, {"action": Spec("float32", (1,))})
 
 
 def spaces_of(name="dreamerv3:debug", *given, **options):
@@ -177,6 +181,13 @@ def test_data_say_the_spaces():
         ({"learning_rate": 1e-3}, "tdmpc2:debug: 'learning_rate' is no option of it"),
         ({"horizn": 3}, "did you mean 'horizon'"),
         ({"preset": "5m"}, "'preset' is part of the name"),
+        (
+            {"name": "tdmpc2:1m", "obs_shape": (3, 64, 64), "discrete": False},
+            r"tdmpc2:1m: .* latent_dim is 128; .*\nUse num_channels=8, or latent_dim=512, or the size 5m$",
+        ),
+        ({"name": "dreamerv3:debug", "obs_shape": (3, 65, 65)}, "multiples of 16 .*, e.g. to 64x64$"),
+        ({"discrete": True, "planner": "gradient"}, "debug: planner='gradient' needs continuous actions"),
+        ({"freeze": ["encodr"]}, "tdmpc2:debug: freeze: 'encodr' is no part of"),
         ({"device": "tpu"}, "device='tpu': PyTorch finds .* here; expected cpu, cuda, cuda:N or None"),
         ({"device": "cuda:99"}, "device='cuda:99': PyTorch finds"),
     ],
@@ -219,6 +230,44 @@ def test_bounds_that_a_file_does_not_state_are_unknown_not_infinite(kind, tmp_pa
         train(model, told, 1, batch_size=2, progress=False)
 
 
+@pytest.mark.parametrize("kind", [DreamerV3Module, TDMPC2Module])
+def test_verbs_show_the_arguments_and_words_of_the_model(kind):
+    owner = {"DreamerV3Module": "DreamerV3", "TDMPC2Module": "TDMPC2"}[kind.__name__]
+    own = getattr(import_module(kind.__module__), owner)
+    for verb in ("encode", "imagine", "decode", "q", "act"):
+        shown, wanted = (inspect.signature(getattr(x, verb)) for x in (kind, own))
+        assert shown == wanted
+        assert "args" not in shown.parameters
+        for text in (getattr(WorldModel, verb).__doc__, getattr(own, verb).__doc__):
+            assert " ".join(text.split()) in " ".join(getattr(kind, verb).__doc__.split())
+    assert list(inspect.signature(kind(LINE.to_plain(), "debug").imagine).parameters)[:2] == [
+        "state",
+        "actions",
+    ]
+    assert "0 ... 1, not 0 ... 255" in kind.decode.__doc__
+
+
+@pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
+def test_a_verb_refuses_what_is_no_state(name):
+    model, obs, acts = create_world_model(name, data=LINE, device="cpu"), torch.zeros(2, 3), torch.zeros(2, 1)
+    dream = model.imagine(model.encode(obs), horizon=2)
+    for bad in (obs, obs.numpy(), dream, dream.states):
+        word = type(bad).__name__
+        for call in (
+            lambda b=bad: model.decode(b),
+            lambda b=bad: model.imagine(b, acts[:, None]),
+            lambda b=bad: model.imagine(state=b),
+            lambda b=bad: model.q(b, acts),
+            lambda b=bad: model.act(obs, b),
+            lambda b=bad: model.encode(obs, state=b),
+        ):
+            with pytest.raises(TypeError, match=rf"takes a state, .*trajectory.states\[-1\].* is a {word}$"):
+                call()
+    with pytest.raises(TypeError, match="this is a NoneType"):
+        model.imagine(None)
+    model.act(obs, None)
+
+
 def test_a_missing_gpu_and_an_unknown_environment_are_said():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device='cuda': PyTorch finds no GPU here"):
@@ -249,7 +298,7 @@ def test_a_checkpoint_is_a_name_too(tmp_path):
         create_world_model(tmp_path / "run", obs_shape=(35,), device="cpu")
     with pytest.raises(ConfigError, match=r"the arguments say obs: uint8 \(3, 64, 64\)"):
         create_world_model(tmp_path / "run", data=NPZ / "atari_breakout.npz", device="cpu")
-    with pytest.raises(ConfigError, match="a checkpoint, with options of its own: leave out lr"):
+    with pytest.raises(ConfigError, match="with options of its own: leave out lr\n.* from_pretrained"):
         create_world_model(tmp_path / "run", lr=1e-3)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         create_world_model(tmp_path / "other.ckpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +484,29 @@ def test_a_frozen_task_embedding_is_not_even_shortened() -> None:
     row = module.model.embed(torch.tensor([1]), training=True)
     assert float(row.norm()) == pytest.approx(1, abs=1e-5)
     assert bool((weight == 3).all())
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["call", "option"])
+def test_frozen_weights_that_were_not_loaded_are_named(kind: type, way: str, tmp_path: Path) -> None:
+    """For other spaces, each part frozen in turn: some have weights of other shapes, others none."""
+    path = saved(make(kind), tmp_path / "a.ckpt")
+    for part in parts_of(kind)[:-1]:
+        fresh = [n for n in CHANGED[kind] if n.startswith(f"{part}.")]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if way == "call":
+                module = kind.from_pretrained(path, NEW, freeze=[part])  # type: ignore[attr-defined]
+            else:
+                module = make(kind, NEW, start_from=str(path), start_partial=True, freeze=[part])
+            fit(module, tmp_path, NEW)
+        said = [str(w.message) for w in caught if "frozen but not loaded" in str(w.message)]
+        assert len(said) == bool(fresh), (part, said)
+        assert all(name in said[0] for name in fresh)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(kind.from_pretrained(path, freeze=[part]), tmp_path)  # type: ignore[attr-defined]
+    assert not [w for w in caught if "frozen but" in str(w.message)]
 
 
 @BOTH

@@ -508,6 +508,8 @@ def test_what_fits_is_what_the_error_says():
         ({"batch_size": True}, "batch_size is True; expected a whole number of 1 or more"),
         ({"buffer": [1, 2]}, "the data are a list; expected a ReplayBuffer, a path or the URI of a dataset"),
         ({"precison": 16}, "Trainer have no option 'precison'; did you mean 'precision'"),
+        ({"batchsize": 8}, r"option 'batchsize'; did you mean 'batch_size'\?"),
+        ({"leraning_rate": 1e-3}, r"'leraning_rate'\n  Those of the model.* lr, are create_world_model's"),
         ({"precision": "16-mixed"}, "precision='16-mixed' is refused: "),
         ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 is refused"),
         ({"model": torch.nn.Linear(1, 1)}, "model is a Linear; expected what create_world_model gives"),
