@@ -900,7 +900,7 @@ class TDMPC2(WorldModel):
         max_ms: float | None = None,
         task: Tensor | None = None,
     ) -> tuple[Tensors, State]:
-        """Encode ``obs`` and plan from there; without a planner the policy acts, but in ``train`` by its mean.
+        """Encode ``obs`` and plan; without a planner the policy acts, but in ``train`` by its mean.
 
         Other arguments are :meth:`WorldModel.act`'s and, ``task``, :meth:`encode`'s.
         """
