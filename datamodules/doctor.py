@@ -275,6 +275,12 @@ class Doctor:
             elif black:
                 severity = "note" * (black < numbers.count / 10)
                 self.add("black_frames", where, severity, black=black, count=numbers.count, uri=self.uri)
+        obs = self.source.schema.spaces.obs
+        images = [k for k, spec in obs.items() if spec.is_image]
+        if 0 < len(images) < len(obs) and any(not m.crosses for m in self.models):
+            others = [k for k in obs if k not in images]
+            found = {"images": _some(images), "others": _some(others), "some": others[0]}
+            self.add("mixed_obs", "", self._beyond, **found)
         if self.source.meta.get("lossy_images"):
             self.add("lossy_images")
 

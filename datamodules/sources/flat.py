@@ -76,6 +76,18 @@ class Table:
                 f"{self.where}: the lengths differ: {', '.join(f'{k} {n:,}' for k, n in sizes.items())}.\n"
                 "  Expected one row per step in each of them; the file is broken or of another format."
             )
+        marks = [(k, c) for k, c in self.named() if k in ("reward", "terminated", "truncated", "done")]
+        columns = [c for part in (self.observation, self.action) for c in part.values()]
+        if not marks and all(len(c.shape) > 2 for c in columns):
+            marks = [("action", next(iter(self.action.values())))]  # nothing else tells
+        marks = marks if max(len(c.shape) for c in columns) > 2 else []
+        for k, (_, *shape) in ((k, c.shape) for k, c in marks):
+            if shape and all(c.shape[1:2] in ((shape[0],), (shape[0] + 1,)) for c in columns):
+                raise DataError(
+                    f"{self.where}: {k} has {shape[0]:,} values a row, as of episodes side by side.\n"
+                    "  Expected all steps one after the other, without padding. Of every array\n"
+                    "  np.concatenate([x[:n] for x, n in zip(array, lengths)]), and dones at the ends."
+                )
         self.rows = next(iter(sizes.values()))
         if not self.rows:
             raise DataError(f"{self.where} holds no steps.")

@@ -38,8 +38,9 @@ _AGAIN = "  Fetch the dataset again, or leave the episode out with on_bad=skip_e
 class Minari(Source):
     """A Minari dataset on disk.
 
-    Observations, actions, rewards, ends and seeds are read; infos are not. A combined dataset is read as it
-    is stored. One episode is in memory at a time; longer ones are cut as in :mod:`datamodules.sources.flat`.
+    Observations, actions, ends, seeds and rewards, if there are any, are read; infos are not. A combined
+    dataset is read as it is stored. One episode is in memory at a time; longer ones are cut as in
+    :mod:`datamodules.sources.flat`.
 
     Args:
         rest: an id such as ``D4RL/door/human-v2``, or the path of a dataset's folder or its ``data`` folder.
@@ -53,6 +54,8 @@ class Minari(Source):
         DataError: if the dataset is absent, damaged or of a space that no model takes.
         ConfigError: for another ``text``.
     """
+
+    _rewarded = True  # whether any episode has rewards
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class Minari(Source):
             "lossy_images": self._jpeg and any(map(_is_image, (*self._obs.leaves, *self._action.leaves))),
             "vocabulary": {name: list(known) for name, known in words.items()} or None,
             "start": self._obs.start | self._action.start or None,
+            "requirements": meta.get("requirements") or None,
+            "no_reward": None if self._rewarded else True,
         }
         self.meta = {key: value for key, value in known.items() if value is not None}
 
@@ -131,8 +136,9 @@ class Minari(Source):
         if self._format == "hdf5":
             path = self.data / "main_data.hdf5"
             with open_hdf5(path) as file:
-                found = [re.fullmatch(r"episode_(\d+)", key) for key in file]
-            return [self.data / "metadata.json", path], sorted(int(match[1]) for match in found if match)
+                found = [match for key in file if (match := re.fullmatch(r"episode_(\d+)", key))]
+                self._rewarded = not found or any(f"{match[0]}/rewards" in file for match in found)
+            return [self.data / "metadata.json", path], sorted(int(match[1]) for match in found)
         inside = (p for p in self.data.iterdir() if p.is_dir() and p.name.isdecimal())
         folders = sorted(inside, key=lambda p: int(p.name))
         files = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
@@ -207,7 +213,7 @@ class Minari(Source):
         return Episode(
             self._obs.read(lambda leaf: group.read("observations", leaf)),
             self._action.read(lambda leaf: group.read("actions", leaf)),
-            group.flag("rewards"),
+            group.flag("rewards") if self._rewarded else None,
             group.flag("terminations"),
             group.flag("truncations"),
             group.where,
@@ -299,7 +305,10 @@ class _Hdf5Group(_Group):
 
     @property
     def steps(self) -> int:
-        return self._safe(lambda: (*self._dataset("rewards").shape, 0)[0])
+        def shape() -> tuple[int, ...]:
+            return self._dataset("rewards" if "rewards" in self._group else "terminations").shape
+
+        return self._safe(lambda: (*shape(), 0)[0])
 
     @property
     def notes(self) -> Any:
@@ -571,6 +580,11 @@ def _find(rest: str, root: str | None, download: bool) -> tuple[Path, str]:
         raise DataError(
             f"{here} is no Minari dataset: it holds neither data/ nor metadata.json.\n"
             "  Expected the folder of a dataset, or an id such as D4RL/door/human-v2."
+        )
+    if rest.startswith(("/", "~", ".")):
+        raise DataError(
+            f"{here} does not exist.\n  Expected the folder of a dataset, which holds data/, or an id such "
+            "as D4RL/door/human-v2."
         )
     command = f"minari download {rest}"
     if root is not None:

@@ -200,7 +200,8 @@ class Member:
         if self.dtype.hasobject:
             raise DataError(
                 f"{self._where} is an array of objects: it needs pickle; refused.\n"
-                "  Save it as numbers, e.g. np.savez(path, observations=array.astype('float32'))."
+                "  Save numbers: episodes of several lengths one after the other, with dones at their ends,\n"
+                "  by np.concatenate(list(array)); anything else as array.astype('float32')."
             )
         self._width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
         self._row, self._last = 0, np.empty((0, *self.shape[1:]), self.dtype)

@@ -186,6 +186,8 @@ CASES: list[tuple[str, Source, str, str]] = [
     ("black_frames", Made(with_obs(lambda o: put(o, slice(20), 0)), image(20, 20, 3)), "warning",
      "240 of 558 frames are all black"),
     ("black_frames", Made(with_obs(lambda o: put(o, 0, 0)), image(20, 20, 3)), "note", "12 of 558 frames"),
+    ("mixed_obs", Made(spaces=Spaces({"state": OBS} | image(32, 32, 3).obs, {"action": ACTION}, 60)),
+     "warning", "obs, beside state"),
     ("lossy_images", Made(spaces=image(32, 32, 3), lossy_images=True), "note", "JPEG"),
     ("cast", Made(lambda i, e: replace(e, observation={"obs": np.float64(e.observation["obs"])})), "note",
      "12 arrays"),

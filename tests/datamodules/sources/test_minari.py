@@ -297,6 +297,26 @@ def test_damage_in_one_episode_is_named_and_can_be_left_out(
     assert source.report.counts["skipped"] == 1
 
 
+def test_a_set_without_any_rewards_is_read(copy: Callable[[str], Path]) -> None:
+    folder = copy("pendulum/scripted-v0")
+    whole = read(folder)
+    edit(folder, lambda f: [f[f"episode_{i}"].__delitem__("rewards") for i in range(len(whole))])
+    for uri in (f"minari:{folder}", f"hdf5:{folder}/data/main_data.hdf5"):
+        source = open_source(uri)
+        assert source.meta["no_reward"] is True
+        for got, want in zip(checked(source), whole, strict=True):
+            assert got.reward is None
+            np.testing.assert_array_equal(got.action["action"], want.action["action"])
+    assert "no_reward" not in open_source(f"minari:{ROOT / 'pendulum/scripted-v0'}").meta
+
+
+def test_a_path_where_nothing_is_gets_no_command_to_download_it(tmp_path: Path) -> None:
+    for download in (False, True):
+        with pytest.raises(DataError, match="x-v0 does not exist.\n  Expected the folder") as error:
+            read(tmp_path / "x-v0", download=download)
+        assert "minari download" not in str(error.value)
+
+
 def test_a_missing_last_observation_can_be_accepted(copy: Callable[[str], Path]) -> None:
     folder = copy("cartpole/mixed-v0")
     edit(folder, lambda f: [cut(f, f"episode_{i}/observations", slice(-1)) for i in (0, 1)])

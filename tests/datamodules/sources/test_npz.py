@@ -189,6 +189,18 @@ def test_nothing_is_unpickled(tmp_path):
     np.savez(tmp_path / "a.npz", **columns)
     with pytest.raises(DataError, match="observations is an array of objects: it needs pickle; refused"):
         read(tmp_path / "a.npz")
+    with pytest.raises(DataError, match=r"one after the other, .*\n.*np.concatenate\(list\(array\)\)"):
+        read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("flags", [("rewards", "dones"), ("terminals",), ()])
+def test_episodes_side_by_side_are_told_from_steps(tmp_path, flags):
+    """Padded, (episodes, steps, ...), under whatever names."""
+    arrays = {"observations": np.zeros((4, 10, 3)), "actions": np.zeros((4, 10, 2))}
+    arrays |= {name: np.zeros((4, 10)) for name in flags}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=r"has 10 values a row.*side by side.*\n.*\n.*np.concatenate.*dones"):
+        read(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
