@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 
 from lit_wm.callbacks.evaluate import (
+    NO_SCORE,
     PER_EPISODE,
     EpisodeResults,
     Interrupts,
@@ -87,6 +88,8 @@ def evaluate_parser() -> Parser:
         ("json", Path, None, "F", "write everything to this file"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
+    meaning = "eval as in a training's evaluations; greedy: the policy's most likely action, no sample of it"
+    parser.add_argument("--mode", choices=["eval", "greedy"], default="eval", help=meaning)
     return parser
 
 
@@ -149,6 +152,8 @@ def load_module(
         module = kind(**options)
         module.load_state_dict(loaded["state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if planner and isinstance(error, ConfigError):
+            raise ConfigError(f"--planner: {str(error).removeprefix('model.planner: ')}") from error
         reason = "\n".join(str(error).strip().splitlines()[:2])
         raise CheckpointError(f"{path} does not fit this version of {kind.__name__}:\n{reason}") from error
     module.on_load_checkpoint(loaded)
@@ -387,7 +392,7 @@ def perform(
         film = given.video is not None
         stage = Stage(env, spaces if play.task is None else shown, given.obs_noise, given.seed, film, join)
         play.results = run_episodes(
-            acting(module, "eval", NoiseStreams(given.seed, 0, given.device), play.task, shown),
+            acting(module, given.mode, NoiseStreams(given.seed, 0, given.device), play.task, shown),
             stage,
             given.episodes,
             stream_seed(given.seed, 0, "evaluate") % 2**30,  # apart from all seeds of a training
@@ -416,7 +421,8 @@ def show(play: Play, given: argparse.Namespace) -> None:
     count = f"{given.episodes} episode{'s' * (given.episodes != 1)}"
     print(f"return:     {score['return']:.2f}{spread}, {count}{cut}")
     if results.reference:
-        print(f"normalized: {score['normalized']:.2f} ({results.reference}; played in {play.env_id})")
+        known = f"{score['normalized']:.2f}" if "normalized" in score else NO_SCORE
+        print(f"normalized: {known} ({results.reference}; played in {play.env_id})")
     print(f"length:     {score['length']:.1f} ({min(lengths)} to {max(lengths)})")
     print(f"terminated: {score['terminated']:.0%}")
     if "success" in score:
@@ -468,6 +474,7 @@ def evaluate(argv: list[str]) -> int:
             "obs_noise",
             "device",
             "planner",
+            "mode",
             "task",
         )
         report: dict[str, Any] = {

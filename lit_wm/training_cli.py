@@ -320,8 +320,14 @@ def find_checkpoint(
     if Path(ckpt_path).is_dir():
         root, names = Path(ckpt_path), ["last"] if verb == "fit" else ["best", "last"]
     elif ckpt_path not in ("last", "best"):
+        here = next(folder for folder in Path(ckpt_path).parents if folder.is_dir())
+        beside = sorted(
+            f"{p.name}{'/' * p.is_dir()}" for p in here.iterdir() if p.is_dir() or p.suffix == ".ckpt"
+        )
         raise CheckpointError(
-            f"{flag} {ckpt_path}: no such file. Give 'last', 'best', a run directory or a .ckpt"
+            f"{flag} {ckpt_path}: no such file{nearest(Path(ckpt_path).name, beside, 1)}\n"
+            f"In {here}: {', '.join(beside[:8]) or 'no checkpoints'}{' ...' * (len(beside) > 8)}\n"
+            "Give 'last', 'best', a run directory or a .ckpt"
         )
     elif said.get("trainer.default_root_dir"):
         root = Path(said["trainer.default_root_dir"])

@@ -95,6 +95,14 @@ def test_a_lone_file_knows_its_environment_options_and_precision(at, tmp_path):
     assert main(["test", "--ckpt_path", str(tmp_path / "lone.ckpt"), "--evaluate.test_episodes", "1"]) == 0
 
 
+def test_greedy_takes_the_likeliest_action(at, monkeypatch):
+    sampled = evaluate("--mode", "eval")
+    monkeypatch.setattr("lit_wm.dreamerv3.sample_actions", None)  # nothing is drawn
+    report = evaluate("--mode", "greedy")
+    assert (sampled["mode"], report["mode"]) == ("eval", "greedy")
+    assert report["lengths"] != sampled["lengths"]
+
+
 def test_a_dreamer_plans_if_it_is_asked_to(at):
     short = ["--max-episode-steps", "3"]
     report = {p: evaluate("--planner", p, *short) for p in ("random", "policy")}
@@ -219,7 +227,22 @@ WRONG = {
     "options that are none": (["--env-options", "3"], ["expected keys and values"]),
     "a misspelt flag": (["--episode-count", "3"], ["--episode-count", "--help"]),
     "a folder for a file": (["--json", "."], ["cannot be written"]),
-    "gradient of classes": (["--planner", "gradient"], ["gradient needs continuous actions"]),
+    "a misspelt file": (
+        ["--ckpt", f"{CARTPOLE}/checkpoints/lost.ckpt"],
+        [
+            "no such file; did you mean 'last.ckpt'",
+            f"In {CARTPOLE}/checkpoints: best.ckpt, last.ckpt, resume-",
+        ],
+    ),
+    "a misspelt folder": (["--ckpt", "runs/CartPole-v2/x.ckp"], ["no such file", "In runs: CartPole-v1/, "]),
+    "a misspelt planner": (
+        ["--planner", "mpi"],
+        ["error: --planner: unknown planner 'mpi'; did you mean 'mppi'"],
+    ),
+    "gradient of classes": (
+        ["--planner", "gradient"],
+        ["error: --planner: gradient needs continuous actions"],
+    ),
     "no tasks": (["--task", "walk"], ["--task", "is of a DreamerV3Module, which has none"]),
     "a foreign device": (["--device", "tpu"], ["--device tpu"]),
 }

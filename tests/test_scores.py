@@ -74,7 +74,9 @@ def test_the_table_says_where_it_is_from() -> None:
 def test_a_summary_has_a_score_with_a_reference_alone() -> None:
     results = EpisodeResults([1.0, 2.0], [5, 5], [True, True], reference=Reference(1.0, 5.0, "somebody"))
     assert results.summary()["eval/normalized"] == 12.5
-    results.reference = None
+    results.cut = [False, True]  # its return is not what those of the reference are
+    assert "eval/normalized" not in results.summary()
+    results.cut, results.reference = [False, False], None
     assert "eval/normalized" not in results.summary()
 
 
@@ -125,5 +127,10 @@ def test_a_run_and_its_checkpoint_know_their_score(tmp_path: Path, capsys: Any) 
     assert told["reference"] == report["reference"]
     assert told["metrics"]["normalized"] == pytest.approx((told["metrics"]["return"] + 1200) / 1050 * 100)
     assert "played in Pendulum-v1" in capsys.readouterr().out
+    assert main([*argv, "--max-episode-steps", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "(1 cut at --max-episode-steps)" in printed
+    assert "normalized: none, as there are returns of cut episodes" in printed
+    assert "normalized" not in json.loads((tmp_path / "a.json").read_text())["metrics"]
     assert main([*argv, "--env-options", "{time_limit: 20}"]) == 0  # another task: no score
     assert json.loads((tmp_path / "a.json").read_text())["reference"] is None

@@ -34,6 +34,8 @@ Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
 
 PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")  # of EpisodeResults
 
+NO_SCORE = "none, as there are returns of cut episodes, which its two are not of"
+
 
 @dataclass
 class Windows:
@@ -109,10 +111,10 @@ class EpisodeResults:
         """Means over the episodes; from two on their spread, from five on the return's 95 % interval.
 
         ``success`` is there if the environment reports it (an episode without a report counts as failed),
-        ``normalized`` with a reference, ``jitter`` with continuous actions, ``cut``, the number of episodes
-        cut by the evaluation's limit, if there are any. Of several tasks each has its own as
-        ``TASK/return`` ...; ``return``, ``normalized``, ``length``, ``terminated`` and ``success`` are the
-        means of those that all have.
+        ``normalized`` with a reference and of whole episodes alone, ``jitter`` with continuous actions,
+        ``cut``, the number of episodes cut by the evaluation's limit, if there are any. Of several tasks each
+        has its own as ``TASK/return`` ...; ``return``, ``normalized``, ``length``, ``terminated`` and
+        ``success`` are the means of those that all have.
         """
         result = {f"{prefix}episodes": float(len(self.returns))}
         if not self.returns:
@@ -125,7 +127,7 @@ class EpisodeResults:
             return result | {f"{prefix}{n}/{k}": v for n, part in each.items() for k, v in part.items()}
         values = np.asarray(self.returns, np.float64)
         result[f"{prefix}return"] = float(values.mean())
-        if self.reference is not None:
+        if self.reference is not None and not any(self.cut):
             result[f"{prefix}normalized"] = float(normalized_score(self.reference, values.mean()))
         result[f"{prefix}length"] = float(np.mean(self.lengths))
         result[f"{prefix}terminated"] = float(np.mean(self.terminated))
@@ -603,7 +605,7 @@ class Evaluate(pl.Callback):
         if leaving(trainer):
             return  # broken off: its numbers would be of too few and too short episodes
         for name, part in (results.tasks or {"": results}).items():
-            if self.results is None and part.reference and trainer.is_global_zero:
+            if self.results is None and "normalized" in part.summary("") and trainer.is_global_zero:
                 print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)
         self.results, self.played_at = results, int(pl_module.updates)
         metrics = self.results.summary() | self._foresee(trainer, pl_module, self.seed)
@@ -645,7 +647,8 @@ class Evaluate(pl.Callback):
         episodes = f"{len(self.results.returns)} episodes{self.cut_note()}"
         print(f"test: return {value:.2f}, {interval}{episodes}: {path}")
         if self.results.reference:
-            print(f"test: normalized {metrics['test/normalized']:.2f}; {self.results.reference}")
+            score = f"{metrics['test/normalized']:.2f}" if "test/normalized" in metrics else NO_SCORE
+            print(f"test: normalized {score}; {self.results.reference}")
 
     def cut_note(self) -> str:
         """How many of the last episodes ``max_episode_steps`` has cut, for the line of their score."""
