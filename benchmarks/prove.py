@@ -166,10 +166,11 @@ def fit_command(proof: Proof, seed: int) -> list[str]:
     return ["fit", "--config", f"configs/{proof.config}.yaml", *options, "--seed_everything", str(seed)]
 
 
-def judge(proof: Proof, run: Path) -> dict[str, Any]:
+def judge(proof: Proof, run: Path, *options: str) -> dict[str, Any]:
     """Evaluate the last checkpoint of a run, unless that has been done."""
-    report, last = run / "evaluate.json", run / "checkpoints" / "last.ckpt"
+    report, last = run / f"{'-'.join(['evaluate', *options[1:]])}.json", run / "checkpoints" / "last.ckpt"
     words = ["evaluate", "--ckpt", str(last), "--episodes", str(proof.episodes), "--json", str(report)]
+    words += options
     done = report.exists() and report.stat().st_mtime > last.stat().st_mtime
     if not done or json.loads(report.read_text())["episodes"] != proof.episodes:
         subprocess.run([sys.executable, "-m", "lit_wm", *words], cwd=ROOT, env=ENV, check=True)
