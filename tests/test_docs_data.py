@@ -1,4 +1,6 @@
-"""What docs/data.md and docs/offline.md show works: commands run, configurations train; the recipe too."""
+"""What docs/data.md, offline.md and scripts.md show works: commands run, configurations train, scripts print
+what they say; the recipe too.
+"""
 
 import json
 import re
@@ -18,9 +20,10 @@ from lit_wm.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "data.md").read_text()
 OFFLINE = (ROOT / "docs" / "offline.md").read_text()
+SCRIPTS = (ROOT / "docs" / "scripts.md").read_text()
 
 
-def blocks(language, text=TEXT + OFFLINE):
+def blocks(language, text=TEXT + OFFLINE + SCRIPTS):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/data.md",
     "docs/offline.md",
     "docs/planning.md",
+    "docs/scripts.md",
 ]
 
 
