@@ -293,7 +293,7 @@ def experiment_of(config: dict[str, Any]) -> str | None:
     name, sources = config.get("tracking.experiment") or config.get("data.env"), config.get("data.sources")
     if name or not sources:
         return name
-    first = sources[0]
+    first = sources[0] if isinstance(sources, list) else sources
     uri = first if isinstance(first, str) else str(first.get("uri"))
     return re.sub(r"[^\w.-]+", "-", "-".join(Path(uri.partition("?")[0]).parts[-3:])).strip("-")
 
@@ -449,6 +449,10 @@ class Spelling:
         raise ConfigError(f"unknown key '{path}'{hint}{listing}")
 
 
+# What an option's type does not say.
+FORMS = {"pretrain": "whole numbers of updates, no shares, e.g. {world_model: 10000, actor: 2000}"}
+
+
 def shorten(message: str) -> str:
     """The cause in a message of jsonargparse: which key, what was given, what was expected."""
     key, _, rest = re.sub(r'^Parser key "([^"]+)":\s*', r"\1\n", message.strip()).partition("\n")
@@ -465,7 +469,8 @@ def shorten(message: str) -> str:
     given = re.search(r"(?:Given|Got) value: (.+)", rest)
     if expected and given:
         value = given[1].strip()
-        return f"{key}: got {value!r}{nearest(value, expected)}\nExpected: {', '.join(expected)}"
+        form = FORMS.get(key, ", ".join(expected))
+        return f"{key}: got {value!r}{nearest(value, expected)}\nExpected: {form}"
     causes = re.findall(r"^ +- (?!Expected)(.+)$", message.partition("Errors:\n")[2], re.MULTILINE)
     return causes[0] if len(causes) == 1 else re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
 

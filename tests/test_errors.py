@@ -17,6 +17,7 @@ FILES = {
     "list.yaml": "- 1\n- 2",
     "deep.yaml": "trainer: {callbacks: [{class_path: lit_wm.callbacks.DreamVideo, init_args: {row: 2}}]}",
     "misplaced.yaml": "model: {preset: size1m}",
+    "share.yaml": "model: {init_args: {pretrain: {world_model: 0.02}}}",
     "cut.ckpt": "PK\x03\x04 and no more",
 }
 
@@ -42,6 +43,10 @@ WRONG = {
     ),
     "an unknown preset": ([*CARTPOLE, "--model.preset", "size51m"], ["'size51m'", "'size1m'"]),
     "a word for a number": ([*CARTPOLE, "--model.lr", "fast"], ["model.lr: got 'fast'", "Expected: float"]),
+    "a share for a number of updates": (
+        [*CARTPOLE, "--config", "share.yaml"],
+        ["model.pretrain: got '0.02'", "whole numbers of updates", "{world_model: 10000"],
+    ),
     "a size that does not fit": ([*CARTPOLE, "--model.deter", "33"], ["deter=33", "divisible"]),
     "a seed in two places": (
         [*CARTPOLE, "--data.seed", "3"],
