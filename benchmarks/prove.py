@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +30,7 @@ import torch
 from lit_wm.curves import published
 from lit_wm.envs import make_env
 from lit_wm.envs.catch import Catch
+from lit_wm.pretrained import newest
 from lit_wm.tracking import flatten
 from lit_wm.training_cli import load_yaml
 from lit_wm.vocabulary import put
@@ -102,15 +105,28 @@ PROOFS = {
 
 
 def train(proof: Proof, seed: int, run: Path) -> None:
-    """Train one seed, or go on with it, or leave it if it has finished."""
+    """Train one seed, or go on with it, or leave it if it has finished.
+
+    A run that was killed before it saved ``last`` goes on from its newest other checkpoint, with an empty
+    replay; one without any begins anew.
+    """
     last = run / "checkpoints" / "last.ckpt"
-    if last.exists():
-        check_same(proof, seed, run)
-        if finished(proof, last):
-            return
-    words = ["fit", "--ckpt_path", str(last)] if last.exists() else fit_command(proof, seed)
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.with_suffix(".log"), "a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the training inherits it
+        except BlockingIOError:
+            raise SystemExit(f"{run} is being trained by another process") from None
+        start = newest(run, "last") or newest(run, "[!.]*")
+        if start is None:
+            shutil.rmtree(run, ignore_errors=True)
+        else:
+            check_same(proof, seed, run)
+            if finished(proof, start):
+                if start != last:  # killed between the two
+                    shutil.copy(start, last)
+                return
+        words = fit_command(proof, seed) if start is None else ["fit", "--ckpt_path", str(start)]
         command = [sys.executable, "-m", "lit_wm", *words, "--trainer.default_root_dir", str(run)]
         process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=log)
         _, status, used = os.wait4(process.pid, 0)
@@ -311,16 +327,16 @@ def main() -> int:
                       "processor_minutes": processor_minutes(run)}
         )  # fmt: skip
     env_id = settings(proof)["data"]["init_args"]["env"]
-    lines = {"promise": proof.least, "random actions": random_player(env_id)}
+    options = settings(proof)["data"]["init_args"].get("env_options") or {}
+    lines = {"promise": proof.least, "random actions": random_player(env_id, **options)}
     if proof.bound is not None:
         lines |= dict([proof.bound()])
     given.out.mkdir(parents=True, exist_ok=True)
     named, authors = {f"seed {s}": r for s, r in runs.items()}, None
     if proof.published:
-        repeat = settings(proof)["data"]["init_args"]["env_options"]["repeat"]
         theirs = published("tdmpc2", proof.published)
         near = theirs.steps <= 500_000  # of the simulator; they go on to 4 M
-        authors = (theirs.steps[near] / repeat, theirs.mean[near], theirs.std[near])
+        authors = (theirs.steps[near] / options["repeat"], theirs.mean[near], theirs.std[near])
     plot(given.out / f"prove-{given.task}.png", env_id, named, lines, authors)
     record["machine"] = machine()
     (given.out / f"prove-{given.task}.md").write_text(

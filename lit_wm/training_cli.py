@@ -298,6 +298,9 @@ def experiment_of(config: dict[str, Any]) -> str | None:
     return re.sub(r"[^\w.-]+", "-", "-".join(Path(uri.partition("?")[0]).parts[-3:])).strip("-")
 
 
+NO_REPLAY = " (all but the replay, which starts empty)"
+
+
 def find_checkpoint(
     verb: str, ckpt_path: str | None, said: dict[str, Any], flag: str = "--ckpt_path"
 ) -> Path | None:
@@ -340,10 +343,10 @@ def find_checkpoint(
         if found := newest(root, name):
             return found
     start = "Start without --ckpt_path, or give" if verb == "fit" else "Give"
-    raise CheckpointError(
-        f"{flag} {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n"
-        f"{start} the path of a checkpoint or of a run directory"
-    )
+    advice = f"{start} the path of a checkpoint or of a run directory"
+    if other := newest(root, "[!.]*"):
+        advice = f"There is another: {flag} {other}{NO_REPLAY * (verb == 'fit')}"
+    raise CheckpointError(f"{flag} {ckpt_path}: no {names[-1]} checkpoint under '{root}'\n{advice}")
 
 
 def stored_run(checkpoint: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -596,9 +599,13 @@ class TrainingCLI(LightningCLI):
             chosen = RUNS / folder_name(self.experiment) / name
         taken = (chosen / "config.yaml").exists() and chosen.resolve() != run
         if self.verb == "fit" and self.writes_run and taken and not is_later_process():
+            go_on = "It has no checkpoint: remove it, if nothing trains there any more"
+            if newest(chosen, "last"):
+                go_on = f"Go on with it: --ckpt_path {chosen}"
+            elif other := newest(chosen, "[!.]*"):
+                go_on = f"Go on with it: --ckpt_path {other}{NO_REPLAY}"
             raise ConfigError(
-                f"the run directory '{chosen}' already holds a run\n"
-                "Go on with it: --ckpt_path last. Begin another: --name NEW_NAME"
+                f"the run directory '{chosen}' already holds a run\n{go_on}\nBegin another: --name NEW_NAME"
             )
         return chosen
 

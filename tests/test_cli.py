@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import lit_wm
 from lit_wm import DreamerV3Module, __version__
 from lit_wm.cli import main
 from lit_wm.presets import DREAMERV3, DREAMERV3_PARAMETERS_IMAGE
-from lit_wm.training_cli import merge, shorten
+from lit_wm.training_cli import experiment_of, merge, shorten
 
 CARTPOLE = ["--config", "dreamer_cartpole", "--config", "overlay/debug"]
 
@@ -73,6 +74,14 @@ assert not {{'torch', 'lightning'}} & set(sys.modules)
     assert done.stdout
     # Processor time: the wall clock of a busy machine would fail for other reasons.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize(
+    "sources", ["minari:a/b-v0?drop=x", ["minari:a/b-v0"], [{"uri": "minari:a/b-v0"}, "x:y"]]
+)
+def test_runs_on_data_are_named_after_the_first_source(sources):
+    assert experiment_of({"data.sources": sources}) == "minari-a-b-v0"
+    assert experiment_of({"data.sources": sources, "data.env": "E-v0"}) == "E-v0"
 
 
 def test_version_and_presets_say_what_the_package_holds(capsys):
@@ -193,6 +202,24 @@ def test_a_new_name_begins_a_new_run_from_the_checkpoint(at_run):
 def test_a_run_is_never_overwritten(at_run, capsys):
     assert main(["fit", *CARTPOLE, "--name", "first"]) == 1
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_run_without_its_last_checkpoint_goes_on_from_what_there_is(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cut = Path("runs/CartPole-v1/cut")
+    shutil.copytree(run, cut)
+    (cut / "checkpoints" / "last.ckpt").rename(cut / "checkpoints" / ".last.ckpt")  # killed while it saved
+    for argv in (["--ckpt_path", "last"], ["--ckpt_path", str(cut)], [*CARTPOLE, "--name", "cut"]):
+        assert main(["fit", *argv]) == 1
+        (go_on,) = re.findall(r"--ckpt_path (\S+best.ckpt) \(", capsys.readouterr().err)
+    assert main(["fit", "--ckpt_path", go_on, "--trainer.max_steps", "9", "--trainer.logger", "false"]) == 0
+    assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
+    for path in cut.glob("checkpoints/*.ckpt"):
+        path.unlink()
+    assert main(["fit", *CARTPOLE, "--name", "cut"]) == 1
+    printed = capsys.readouterr().err
+    assert "It has no checkpoint: remove it" in printed
+    assert "--ckpt_path" not in printed
 
 
 def test_another_size_than_the_checkpoints_is_an_error(at_run, capsys):

@@ -1,11 +1,15 @@
 """The shipped checkpoints play as their cards say, and the README repeats the recorded results."""
 
+import fcntl
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from lit_wm.cli import main
 from lit_wm.training_cli import load_yaml
@@ -42,6 +46,63 @@ def test_the_readme_repeats_the_recorded_figures(task):
     values = [result["value"] for result in json.loads(RESULTS[task].read_text())["results"]]
     shown = [float(word) for word in re.findall(r"-?\d+\.?\d*", row.split("|")[3].replace(",", ""))]
     assert shown == pytest.approx(values, abs=0.05 if max(map(abs, values)) > 2 else 0.005)
+
+
+@pytest.fixture
+def proving(monkeypatch, tmp_path):
+    """(prove, proof of four updates, run, file with the words of its training), which is done at once."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import prove
+
+    proof = prove.Proof("dreamer_cartpole", (0,), "return", 0, "return", options={"trainer.max_steps": 4})
+    run, python, words = tmp_path / "run", tmp_path / "python", tmp_path / "words"
+    (run / "checkpoints").mkdir(parents=True)
+    config = prove.settings(proof) | {"seed_everything": 0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    torch.save({"global_step": 4}, tmp_path / "done")
+    there = f"{run}/checkpoints"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" > {words}\nmkdir -p {there}\ncp {tmp_path}/done {there}/last.ckpt\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(prove.sys, "executable", str(python))
+    return prove, proof, run, words
+
+
+def test_a_proof_goes_on_from_the_newest_checkpoint_there_is(proving):
+    prove, proof, run, words = proving
+    for name, updates in (("updates-000000001", 1), ("best", 2)):
+        torch.save({"global_step": updates}, run / "checkpoints" / f"{name}.ckpt")
+    os.utime(run / "checkpoints" / "updates-000000001.ckpt", (1, 1))
+    prove.train(proof, 0, run)
+    assert words.read_text().split()[2:5] == ["fit", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
+    words.unlink()
+    prove.train(proof, 0, run)
+    assert not words.exists()  # it has finished
+    torch.save({"global_step": 3}, run / "checkpoints" / "last.ckpt")
+    prove.train(proof, 0, run)
+    assert words.read_text().split()[4] == str(run / "checkpoints" / "last.ckpt")
+
+
+def test_a_proof_whose_best_is_its_end_is_not_trained_again(proving, tmp_path):
+    prove, proof, run, words = proving
+    torch.save({"global_step": 4}, run / "checkpoints" / "best.ckpt")
+    prove.train(proof, 0, run)
+    assert not words.exists()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_proof_without_a_checkpoint_begins_anew_unless_it_is_under_way(proving):
+    prove, proof, run, words = proving
+    (run / "checkpoints" / ".last.ckpt").write_text("cut")
+    with open(run.with_suffix(".log"), "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another process"):
+            prove.train(proof, 0, run)
+    assert (run / "config.yaml").exists()
+    prove.train(proof, 0, run)
+    assert "--ckpt_path" not in words.read_text()
+    assert {p.name for p in run.rglob("*") if p.is_file()} == {"processor_seconds", "last.ckpt"}
 
 
 def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
