@@ -7,7 +7,9 @@ Resuming is exact because of this.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 import sys
 import warnings
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes, vectors
 from datamodules.sources import parse_uri
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
-from lit_wm.envs import make_vector_env, read_spaces, suite_defaults
+from lit_wm.envs import make_vector_env, read_bounds, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
 from lit_wm.scores import Reference, reference_of
 from lit_wm.tasks import TASK_SETS, Task, misfit, task_list
@@ -154,6 +156,12 @@ class ReplayDataModule(LightningDataModule):
         sources = [sources] if isinstance(sources, str) else sources
         if sources is not None and not isinstance(sources, list | tuple):
             raise ConfigError(f"data.sources is {sources!r}, expected a list: [{sources!r}].")
+        for before, part in pairwise(sources or []):
+            if "?" in str(before) and isinstance(part, str) and ":" not in part:
+                raise ConfigError(
+                    f"data.sources: {part!r} is no source; in a list a comma begins the next one.\n"
+                    f"  Write the URI in quotes: --data.sources '[\"{before},{part}\"]'"
+                )
         for source in map(SourceSpec.of, sources or []):
             if source.uri.startswith("env:"):
                 self._take_env(source)
@@ -176,6 +184,7 @@ class ReplayDataModule(LightningDataModule):
         self._totals = [0, 0]  # env steps collected and updates owed, of all processes, as of the last ticket
         self._restored: dict[str, Any] = {}
         self._pending: Callable[[], None] | None = None
+        self._not_made = "The first one names none."  # why there is no evaluation_env
 
     def _take_env(self, source: SourceSpec) -> None:
         """``env:ID?option=value`` among the sources is another way to say ``env``."""
@@ -317,11 +326,15 @@ class ReplayDataModule(LightningDataModule):
             common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
             return self.eval_env
         name = self.caches[0].meta.get("env_id")
+        if name is None:
+            return None
         try:
-            same = name and read_spaces(name, **self.evaluation_options) == Spaces.from_plain(self.spaces)
-        except LitWMError:
-            same = False
-        return name if same else None
+            if read_spaces(name, **self.evaluation_options) == Spaces.from_plain(self.spaces):
+                return name
+            self._not_made = f"{name}, which the first one names, has other observations or actions."
+        except LitWMError as error:
+            self._not_made = why_not(name, self.caches[0].meta, error)
+        return None
 
     @cached_property
     def eval_tasks(self) -> dict[str, dict[str, Any]]:
@@ -356,7 +369,7 @@ class ReplayDataModule(LightningDataModule):
                 if wrong and name in given:
                     raise ConfigError(f"data.eval_env: {env} {wrong}.")
                 if not wrong:
-                    reference = reference_of(spec.uri, cache.meta, env)
+                    reference = reference_of(spec.uri, cache.meta, env, cache.episodes["return"])
                     order = vectors(cache.schema.spaces.obs)
                     found[name] = {"env": env, "env_options": options, "order": order}
                     found[name]["reference"] = None if reference is None else reference._asdict()
@@ -366,7 +379,8 @@ class ReplayDataModule(LightningDataModule):
     def reference(self) -> Reference | None:
         """What normalised scores are relative to: the first dataset says it, or the environment's name."""
         uri, meta = (self.sources[0].uri, self.caches[0].meta) if self.sources else ("", {})
-        return reference_of(uri, meta, self.evaluation_env)
+        returns = self.caches[0].episodes["return"] if self.sources else ()
+        return reference_of(uri, meta, self.evaluation_env, returns)
 
     @cached_property
     def time_limit_is_terminal(self) -> bool:
@@ -395,7 +409,7 @@ class ReplayDataModule(LightningDataModule):
         if name is None:
             raise ConfigError(
                 "the datasets name no environment that can be made here.\n  Give data.eval_env, an "
-                "environment with the same observations and actions."
+                f"environment with the same observations and actions.\n  {self._not_made}"
             )
         return make_vector_env(name, num_envs, seeds, self.vectorization, **self.evaluation_options)
 
@@ -528,7 +542,7 @@ class ReplayDataModule(LightningDataModule):
         self, module: Any, spaces: Spaces, root: Path, fitting: bool
     ) -> list[dict[str, RowReplay]]:
         """Replays of the episodes to train on (none unless ``fitting``), and of those held out, by source."""
-        from datamodules.offline import CacheRows, dataset_bytes
+        from datamodules.offline import CacheRows, dataset_bytes, environment_bounds
         from datamodules.replay import RowReplay
 
         assert self.trainer is not None
@@ -552,9 +566,15 @@ class ReplayDataModule(LightningDataModule):
                     "data.eval_env names some, {TASK: ENV}"
                 )
         elif self.evaluation_env is None:  # asked for here, so that a wrong one ends nothing later
-            self._say("no environment: nothing is played for evaluation; data.eval_env names one")
+            self._say(f"no environment: nothing is played for evaluation; data.eval_env names one\n"
+                      f"  {self._not_made}")  # fmt: skip
+        played = None if len(tasks) > 1 and self._task is None else self.evaluation_env
+        bounds = {}
+        if played is not None and any(s.dtype == "float32" for s in spaces.action.values()):
+            bounds = read_bounds(played, **self.evaluation_options)
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             task = task_number(spec, cache, tasks, self._task)
+            own = environment_bounds(cache, spec, str(played), bounds)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
             if ended := int(cache.episodes["terminated"][np.concatenate(split)].sum()):
                 self._check_ends(module, f"each of {ended:,} episodes of {spec.uri}")
@@ -569,7 +589,7 @@ class ReplayDataModule(LightningDataModule):
                     continue
                 latents, folder = module.latent_specs() if train else None, root / f"{name}-{kind}"
                 storage = CacheRows(cache, folder, spaces, chosen, spec, latents, lead, self._pin, self.stack,
-                                    number, task)  # fmt: skip
+                                    number, task, bounds=own)  # fmt: skip
                 try:
                     group[name] = RowReplay.of_dataset(
                         storage, spaces, rank=self.rank if train else 0, name=f"{name}/{kind}", **self._drawn
@@ -1042,6 +1062,20 @@ def task_number(spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int |
     if not names:
         known = "The model has one task: leave task out, or set model.tasks: data."
     raise ConfigError(f"{spec.uri}: task {spec.task!r} is unknown{nearest(str(spec.task), names)}\n  {known}")
+
+
+def why_not(name: str, meta: Mapping[str, Any], error: LitWMError) -> str:
+    """Why the environment of a dataset cannot be made, and what to install for it."""
+    what, *more = str(error).splitlines()
+    if fix := next((line.strip() for line in more if "Fix:" in line), ""):
+        return f"{what}\n  {fix}"
+    entry = str(json.loads(meta.get("env_spec") or "{}").get("entry_point") or "")
+    module = name.partition(":")[0] if ":" in name else re.split("[.:]", entry)[0]
+    if module in ("", "gymnasium"):
+        return what
+    needs = " ".join(f'"{x}"' for x in meta.get("requirements") or [module.replace("_", "-")])
+    home = name if ":" in name else f"{module}:{name}"
+    return f"{what}\n  Fix: pip install {needs}, and --data.eval_env {home}"
 
 
 class _Forever(IterableDataset):

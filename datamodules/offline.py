@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datamodules.episodes import Schema
 
 _BLOCK = 1 << 16  # rows changed at a time
+Bounds = tuple[np.ndarray, np.ndarray]
 BOUNDS_HINT = "Give action_low and action_high in its entry of data.sources."
 
 
@@ -46,6 +47,7 @@ class CacheRows(RowStorage):
         source, task: numbers written to every row; a task of None leaves those of the cache, an array
             gives the number that each of them becomes.
         rescale: whether actions become -1 to 1; else they keep the units of the cache.
+        bounds: what becomes -1 and 1, of actions of which neither source nor spec says it.
 
     Raises:
         DataError: for actions beyond [-1, 1] whose bounds nobody knows.
@@ -55,6 +57,7 @@ class CacheRows(RowStorage):
         self, cache: Cache, directory: Path, spaces: Spaces, episodes: np.ndarray, spec: SourceSpec,
         latents: Mapping[str, Spec] | None = None, lead: int = 1, pin: bool = False, stack: int = 1,
         source: int = 0, task: int | np.ndarray | None = None, rescale: bool = True,
+        bounds: Mapping[str, Bounds] | None = None,
     ):  # fmt: skip
         lengths = cache.episodes["length"][episodes]
         self.ring = int(lengths.sum())
@@ -73,7 +76,9 @@ class CacheRows(RowStorage):
         self.head, self.floor = np.array([self.ring]), np.zeros(1, np.int64)
         self._written = np.zeros(self.ring if latents else 0, np.bool_)  # rows that have latents
         self._map(directory, {k: s for k, s in self.specs.items() if k[0] != "observation"})
-        self._fill(spaces, spec, source, task, rescale)
+        floats = [k for k, s in spaces.action.items() if rescale and s.classes is None]
+        scales = {k: (bounds or {}).get(k) or action_bounds(k, cache.schema, spec) for k in floats}
+        self._fill(spaces, spec, source, task, scales)
         self.data = TensorDict(self.columns, [self.ring])
         own = cache.schema.spaces.obs
         apart, wanted = vectors(own), vectors(spaces.obs)
@@ -93,11 +98,9 @@ class CacheRows(RowStorage):
             if key[0] == "latent" and entry.is_discrete:
                 self.columns[key].fill_(NO_LATENT)
 
-    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: Any, rescale: bool) -> None:
+    def _fill(self, spaces: Spaces, spec: SourceSpec, source: int, task: Any, scales: dict[str, Any]) -> None:
         """Copy the small columns."""
         reward = RewardTransform(**(spec.reward or {}))
-        floats = [k for k, s in spaces.action.items() if rescale and s.classes is None]
-        scales = {k: action_bounds(k, self.cache.schema, spec) for k in floats}
         said = spec.action_low is not None
         valid = self.arrays["valid",]
         valid[:] = True
@@ -225,7 +228,7 @@ class CacheRows(RowStorage):
         return {"rows": self.ring, "crc32": crc32(content.view(np.uint8).reshape(-1)), "latents": latents}
 
 
-def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> tuple[np.ndarray, np.ndarray] | None:
+def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> Bounds | None:
     """What becomes -1 and 1, as the entry says or else the source; None for an action that is not scaled.
 
     Raises:
@@ -262,7 +265,72 @@ def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> tuple[np.ndarra
     return None if (low == -1).all() and (high == 1).all() else (low, high)
 
 
-def scaled(value: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], acts: np.ndarray) -> np.ndarray:
+def environment_bounds(
+    cache: Cache, spec: SourceSpec, env: str, bounds: Mapping[str, Bounds]
+) -> dict[str, Bounds]:
+    """The actions of a source that nobody states the bounds of and that are in an environment's units.
+
+    A warning says what was taken for granted, and where stated bounds are others than the environment's;
+    those of -1 and 1 are of values that are scaled already.
+
+    Args:
+        env, bounds: name of the environment, and :func:`lit_wm.envs.read_bounds` of it.
+
+    Raises:
+        DataError: for values that are neither in its units nor from -1 to 1.
+    """
+    schema, found = cache.schema, dict[str, Bounds]()
+    acts = np.ones(len(cache), np.bool_)
+    acts[cache.episodes["start"] + cache.episodes["length"] - 1] = False
+    for key, (low, high) in bounds.items():
+        if key not in schema.spaces.action or schema.spaces.action[key].shape != low.shape:
+            continue  # of another task
+        about, there = f"{spec.uri}: action {key!r}", f"in {env} it is {_shown(low)} to {_shown(high)}"
+        mend = f"action_low: {_shown(low)}, action_high: {_shown(high)} in its entry of data.sources"
+        if spec.action_low is not None or key in schema.low:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said when they are used
+                stated = action_bounds(key, schema, spec)
+            if stated is not None and not np.allclose(stated, (low, high), 1e-5, 1e-6):
+                given = f"{_shown(stated[0])} to {_shown(stated[1])}"
+                warnings.warn(
+                    f"{about} is {given} by its bounds, {there}: what is learnt is not what is done.\n"
+                    f"  Say {mend}; -1 and 1 if its values are scaled already.", stacklevel=2
+                )  # fmt: skip
+            continue
+        if np.all(low == -1) and np.all(high == 1):
+            continue
+        column = cache.rows[row_key("action", key, schema.spaces.action)].numpy()
+        least, most = np.full(low.shape, np.inf), np.full(low.shape, -np.inf)
+        for start in range(0, len(column), _BLOCK):
+            value = column[start : start + _BLOCK][acts[start : start + _BLOCK]]
+            least = np.minimum(least, value.min(0, initial=np.inf))
+            most = np.maximum(most, value.max(0, initial=-np.inf))
+        unit, own = (((least >= a - 1e-5 * (b - a)) & (most <= b + 1e-5 * (b - a))).all()
+                     for a, b in ((-1.0, 1.0), (low, high)))  # fmt: skip
+        what = (
+            f"{about} has values from {least.min():.3g} to {most.max():.3g}, nobody says its bounds, {there}"
+        )
+        if not (unit or own):
+            raise DataError(f"{what}.\n  {BOUNDS_HINT}")
+        if own:
+            taken = "as scaled to -1 to 1 already" if unit else "in those units"
+            warnings.warn(
+                f"{what}: taken {taken}.\n  Say {mend} for those units, -1 and 1 for scaled values.",
+                stacklevel=2,
+            )
+        if own and not unit:
+            found[key] = low, high
+    return found
+
+
+def _shown(bound: np.ndarray) -> str:
+    """As an entry of ``data.sources`` takes it."""
+    values = [f"{x:.6g}" for x in np.ravel(bound)]
+    return values[0] if len(set(values)) == 1 else f"[{', '.join(values)}]"
+
+
+def scaled(value: np.ndarray, bounds: Bounds, acts: np.ndarray) -> np.ndarray:
     """Actions (n, ...) with their bounds at -1 and 1, zeros in rows where nobody acts. ``acts``: (n,)"""
     low, high = bounds
     return ((value - low) / (high - low) * 2 - 1) * acts.reshape(-1, *[1] * (value.ndim - 1))

@@ -9,7 +9,8 @@ physics differ a little. An environment alone is never taken for another: HalfCh
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,9 @@ def d4rl_reference(name: str) -> Reference | None:
     return Reference(float(row["ref_min"]), float(row["ref_max"]), f"row {name} of D4RL's table")
 
 
-def reference_of(uri: str, meta: Mapping[str, Any], env: str | None) -> Reference | None:
+def reference_of(
+    uri: str, meta: Mapping[str, Any], env: str | None, returns: np.ndarray | Sequence[float] = ()
+) -> Reference | None:
     """What the scores of a run are relative to; None where nobody says it.
 
     Args:
@@ -53,14 +56,26 @@ def reference_of(uri: str, meta: Mapping[str, Any], env: str | None) -> Referenc
         meta: what it says of itself: ``ref_min_score``, ``ref_max_score``, and in which ``env_id`` it was
             recorded. Its scores are not used for another environment.
         env: the environment of evaluation, which may itself be one of D4RL's names.
+        returns: of the episodes of the dataset. Where all are farther away than the two scores are apart,
+            those are placeholders, such as 0 and 1: a warning says that they are not used.
     """
     low, high, recorded = (meta.get(k) for k in ("ref_min_score", "ref_max_score", "env_id"))
     same = not (recorded and env) or str(recorded).split(":")[-1] == env.split(":")[-1]
-    if None in (low, high) or low == high or not same:
+    if low is None or high is None or not low < high or not same:
         return d4rl_reference(env or "")
     if meta.get("format") == "d4rl":
         return d4rl_reference(str(meta["dataset_id"]))
-    return Reference(float(low), float(high), f"metadata of {uri}")  # type: ignore[arg-type]
+    found = Reference(float(low), float(high), f"metadata of {uri}")
+    scores = normalized_score(found, np.asarray(returns)[np.isfinite(returns)])
+    if meta.get("no_reward") or not scores.size or ((scores >= -100) & (scores <= 200)).any():
+        return found
+    warnings.warn(
+        f"no normalised scores: {uri} says that {low:g} and {high:g} are 0 and 100, its own episodes return "
+        f"{np.nanmin(returns):,.4g} to {np.nanmax(returns):,.4g}.\n  These look like placeholders; mend "
+        "ref_min_score and ref_max_score in metadata.json.",
+        stacklevel=2,
+    )
+    return d4rl_reference(env or "")
 
 
 def normalized_score(name: str | Reference, returns: Any) -> Any:

@@ -60,6 +60,12 @@ def test_the_dataset_comes_before_the_environment() -> None:
     assert reference_of("minari:a", own, "Pendulum-v0") is None  # of another environment
     assert reference_of("minari:a", own | {"ref_max_score": None}, "Pendulum-v1") is None
     assert reference_of("minari:a", own | {"ref_max_score": -1200.0}, "Pendulum-v1") is None
+    placeholder = own | {"ref_min_score": 0, "ref_max_score": 1}
+    with pytest.warns(UserWarning, match="0 and 1 are 0 and 100, its own episodes return -1,600 to -200.\n"):
+        assert reference_of("minari:a", placeholder, "Pendulum-v1", np.array([-1600.0, -200])) is None
+    for returns in ([-1600.0, -200], [np.nan], []):  # one is near, or nobody knows
+        assert reference_of("minari:a", own, "Pendulum-v1", np.array(returns)) is not None
+    assert reference_of("minari:a", own | {"ref_max_score": -1300.0}, "Pendulum-v1") is None
     row = reference_of("", {}, "hopper-medium-v2")  # D4RL registers environments under these names
     assert row is not None
     assert row.high == 3234.3

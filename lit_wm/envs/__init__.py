@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lit_wm.envs.make import (
         make_env,
         make_vector_env,
+        read_bounds,
         read_spaces,
         restore_vector_env,
         snapshot_vector_env,
@@ -25,6 +26,7 @@ _HOME = {
     "StandardEnv": "wrappers",
     "make_env": "make",
     "make_vector_env": "make",
+    "read_bounds": "make",
     "read_spaces": "make",
     "restore_vector_env": "make",
     "snapshot_vector_env": "make",
@@ -37,6 +39,7 @@ __all__ = [
     "StandardEnv",
     "make_env",
     "make_vector_env",
+    "read_bounds",
     "read_spaces",
     "restore_vector_env",
     "snapshot_vector_env",

@@ -24,7 +24,7 @@ from lit_wm.envs.atari import Atari, import_ale
 from lit_wm.envs.crafter import Crafter
 from lit_wm.envs.dmc import DMControl
 from lit_wm.envs.physics import choose_gl, require_gl
-from lit_wm.envs.wrappers import StandardEnv, spaces_from_gym
+from lit_wm.envs.wrappers import StandardEnv, Vector, spaces_from_gym
 from lit_wm.errors import EnvError, NotSupported, nearest
 from lit_wm.types import Spaces
 
@@ -202,6 +202,21 @@ def read_spaces(env_id: str, **options: Any) -> Spaces:
     try:
         spaces = spaces_from_gym(env.observation_space, env.action_space, env_id)
         return replace(spaces, episode_length=env.episode_length, unbounded=env.unbounded_actions)
+    finally:
+        env.close()
+
+
+def read_bounds(env_id: str, **options: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What -1 and 1 of each continuous action are in an environment's own units, built once and closed again.
+
+    Raises:
+        EnvError: as :func:`make_env`.
+    """
+    env = make_env(env_id, **options)
+    try:
+        vectors = {e.name: e for e in env.action_entries if isinstance(e, Vector)}
+        low, high = ({k: e.read({k: np.full(e.low.shape, x)}) for k, e in vectors.items()} for x in (-1, 1))
+        return {k: (low[k], high[k]) for k in vectors}
     finally:
         env.close()
 

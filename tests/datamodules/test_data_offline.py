@@ -1,5 +1,6 @@
 """The data module on datasets, alone and beside an environment."""
 
+import json
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -10,10 +11,11 @@ from made import made_cache
 from test_data import Module, trainer_of
 
 from datamodules import ReplayDataModule
+from datamodules.data import why_not
 from datamodules.offline import CacheRows
 from datamodules.selection import SourceSpec, model_spaces
 from lit_wm.dreamerv3 import DreamerV3Module
-from lit_wm.errors import ConfigError, DataError
+from lit_wm.errors import ConfigError, DataError, EnvError
 from lit_wm.noise import NoiseStreams
 from lit_wm.tdmpc2 import TDMPC2Module
 from lit_wm.types import Spaces, Spec
@@ -267,6 +269,7 @@ def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
     [
         ({"sources": None}, ConfigError, "nothing to train on"),
         ({"sources": {"uri": "made:9"}}, ConfigError, "expected a list"),
+        ({"sources": ["npz:x?drop=a", "b"]}, ConfigError, r"comma .*\n.*quotes: .*'\[\"npz:x\?drop=a,b\"\]'"),
         ({"sources": ["env:Pendulum-v1?x=1", "made:9"], "pad": True}, ConfigError, "leave it out"),
         ({"sources": [{"uri": "env:Pendulum-v1", "reward": {"scale": 2}}]}, ConfigError, "no more"),
         ({"sources": ["made:9"], "stack": 2}, ConfigError, "has no images"),
@@ -311,10 +314,46 @@ def test_an_environment_may_stand_among_the_sources(tmp_path):
         data_of(tmp_path, env="CartPole-v1", sources=mixed)
 
 
+@pytest.mark.parametrize("role", ["env", "eval_env"])
+def test_demos_in_the_units_of_the_environment_are_scaled_by_its_bounds(tmp_path, role):
+    done, actions = np.arange(40) % 8 == 7, np.linspace(-1.9, 1.9, 40)[:, None]
+    np.savez(tmp_path / "demos.npz", observations=np.zeros((40, 3)), actions=actions, rewards=done * 1.0,
+             next_observations=np.zeros((40, 3)), terminals=done)  # fmt: skip
+
+    class Robot(Watch):
+        def policy(self, obs, state, is_first, mode="train"):
+            action, state = super().policy(obs, state, is_first, mode)
+            return {"action": action["action"][:, :1]}, state
+
+    data = data_of(tmp_path, sources=f"npz:{tmp_path}/demos.npz?last_obs=repeat", capacity=500,
+                   **{role: "Pendulum-v1"})  # fmt: skip
+    with pytest.warns(UserWarning, match="in Pendulum-v1 it is -2 to 2: taken in those units"):
+        trainer_of(tmp_path).fit(Robot(1), datamodule=data)
+    rows = data.replay.parts[0].storage.arrays
+    np.testing.assert_allclose(rows["action",][rows["valid",]], actions / 2, atol=1e-6)
+    data.close()
+
+
+def test_an_environment_that_cannot_be_made_is_said_with_what_to_install():
+    spec = json.dumps({"id": "Door-v1", "entry_point": "some_robotics.envs:Door"})
+    meta, error = {"env_spec": spec}, EnvError("no environment is registered as 'Door-v1'\n  Expected")
+    first, fix = why_not("Door-v1", meta, error).splitlines()
+    assert first == "no environment is registered as 'Door-v1'"
+    assert fix == '  Fix: pip install "some-robotics", and --data.eval_env some_robotics:Door-v1'
+    assert '"mujoco<4" "x"' in why_not("Door-v1", meta | {"requirements": ["mujoco<4", "x"]}, error)
+    assert why_not("mine:Env-v0", {}, EnvError("no 'mine'")).endswith("--data.eval_env mine:Env-v0")
+    mujoco = EnvError('A-v5 needs a package that is not installed: x\n  Fix: pip install "lit-wm[mujoco]"')
+    assert why_not("A-v5", meta, mujoco) == str(mujoco)
+
+
 def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
     data = data_of(tmp_path)
     assert data.evaluation_env is None
-    with pytest.raises(ConfigError, match="Give data.eval_env"):
+    with pytest.raises(ConfigError, match="Give data.eval_env.*\n  The first one names none"):
+        data.make_envs(1, [0])
+    data = data_of(tmp_path)
+    data.caches[0].meta["env_id"] = "nothere:Env-v0"
+    with pytest.raises(ConfigError, match="cannot import 'nothere' .*\n  Fix: pip install \"nothere\""):
         data.make_envs(1, [0])
     with pytest.raises(DataError, match="Pendulum-v1: obs float32 \\[3\\]"):
         _ = data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env

@@ -1,5 +1,8 @@
 """Datasets as replays, against what every value of the made source says of itself."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import BOUNDS, made_cache, scaled_action
 
-from datamodules.offline import CacheRows, observation_statistics
+from datamodules.offline import CacheRows, environment_bounds, observation_statistics
 from datamodules.replay import RowReplay
 from datamodules.rows import nested
 from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes
@@ -198,6 +201,63 @@ def test_bounds_that_contradict_the_source_are_said(tmp_path, recwarn):
     assert not recwarn
     with pytest.warns(UserWarning, match=r"says that -2 to 4 is -1 to 1 .*make it -4 to 8\."):
         replay_of(tmp_path / "2", spec=SourceSpec("made:x", action_low=-4, action_high=8))
+
+
+@pytest.mark.parametrize(
+    ("env", "bounds", "said"),
+    [
+        ((-2, 4), True, ""),
+        (
+            (-2, 2),
+            True,
+            "is -2 to 4 by its bounds, in Env it is -2 to 2.*\n  Say action_low: -2, action_high: 2",
+        ),
+        (
+            (-3, 4),
+            False,
+            r"from -2 to -1.4, nobody says .*\[-3, -3.5\] to 4: taken in those units.*\n.*-1 and 1",
+        ),
+    ],
+)
+def test_bounds_are_compared_with_those_of_the_environment(tmp_path, env, bounds, said):
+    """Actions of the source are -2 to -1.5; -1 and 1 are what is scaled already, whoever says it."""
+    cache, high = made_cache(tmp_path / "c", LENGTHS, bounds=bounds), np.full(2, env[1])
+    low = np.full(2, env[0]) - np.array([0, 0.5]) * (not bounds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": (low, high)})
+        for spec in (SourceSpec("made:x", action_low=-1, action_high=1),
+                     SourceSpec("made:x", action_low=low.tolist(), action_high=env[1])):  # fmt: skip
+            assert environment_bounds(cache, spec, "Env", {"action": (low, high)}) == {}
+    assert len(caught) == bool(said)
+    assert re.search(said, str(caught[0].message) if caught else "")
+    assert bool(found) == (not bounds)
+    if found:  # as if the source had said it
+        taken, _ = replay_of(tmp_path / "taken", cache=cache, bounds=found)
+        given, _ = replay_of(tmp_path / "given", cache=cache, spec=spec)
+        assert np.array_equal(taken.storage.arrays["action",], given.storage.arrays["action",])
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [((-1, 1), ""), ((0.5, 3), ""), ((-0.1, 5), ""), ((-3, 3), "taken as scaled to .*\n.*action_low: -3")],
+)
+def test_actions_that_may_be_scaled_are_spoken_of(tmp_path, env, said):
+    """Within -1 and 1, by nobody's word: known to be scaled only where the environment's units exclude it."""
+    cache, bounds = made_cache(tmp_path / "c", LENGTHS, bounds=False, spread=0.5), np.full((2, 2), env).T
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": tuple(bounds)}) == {}
+    assert [bool(re.search(said, str(w.message))) for w in caught] == [True] * bool(said)
+
+
+def test_actions_that_no_unit_fits_are_refused(tmp_path):
+    cache, bounds = (
+        made_cache(tmp_path / "c", LENGTHS, bounds=False),
+        {"action": (np.full(2, -1.5), np.ones(2))},
+    )
+    with pytest.raises(DataError, match="values from -2 .*, in Env it is -1.5 to 1.\n  Give action_low"):
+        environment_bounds(cache, SourceSpec("made:x"), "Env", bounds)
 
 
 def test_values_beyond_known_bounds_are_kept(tmp_path):
