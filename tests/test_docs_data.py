@@ -15,6 +15,8 @@ import yaml
 from tensordict import TensorDict
 
 from datamodules import ReplayBuffer, ReplayDataModule
+from datamodules.sources import checked, open_source
+from datamodules.sources.flat import NAMES
 from lit_wm.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +107,22 @@ def test_a_configuration_trains_or_opens(text, place, capsys):
     flags = ["--name", name + "-offline" * (text in OFFLINE), *small("TDMPC2" in text)]
     assert main(["fit", "--config", str(path), *flags, "--data.prefill", "40"]) == 0
     assert ("fit: held-out episodes at update" in capsys.readouterr().out) == ("val_fraction" in text)
+
+
+def test_the_table_of_arrays_is_what_the_readers_take(tmp_path):
+    table = re.findall(r"^\| `(\w+)` \| \(N.*\| (`.*`) \|$", TEXT, flags=re.MULTILINE)
+    names = {name: tuple(re.findall(r"`(\w+)`", others)) for name, others in table}
+    assert [(name, *others) for name, others in names.items()] == list(NAMES.values())
+    end = np.arange(40) % 10 == 9
+    arrays = {"observations": np.zeros((40, 3)), "actions": np.zeros((40, 2)), "rewards": end * 1.0,
+              "terminals": end & (np.arange(40) < 20), "timeouts": end & (np.arange(40) >= 20),
+              "next_observations": np.ones((40, 3))}  # fmt: skip
+    for which in range(2):  # each under its own name, and under the next one
+        spelt = {(name, *names[name])[which]: value for name, value in arrays.items()}
+        np.savez(tmp_path / "a.npz", **spelt)
+        episodes = list(checked(open_source(f"npz:{tmp_path}/a.npz")))
+        assert [(e.steps, bool(e.terminated[-1])) for e in episodes] == [(10, True)] * 2 + [(10, False)] * 2
+        assert all(e.observation["obs"][-1].all() and e.reward.sum() == 1 for e in episodes)
 
 
 def test_the_recipe_for_a_source_is_ten_lines_and_reads(tmp_path):
