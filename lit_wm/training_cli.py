@@ -474,8 +474,11 @@ def shorten(message: str) -> str:
         value = given[1].strip()
         form = FORMS.get(key, ", ".join(expected))
         return f"{key}: got {value!r}{nearest(value, expected)}\nExpected: {form}"
-    causes = re.findall(r"^ +- (?!Expected)(.+)$", message.partition("Errors:\n")[2], re.MULTILINE)
-    return causes[0] if len(causes) == 1 else re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
+    found = message.partition("Errors:\n")[2]  # a cause may have several lines
+    causes = re.findall(r"^ +- (?!Expected)(.+(?:\n {4}(?! *- ).+)*)", found, re.MULTILINE)
+    if len(causes) == 1:
+        return causes[0].replace("\n    ", "\n")
+    return re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
 
 
 class QuietParser(LightningArgumentParser):

@@ -150,6 +150,15 @@ def test_long_parser_messages_shrink_to_their_cause():
     ]
 
 
+def test_a_refusal_of_the_data_is_said_with_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "dreamer_minari", "--data.sources", "[npz:x?drop=a,b]"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: data.sources: 'b' is no source; in a list a comma begins the next one.",
+        "  Write the URI in quotes: --data.sources '[\"npz:x?drop=a,b\"]'",
+    ]
+
+
 def test_a_run_directory_holds_all_that_made_the_run(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["actent"] == 1e-3
