@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -1073,9 +1074,10 @@ def why_not(name: str, meta: Mapping[str, Any], error: LitWMError) -> str:
     module = name.partition(":")[0] if ":" in name else re.split("[.:]", entry)[0]
     if module in ("", "gymnasium"):
         return what
-    needs = " ".join(f'"{x}"' for x in meta.get("requirements") or [module.replace("_", "-")])
+    needs, package = list(meta.get("requirements") or []), module.replace("_", "-")
+    needs += [package] * (package not in " ".join(needs).replace("_", "-"))
     home = name if ":" in name else f"{module}:{name}"
-    return f"{what}\n  Fix: pip install {needs}, and --data.eval_env {home}"
+    return f"{what}\n  Fix: pip install {shlex.join(needs)}, and --data.eval_env {home}"
 
 
 class _Forever(IterableDataset):
