@@ -69,11 +69,11 @@ def play(path: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         env.close()
     score, warm = played.summary(""), np.array(times[COLD:] or times)
-    interval = "{return_low:.1f} to {return_high:.1f}".format(**score) if "return_low" in score else ""
+    interval = "{return_low:.4g} to {return_high:.4g}".format(**score) if "return_low" in score else ""
     planner = "" if model.planner is None else repr(model.planner).partition("(")[2].removesuffix(")")
     return dict(zip(COLUMNS, (
         about["env"], type(module).__name__.removesuffix("Module"), f"{about['updates']:,}", name,
-        f"{score['return']:.1f}", interval, len(played.returns), f"{np.median(warm):.1f}",
+        f"{score['return']:.4g}", interval, len(played.returns), f"{np.median(warm):.1f}",
         f"{np.quantile(warm, 0.95):.1f}", planner,
     ), strict=True))  # fmt: skip
 
