@@ -82,6 +82,7 @@ OPTIONS: dict[str, dict[str, Json]] = {
     "ensemble": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement": 1.0}),
     "limit": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement_limit": 4.0}),
     "bc": {"dreamer": {"model.loss_scales": {"bc": 1.0}}, "tdmpc2": {"model.bc_coef": 1.0}},
+    "haste": {"dreamer": {"model.horizon": 50.0}},  # decisions; 333 hardly mind a detour
     "policy": {"tdmpc2": {"model.planner": "policy", "model.planner_options": {}}},
     "mppi": {"dreamer": {"model.planner": "mppi"}},
 }
