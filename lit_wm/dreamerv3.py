@@ -587,7 +587,7 @@ class DreamerV3(WorldModel):
             taken = torch.stack([self.flat(a, start.task, feats.dtype) for a in actions])
             x = torch.cat([feats[:-1], taken], -1)
             doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]  # (H, N)
-            reward = torch.cat([reward[:1], reward[1:] - self.disagreement * (doubt - 1)])
+            reward = torch.cat([reward[:1], reward[1:] - self.price(doubt)])
             if self.disagreement_limit is not None:
                 # At the first step that is not trusted the return is the value there, and what comes from
                 # then on does not count.
@@ -820,7 +820,7 @@ class DreamerV3(WorldModel):
                     trusted = (doubt <= self.disagreement_limit).float()
                     ended = two_hot_mean(self.val(before).softmax(-1), self.bins)
                     total, weight = total + weight * (1 - trusted) * ended, weight * trusted
-                total, before = total - weight * self.disagreement * (doubt - 1), feat
+                total, before = total - weight * self.price(doubt), feat
             heads = [self.rew, self.con] + [self.val] * (step == H)
             rew, con, *val = batched_heads(feat, heads)
             total = total + weight * two_hot_mean(rew.softmax(-1), self.bins)

@@ -628,7 +628,7 @@ class TDMPC2(WorldModel):
         """What the ensemble's disagreement about a state and an action costs, see :meth:`inputs`. (...)"""
         if self.ensemble is None or not self.disagreement:
             return 0.0
-        return self.disagreement * (self.ensemble.disagreement(x) - 1)
+        return self.price(self.ensemble.disagreement(x))
 
     @torch.no_grad()
     def update_scale(self, q: Tensor) -> None:
@@ -834,7 +834,7 @@ class TDMPC2(WorldModel):
                 here = z if step else z.repeat_interleave(S, 0)
                 x = self.inputs(here, rows, a[step])
                 doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]
-                cost = self.disagreement * (doubt - 1)
+                cost = self.price(doubt)
                 if self.disagreement_limit is not None:  # from here on the model is not trusted
                     trusted = (doubt <= self.disagreement_limit).float()
                     value = value_at(here, t * H + step, "plan/ended")

@@ -98,6 +98,10 @@ class WorldModel(nn.Module, ABC):
         """Whether the ensemble has a say in what is imagined."""
         return self.ensemble is not None and bool(self.disagreement or self.disagreement_limit is not None)
 
+    def price(self, doubt: Tensor) -> Tensor:
+        """What steps of this disagreement cost: nothing up to the mean in the data, which is 1."""
+        return self.disagreement * (doubt.clamp(min=1) - 1)
+
     def source(self, noise: Noise | None) -> Noise:
         """``noise``, or the model's own streams, which follow it to its device while they are unused."""
         if noise is not None:
