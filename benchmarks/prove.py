@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +108,22 @@ PROOFS = {
 def train(proof: Proof, seed: int, run: Path) -> None:
     """Train one seed, or go on with it, or leave it if it has finished.
 
-    A run that was killed before it saved ``last`` goes on from its newest other checkpoint, with an empty
-    replay; one without any begins anew.
+    A run on datasets that was killed before it saved ``last`` goes on from its newest other checkpoint.
+    Beside an environment that would begin with an empty replay, which is another experiment: such a run, and
+    any without a checkpoint, makes room (``NAME-killed``) and begins anew.
     """
-    last = run / "checkpoints" / "last.ckpt"
+    last, alone = run / "checkpoints" / "last.ckpt", settings(proof)["data"]["init_args"].get("env") is None
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.with_suffix(".log"), "a") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the training inherits it
         except BlockingIOError:
             raise SystemExit(f"{run} is being trained by another process") from None
-        start = newest(run, "last") or newest(run, "[!.]*")
-        if start is None:
-            shutil.rmtree(run, ignore_errors=True)
-        else:
+        start = newest(run, "last") or (newest(run, "[!.]*") if alone else None)
+        if start is None and run.exists():
+            kept = (run.with_name(f"{run.name}-killed{n or ''}") for n in count())
+            run.rename(next(folder for folder in kept if not folder.exists()))
+        elif start is not None:
             check_same(proof, seed, run)
             if finished(proof, start):
                 if start != last:  # killed between the two

@@ -54,7 +54,8 @@ def proving(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import prove
 
-    proof = prove.Proof("dreamer_cartpole", (0,), "return", 0, "return", options={"trainer.max_steps": 4})
+    options = {"trainer.max_steps": 4, "data.env": None}
+    proof = prove.Proof("dreamer_cartpole", (0,), "return", 0, "return", options=options)
     run, python, words = tmp_path / "run", tmp_path / "python", tmp_path / "words"
     (run / "checkpoints").mkdir(parents=True)
     config = prove.settings(proof) | {"seed_everything": 0}
@@ -103,6 +104,20 @@ def test_a_proof_without_a_checkpoint_begins_anew_unless_it_is_under_way(proving
     prove.train(proof, 0, run)
     assert "--ckpt_path" not in words.read_text()
     assert {p.name for p in run.rglob("*") if p.is_file()} == {"processor_seconds", "last.ckpt"}
+    assert (run.with_name("run-killed") / "config.yaml").exists()  # nothing is lost
+
+
+def test_a_proof_beside_an_environment_goes_on_with_its_replay_or_begins_anew(proving):
+    prove, proof, run, words = proving
+    proof.options["data.env"] = "CartPole-v1"
+    (run / "config.yaml").write_text(yaml.safe_dump(prove.settings(proof) | {"seed_everything": 0}))
+    torch.save({"global_step": 3}, run / "checkpoints" / "best.ckpt")
+    prove.train(proof, 0, run)
+    assert "--ckpt_path" not in words.read_text()
+    (run / "checkpoints" / "last.ckpt").unlink()
+    prove.train(proof, 0, run)
+    assert run.with_name("run-killed1").exists()  # no room is taken twice
+    assert (run.with_name("run-killed") / "checkpoints" / "best.ckpt").exists()
 
 
 def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
