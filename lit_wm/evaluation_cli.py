@@ -88,7 +88,8 @@ def evaluate_parser() -> Parser:
         ("json", Path, None, "F", "write everything to this file"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=meta, help=meaning)
-    meaning = "eval as in a training's evaluations; greedy: the policy's most likely action, no sample of it"
+    meaning = "eval as in a training's evaluations; greedy: where a policy acts, no sample but its most "
+    meaning += "likely action. Planners act as in eval"
     parser.add_argument("--mode", choices=["eval", "greedy"], default="eval", help=meaning)
     return parser
 
@@ -152,7 +153,7 @@ def load_module(
         module = kind(**options)
         module.load_state_dict(loaded["state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if planner and isinstance(error, ConfigError):
+        if planner and isinstance(error, ConfigError) and "planner" in str(error).splitlines()[0]:
             raise ConfigError(f"--planner: {str(error).removeprefix('model.planner: ')}") from error
         reason = "\n".join(str(error).strip().splitlines()[:2])
         raise CheckpointError(f"{path} does not fit this version of {kind.__name__}:\n{reason}") from error

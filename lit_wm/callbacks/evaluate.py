@@ -34,7 +34,7 @@ Policy = Callable[[Tensors, State | None, Tensor], tuple[Tensors, State]]
 
 PER_EPISODE = ("returns", "lengths", "terminated", "cut", "success", "jitter")  # of EpisodeResults
 
-NO_SCORE = "none, as there are returns of cut episodes, which its two are not of"
+NO_SCORE = "none: some episodes were cut, and reference scores are of whole ones"
 
 
 @dataclass
