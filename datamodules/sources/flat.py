@@ -82,9 +82,10 @@ class Table:
             marks = [("action", next(iter(self.action.values())))]  # nothing else tells
         marks = marks if max(len(c.shape) for c in columns) > 2 else []
         for k, (_, *shape) in ((k, c.shape) for k, c in marks):
-            if shape and all(c.shape[1:2] in ((shape[0],), (shape[0] + 1,)) for c in columns):
+            width = shape[0] if shape else 1  # (N, 1) stands for (N,)
+            if width > 1 and all(c.shape[1:2] in ((width,), (width + 1,)) for c in columns):
                 raise DataError(
-                    f"{self.where}: {k} has {shape[0]:,} values a row, as of episodes side by side.\n"
+                    f"{self.where}: {k} has {width:,} values a row, as of episodes side by side.\n"
                     "  Expected all steps one after the other, without padding. Of every array\n"
                     "  np.concatenate([x[:n] for x, n in zip(array, lengths)]), and dones at the ends."
                 )

@@ -227,6 +227,15 @@ def test_nested_observations_and_drop():
         Arrays(arrays, drop=["c"])
 
 
+@pytest.mark.parametrize(("channels", "actions"), [(1, 1), (1, 2), (2, 1)])
+def test_columns_of_width_1_beside_images_are_steps(channels, actions):
+    end = marks(20, [9, 19])[:, None]
+    arrays = {"observations": np.zeros((20, channels, 64, 64), np.uint8), "actions": np.ones((20, actions)),
+              "rewards": np.arange(20.0)[:, None], "terminals": end, "timeouts": end & False}  # fmt: skip
+    episodes = list(checked(Arrays(arrays, last_obs="repeat")))
+    assert [e.reward.tolist() for e in episodes] == [list(range(10)), list(range(10, 20))]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
