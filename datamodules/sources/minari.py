@@ -142,7 +142,18 @@ class Minari(Source):
         inside = (p for p in self.data.iterdir() if p.is_dir() and p.name.isdecimal())
         folders = sorted(inside, key=lambda p: int(p.name))
         files = [p for folder in folders for p in sorted(folder.iterdir()) if p.name[0] not in "._"]
+        tables = [p for p in files if p.suffix == f".{self._format}"]
+        self._rewarded = not tables or any(map(self._has_rewards, tables))  # as a rule the first has
         return [self.data / "metadata.json", *files], [int(folder.name) for folder in folders]
+
+    def _has_rewards(self, table: Path) -> bool:
+        from pyarrow.dataset import dataset
+
+        try:
+            names = reading(lambda: dataset(table, format=self._format).schema.names, self.name, _AGAIN)
+        except DataError:  # episodes() meets it again, where on_bad counts
+            return False
+        return "rewards" in names
 
     def _check_counts(self, meta: dict[str, Any]) -> None:
         found, said = len(self._episodes), meta.get("total_episodes")

@@ -310,6 +310,22 @@ def test_a_set_without_any_rewards_is_read(copy: Callable[[str], Path]) -> None:
     assert "no_reward" not in open_source(f"minari:{ROOT / 'pendulum/scripted-v0'}").meta
 
 
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+def test_tables_without_any_rewards_are_read(form: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(f"pendulum/{form}-v0")
+    whole = read(folder)
+    for path in folder.glob(f"data/*/*.{form}"):
+        assert "no_reward" not in open_source(f"minari:{folder}").meta  # some episode has them
+        table = ds.dataset(path, format=form).to_table().drop_columns(["rewards"])
+        path.unlink()
+        ds.write_dataset(table, path.parent, format=form, existing_data_behavior="overwrite_or_ignore",
+                         basename_template=f"part-{{i}}.{form}")  # fmt: skip
+    assert open_source(f"minari:{folder}").meta["no_reward"] is True
+    for got, want in zip(read(folder), whole, strict=True):
+        assert got.reward is None
+        np.testing.assert_array_equal(got.action["action"], want.action["action"])
+
+
 def test_a_path_where_nothing_is_gets_no_command_to_download_it(tmp_path: Path) -> None:
     for download in (False, True):
         with pytest.raises(DataError, match="x-v0 does not exist.\n  Expected the folder") as error:
