@@ -56,8 +56,8 @@ def reference_of(
         meta: what it says of itself: ``ref_min_score``, ``ref_max_score``, and in which ``env_id`` it was
             recorded. Its scores are not used for another environment.
         env: the environment of evaluation, which may itself be one of D4RL's names.
-        returns: of the episodes of the dataset. Where all are farther away than the two scores are apart,
-            those are placeholders, such as 0 and 1: a warning says that they are not used.
+        returns: of the episodes of the dataset. Where all are farther than 1 from scores of 0 and 1, these
+            are placeholders: a warning says that they are not used.
     """
     low, high, recorded = (meta.get(k) for k in ("ref_min_score", "ref_max_score", "env_id"))
     same = not (recorded and env) or str(recorded).split(":")[-1] == env.split(":")[-1]
@@ -67,7 +67,8 @@ def reference_of(
         return d4rl_reference(str(meta["dataset_id"]))
     found = Reference(float(low), float(high), f"metadata of {uri}")
     scores = normalized_score(found, np.asarray(returns)[np.isfinite(returns)])
-    if meta.get("no_reward") or not scores.size or ((scores >= -100) & (scores <= 200)).any():
+    near = not scores.size or ((scores >= -100) & (scores <= 200)).any()
+    if (low, high) != (0, 1) or meta.get("no_reward") or near:
         return found
     warnings.warn(
         f"no normalised scores: {uri} says that {low:g} and {high:g} are 0 and 100, its own episodes return "

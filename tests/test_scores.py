@@ -63,6 +63,13 @@ def test_the_dataset_comes_before_the_environment() -> None:
     placeholder = own | {"ref_min_score": 0, "ref_max_score": 1}
     with pytest.warns(UserWarning, match="0 and 1 are 0 and 100, its own episodes return -1,600 to -200.\n"):
         assert reference_of("minari:a", placeholder, "Pendulum-v1", np.array([-1600.0, -200])) is None
+    near = reference_of("minari:a", placeholder, "Pendulum-v1", np.array([-9.0, 1]))
+    assert near is not None
+    assert near.high == 1
+    game = {"env_id": "ALE/Breakout-v5", "ref_min_score": 1.7, "ref_max_score": 30.5}  # of random and a human
+    assert reference_of("minari:b", game, "ALE/Breakout-v5", np.array([350.0, 420])) == Reference(
+        1.7, 30.5, "metadata of minari:b"
+    )
     for returns in ([-1600.0, -200], [np.nan], []):  # one is near, or nobody knows
         assert reference_of("minari:a", own, "Pendulum-v1", np.array(returns)) is not None
     assert reference_of("minari:a", own | {"ref_max_score": -1300.0}, "Pendulum-v1") is None
@@ -136,7 +143,7 @@ def test_a_run_and_its_checkpoint_know_their_score(tmp_path: Path, capsys: Any) 
     assert main([*argv, "--max-episode-steps", "20"]) == 0
     printed = capsys.readouterr().out
     assert "(1 cut at --max-episode-steps)" in printed
-    assert "normalized: none, as there are returns of cut episodes" in printed
+    assert "normalized: none: some episodes were cut" in printed
     assert "normalized" not in json.loads((tmp_path / "a.json").read_text())["metrics"]
     assert main([*argv, "--env-options", "{time_limit: 20}"]) == 0  # another task: no score
     assert json.loads((tmp_path / "a.json").read_text())["reference"] is None
