@@ -1,5 +1,6 @@
 """Whole held-out episodes: what the data module hands out, and what both models say of them."""
 
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datamodules.mixture import Mixture
 from datamodules.offline import CacheRows
 from datamodules.replay import RowReplay
 from datamodules.selection import SourceSpec
+from lit_wm.callbacks.checkpoint import ResumableCheckpoint
 from lit_wm.dreamerv3 import DreamerV3Module
 from lit_wm.heldout import foresee
 from lit_wm.noise import NoiseStreams
@@ -180,11 +182,20 @@ def test_of_several_processes_the_first_measures(tmp_path, monkeypatch):
             file.write(f"{os.getpid()}\n")
         return foresee(*args)
 
+    class Compare(pl.Callback):
+        """Before the checkpoint, where one rank alone would wait for ever."""
+
+        def on_validation_end(self, trainer, module):
+            assert "val/open_loop/obs@1" in trainer.callback_metrics
+            name = f"rank{trainer.global_rank}at{module.held_out_at}"
+            (tmp_path / name).write_text(json.dumps(module.held_out))
+
+    best = ResumableCheckpoint(str(tmp_path / "saved"), "val/open_loop/obs@1", "min", every_n_minutes=0)
     monkeypatch.setattr(shared, "foresee", watched)
     data = data_of(tmp_path, batch_size=4, sources=["made:40,40,40,40"], val_fraction=0.3)
     module = DreamerV3Module(data.spaces, preset="debug", log_every=1000, imag_length=3)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", devices=2, logger=False, callbacks=[best, Compare()], enable_progress_bar=False,
         strategy=ReplicatedStrategy(start_method="fork", process_group_backend="gloo"), max_steps=2,
         enable_model_summary=False, default_root_dir=tmp_path, use_distributed_sampler=False,
         val_check_interval=1, check_val_every_n_epoch=None, num_sanity_val_steps=0,
@@ -193,3 +204,7 @@ def test_of_several_processes_the_first_measures(tmp_path, monkeypatch):
     calls = (tmp_path / "calls").read_text().split()
     assert len(calls) == 2
     assert len(set(calls)) == 1
+    for update in (1, 2):
+        first, second = (json.loads((tmp_path / f"rank{r}at{update}").read_text()) for r in (0, 1))
+        assert first == second
+    assert (tmp_path / "saved" / "best.ckpt").exists()
