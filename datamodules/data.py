@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import shutil
 import sys
 import warnings
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise, repeat
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from datamodules.selection import SourceSpec, common_spaces, model_spaces, select_episodes, vectors
 from datamodules.sources import parse_uri
 from datamodules.views import dreamer_view, tdmpc2_view, to_latents
-from lit_wm.envs import make_vector_env, read_bounds, read_spaces, suite_defaults
+from lit_wm.envs import make_vector_env, read_env, read_spaces, suite_defaults
 from lit_wm.errors import CheckpointError, ConfigError, DataError, LitWMError, nearest
 from lit_wm.scores import Reference, reference_of
 from lit_wm.tasks import TASK_SETS, Task, misfit, task_list
@@ -157,11 +156,12 @@ class ReplayDataModule(LightningDataModule):
         sources = [sources] if isinstance(sources, str) else sources
         if sources is not None and not isinstance(sources, list | tuple):
             raise ConfigError(f"data.sources is {sources!r}, expected a list: [{sources!r}].")
-        for before, part in pairwise(sources or []):
-            if "?" in str(before) and isinstance(part, str) and ":" not in part:
+        for number, before in enumerate(sources or [], 1):
+            rest = list(takewhile(_may_be_value, (sources or [])[number:]))
+            if rest and isinstance(before, str) and "?" in before:
                 raise ConfigError(
-                    f"data.sources: {part!r} is no source; in a list a comma begins the next one.\n"
-                    f"  Write the URI in quotes: --data.sources '[\"{before},{part}\"]'"
+                    f"data.sources: {rest[0]!r} is no source; in a list a comma begins the next one.\n"
+                    f"  Write the URI in quotes: --data.sources '[\"{','.join([before, *rest])}\"]'"
                 )
         for source in map(SourceSpec.of, sources or []):
             if source.uri.startswith("env:"):
@@ -185,6 +185,7 @@ class ReplayDataModule(LightningDataModule):
         self._totals = [0, 0]  # env steps collected and updates owed, of all processes, as of the last ticket
         self._restored: dict[str, Any] = {}
         self._pending: Callable[[], None] | None = None
+        self._bounds = dict[str, Any]()  # of actions of the environment that is played
         self._not_made = "The first one names none."  # why there is no evaluation_env
 
     def _take_env(self, source: SourceSpec) -> None:
@@ -299,7 +300,7 @@ class ReplayDataModule(LightningDataModule):
         """Observation and action entries of all sources and of the environment, as a plain dict. Raises
         DataError if they differ, or a source cannot be read.
         """
-        named = {} if self.env is None else {self.env: read_spaces(self.env, **self.env_options)}
+        named = {} if self.env is None else {self.env: self._read(self.env, self.env_options)}
         told = []  # a URI may stand there twice, with other options
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             told.append((f"{spec.uri} (source {number})", spec.task, cache.meta.get("tasks")))
@@ -308,6 +309,11 @@ class ReplayDataModule(LightningDataModule):
         if self.env is not None:  # whose time limit decides ring and discount, however long the data's are
             spaces = replace(spaces, episode_length=named[self.env].episode_length)
         return replace(spaces, tasks=named_tasks(told, named)).to_plain()
+
+    def _read(self, name: str, options: dict[str, Any]) -> Spaces:
+        # Bounds too, which are asked for while environments may be open: a robot can be opened once.
+        spaces, self._bounds = read_env(name, **options)
+        return spaces
 
     @property
     def evaluation_options(self) -> dict[str, Any]:
@@ -323,14 +329,14 @@ class ReplayDataModule(LightningDataModule):
         if isinstance(self.eval_env, dict):
             return None
         if self.eval_env is not None:
-            shown = read_spaces(self.eval_env, **self.env_options)
+            shown = self._read(self.eval_env, self.env_options)
             common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
             return self.eval_env
         name = self.caches[0].meta.get("env_id")
         if name is None:
             return None
         try:
-            if read_spaces(name, **self.evaluation_options) == Spaces.from_plain(self.spaces):
+            if self._read(name, self.evaluation_options) == Spaces.from_plain(self.spaces):
                 return name
             self._not_made = f"{name}, which the first one names, has other observations or actions."
         except LitWMError as error:
@@ -458,9 +464,8 @@ class ReplayDataModule(LightningDataModule):
         self._task = getattr(model, "task_index", None)
         self._pin = trainer.strategy.root_device.type == "cuda"
         root = Path(self.replay_dir) if self.replay_dir else Path(trainer.default_root_dir) / "replay"
-        root = (
-            root / f"{'rank' if fitting else 'validate'}{self.rank}"
-        )  # a training may be under way beside it
+        # Of its own for validation: a training may be under way beside it.
+        root /= f"{'rank' if fitting else 'validate'}{self.rank}"
         ring = self._open_ring(module, spaces, num_envs, root) if fitting and self.env is not None else None
         self._find_rewards(module)
         if not self.sources:
@@ -570,13 +575,11 @@ class ReplayDataModule(LightningDataModule):
             self._say(f"no environment: nothing is played for evaluation; data.eval_env names one\n"
                       f"  {self._not_made}")  # fmt: skip
         played = None if len(tasks) > 1 and self._task is None else self.evaluation_env
-        bounds = {}
-        if played is not None and any(s.dtype == "float32" for s in spaces.action.values()):
-            bounds = read_bounds(played, **self.evaluation_options)
+        bounds = {} if played is None else self._bounds
         for number, (spec, cache) in enumerate(zip(self.sources, self.caches, strict=True)):
             task = task_number(spec, cache, tasks, self._task)
-            own = environment_bounds(cache, spec, str(played), bounds)
             split = select_episodes(cache, spec, self.val_fraction, self.seed)
+            own = environment_bounds(cache, spec, str(played), bounds, np.concatenate(split))
             if ended := int(cache.episodes["terminated"][np.concatenate(split)].sum()):
                 self._check_ends(module, f"each of {ended:,} episodes of {spec.uri}")
             steps = [int((cache.episodes["length"][chosen] - 1).sum()) for chosen in split]
@@ -1066,18 +1069,27 @@ def task_number(spec: SourceSpec, cache: Cache, tasks: Sequence[Any], own: int |
 
 
 def why_not(name: str, meta: Mapping[str, Any], error: LitWMError) -> str:
-    """Why the environment of a dataset cannot be made, and what to install for it."""
+    """Why the environment of a dataset cannot be made, and where its module is unknown here, what the dataset
+    says that it needs: names of its author's choice, which are no advice to install them.
+    """
     what, *more = str(error).splitlines()
-    if fix := next((line.strip() for line in more if "Fix:" in line), ""):
-        return f"{what}\n  {fix}"
+    name = name.removeprefix("gym:")
     entry = str(json.loads(meta.get("env_spec") or "{}").get("entry_point") or "")
     module = name.partition(":")[0] if ":" in name else re.split("[.:]", entry)[0]
-    if module in ("", "gymnasium"):
-        return what
-    needs, package = list(meta.get("requirements") or []), module.replace("_", "-")
-    needs += [package] * (package not in " ".join(needs).replace("_", "-"))
+    unknown = what.startswith(("cannot import", "no environment is registered"))
+    if not unknown or module in ("", "__main__", "gymnasium", "lit_wm"):
+        return "\n".join([what, *sorted(more, key=lambda line: "Fix:" not in line)[:1]])
+    needs = ", ".join([f"the module {module}", *map(str, meta.get("requirements") or [])])
     home = name if ":" in name else f"{module}:{name}"
-    return f"{what}\n  Fix: pip install {shlex.join(needs)}, and --data.eval_env {home}"
+    return (
+        f"{what}\n  The dataset says that it needs {needs}.\n"
+        f"  Install what you trust of it, and say --data.eval_env {home}"
+    )
+
+
+def _may_be_value(part: Any) -> bool:
+    """Whether a source may be a piece of the option before it, cut off at a comma."""
+    return isinstance(part, str) and not re.search(r"[:/]|\.(npz|hdf5|h5|pt)$", part)
 
 
 class _Forever(IterableDataset):

@@ -266,7 +266,7 @@ def action_bounds(key: str, schema: Schema, spec: SourceSpec) -> Bounds | None:
 
 
 def environment_bounds(
-    cache: Cache, spec: SourceSpec, env: str, bounds: Mapping[str, Bounds]
+    cache: Cache, spec: SourceSpec, env: str, bounds: Mapping[str, Bounds], episodes: np.ndarray
 ) -> dict[str, Bounds]:
     """The actions of a source that nobody states the bounds of and that are in an environment's units.
 
@@ -274,28 +274,33 @@ def environment_bounds(
     those of -1 and 1 are of values that are scaled already.
 
     Args:
-        env, bounds: name of the environment, and :func:`lit_wm.envs.read_bounds` of it.
+        env, bounds: name of the environment, and what -1 and 1 are in it, see :func:`lit_wm.envs.read_env`.
+        episodes: numbers of those that are used, held out or not.
 
     Raises:
         DataError: for values that are neither in its units nor from -1 to 1.
     """
     schema, found = cache.schema, dict[str, Bounds]()
-    acts = np.ones(len(cache), np.bool_)
-    acts[cache.episodes["start"] + cache.episodes["length"] - 1] = False
+    turns, start = np.zeros(len(cache), np.int8), cache.episodes["start"][episodes]
+    turns[start] = 1
+    turns[start + cache.episodes["length"][episodes] - 1] -= 1
+    acts = np.cumsum(turns, dtype=np.int8).astype(np.bool_)  # not in the last rows
     for key, (low, high) in bounds.items():
         if key not in schema.spaces.action or schema.spaces.action[key].shape != low.shape:
             continue  # of another task
         about, there = f"{spec.uri}: action {key!r}", f"in {env} it is {_shown(low)} to {_shown(high)}"
         mend = f"action_low: {_shown(low)}, action_high: {_shown(high)} in its entry of data.sources"
-        if spec.action_low is not None or key in schema.low:
+        known = [np.isfinite(side.get(key, np.nan)) for side in (schema.low, schema.high)]
+        if spec.action_low is not None or np.logical_and(*known).any():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said when they are used
                 stated = action_bounds(key, schema, spec)
             if stated is not None and not np.allclose(stated, (low, high), 1e-5, 1e-6):
                 given = f"{_shown(stated[0])} to {_shown(stated[1])}"
                 warnings.warn(
-                    f"{about} is {given} by its bounds, {there}: what is learnt is not what is done.\n"
-                    f"  Say {mend}; -1 and 1 if its values are scaled already.", stacklevel=2
+                    f"{about} is {given} by its bounds, {there}; either is -1 to 1 to the model.\n"
+                    f"  Right if their units differ. If not, say {mend}; -1 and 1 for scaled values.",
+                    stacklevel=2,
                 )  # fmt: skip
             continue
         if np.all(low == -1) and np.all(high == 1):

@@ -193,7 +193,13 @@ def restore_vector_env(env: SyncVectorEnv | AsyncVectorEnv, state: dict[str, Any
 
 
 def read_spaces(env_id: str, **options: Any) -> Spaces:
-    """Observation and action entries and time limit of an environment, built once and closed again.
+    """The first part of :func:`read_env`."""
+    return read_env(env_id, **options)[0]
+
+
+def read_env(env_id: str, **options: Any) -> tuple[Spaces, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Of an environment, built once and closed again: observation and action entries with the time limit,
+    and by continuous action what -1 and 1 are in its own units.
 
     Raises:
         EnvError: as :func:`make_env`.
@@ -201,22 +207,10 @@ def read_spaces(env_id: str, **options: Any) -> Spaces:
     env = make_env(env_id, **options)
     try:
         spaces = spaces_from_gym(env.observation_space, env.action_space, env_id)
-        return replace(spaces, episode_length=env.episode_length, unbounded=env.unbounded_actions)
-    finally:
-        env.close()
-
-
-def read_bounds(env_id: str, **options: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What -1 and 1 of each continuous action are in an environment's own units, built once and closed again.
-
-    Raises:
-        EnvError: as :func:`make_env`.
-    """
-    env = make_env(env_id, **options)
-    try:
+        spaces = replace(spaces, episode_length=env.episode_length, unbounded=env.unbounded_actions)
         vectors = {e.name: e for e in env.action_entries if isinstance(e, Vector)}
         low, high = ({k: e.read({k: np.full(e.low.shape, x)}) for k, e in vectors.items()} for x in (-1, 1))
-        return {k: (low[k], high[k]) for k in vectors}
+        return spaces, {k: (low[k], high[k]) for k in vectors}
     finally:
         env.close()
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import gymnasium as gym
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from datamodules.data import why_not
 from datamodules.offline import CacheRows
 from datamodules.selection import SourceSpec, model_spaces
 from lit_wm.dreamerv3 import DreamerV3Module
+from lit_wm.envs import read_spaces
 from lit_wm.errors import ConfigError, DataError, EnvError
 from lit_wm.noise import NoiseStreams
 from lit_wm.tdmpc2 import TDMPC2Module
@@ -204,7 +206,6 @@ def test_demonstrations_beside_an_environment(tmp_path):
     """The robot's own observations are not the made ones: a source of its spaces is written first."""
     from datamodules.cache import write_rows
     from datamodules.episodes import Episode, Schema, Source
-    from lit_wm.envs import read_spaces
 
     spaces = read_spaces("Pendulum-v1")
 
@@ -270,6 +271,10 @@ def test_both_models_learn_from_a_dataset_alone(tmp_path, kind):
         ({"sources": None}, ConfigError, "nothing to train on"),
         ({"sources": {"uri": "made:9"}}, ConfigError, "expected a list"),
         ({"sources": ["npz:x?drop=a", "b"]}, ConfigError, r"comma .*\n.*quotes: .*'\[\"npz:x\?drop=a,b\"\]'"),
+        ({"sources": ["npz:x?drop=a", "b", "c", "made:9"]}, ConfigError, r"'\[\"npz:x\?drop=a,b,c\"\]'"),
+        ({"sources": ["made:9?width=2", "b.npz"]}, ConfigError, "^'b.npz' is no source"),
+        ({"sources": ["made:9?width=2", "demos/b"]}, ConfigError, "^'demos/b' is no source"),
+        ({"sources": [{"uri": "made:9?width=2"}, "b"]}, ConfigError, "^'b' is no source"),
         ({"sources": ["env:Pendulum-v1?x=1", "made:9"], "pad": True}, ConfigError, "leave it out"),
         ({"sources": [{"uri": "env:Pendulum-v1", "reward": {"scale": 2}}]}, ConfigError, "no more"),
         ({"sources": ["made:9"], "stack": 2}, ConfigError, "has no images"),
@@ -334,17 +339,65 @@ def test_demos_in_the_units_of_the_environment_are_scaled_by_its_bounds(tmp_path
     data.close()
 
 
+class Robot(gym.Env):
+    """Whose port is open at most once at a time."""
+
+    open, made = False, 0
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(-3, 3, (2,), np.float32)
+
+    def __init__(self):
+        assert not Robot.open
+        Robot.open, Robot.made = True, Robot.made + 1
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+    def close(self):
+        Robot.open = False
+
+
+def test_a_robot_is_opened_once_at_a_time_and_demos_that_are_left_out_change_no_unit(tmp_path):
+    """The actions of episode e are about e / 10 - 2."""
+    gym.register("Once-v0", Robot, max_episode_steps=10)
+    lengths = ",".join(["6"] * 30)
+    demos = {"uri": f"made:{lengths}?bounds=false", "episodes": list(range(12, 30))}
+    data = data_of(tmp_path, env="Once-v0", sources=[demos], val_fraction=0.2, capacity=500)
+    with pytest.warns(UserWarning, match=r"from -0.8 to 0.\d+, .*in Once-v0 it is -3 to 3: taken as scaled"):
+        trainer_of(tmp_path).fit(Watch(1), datamodule=data)
+    assert Robot.made == 2  # for its spaces, and to collect
+    assert data.replay.parts[0].storage.arrays["action",].min() < -0.5
+    data.close()
+    assert not Robot.open
+
+
 def test_an_environment_that_cannot_be_made_is_said_with_what_to_install():
     spec = json.dumps({"id": "Door-v1", "entry_point": "some_robotics.envs:Door"})
     meta, error = {"env_spec": spec}, EnvError("no environment is registered as 'Door-v1'\n  Expected")
-    first, fix = why_not("Door-v1", meta, error).splitlines()
+    first, needs, fix = why_not("Door-v1", meta | {"requirements": ["mujoco<4"]}, error).splitlines()
     assert first == "no environment is registered as 'Door-v1'"
-    assert fix == "  Fix: pip install some-robotics, and --data.eval_env some_robotics:Door-v1"
-    for needs, said in (("mujoco<4", "'mujoco<4' some-robotics"), ("some_robotics>1", "'some_robotics>1'")):
-        assert f"pip install {said}, and" in why_not("Door-v1", meta | {"requirements": [needs]}, error)
-    assert why_not("mine:Env-v0", {}, EnvError("no 'mine'")).endswith("--data.eval_env mine:Env-v0")
+    assert needs == "  The dataset says that it needs the module some_robotics, mujoco<4."
+    assert fix == "  Install what you trust of it, and say --data.eval_env some_robotics:Door-v1"
+    said = why_not("mine:Env-v0", {}, EnvError("cannot import 'mine' for 'mine:Env-v0'"))
+    assert said.endswith("--data.eval_env mine:Env-v0")
     mujoco = EnvError('A-v5 needs a package that is not installed: x\n  Fix: pip install "lit-wm[mujoco]"')
     assert why_not("A-v5", meta, mujoco) == str(mujoco)
+
+
+def test_no_package_is_named_where_none_is_missing():
+    """Of a module of nobody else, or for what is wrong otherwise, the error itself says what to do."""
+    with pytest.raises(EnvError) as caught:
+        read_spaces("dmc:walker_walk", colour=3)
+    said = why_not("dmc:walker_walk", {}, caught.value).splitlines()
+    assert said == str(caught.value).splitlines()[:2]
+    assert "Its options: " in said[1]
+    error = EnvError("no environment is registered as 'Lift-v0'\n  Expected a Gymnasium id")
+    for entry in ("__main__:Lift", "gymnasium.envs.x:Lift", "lit_wm.envs.x:Lift"):
+        assert why_not("Lift-v0", {"env_spec": json.dumps({"entry_point": entry})}, error) == str(error)
+    assert why_not("gym:Lift-v0", {}, error) == str(error)
 
 
 def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
@@ -354,7 +407,7 @@ def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
         data.make_envs(1, [0])
     data = data_of(tmp_path)
     data.caches[0].meta["env_id"] = "nothere:Env-v0"
-    with pytest.raises(ConfigError, match="cannot import 'nothere' .*\n  Fix: pip install nothere"):
+    with pytest.raises(ConfigError, match="cannot import 'nothere' .*\n.* the module nothere\\.\n  Install"):
         data.make_envs(1, [0])
     with pytest.raises(DataError, match="Pendulum-v1: obs float32 \\[3\\]"):
         _ = data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lit_wm.errors import CheckpointError, ConfigError, DataError, NotSupported
 from lit_wm.types import Spaces, Spec
 
 LENGTHS = [5, 1, 9, 3, 7, 2, 12]
+EVERY = np.arange(len(LENGTHS))
 LATENTS = {"deter": Spec("float32", (2,)), "stoch": Spec("uint8", (3,), classes=4)}
 
 
@@ -210,7 +212,7 @@ def test_bounds_that_contradict_the_source_are_said(tmp_path, recwarn):
         (
             (-2, 2),
             True,
-            "is -2 to 4 by its bounds, in Env it is -2 to 2.*\n  Say action_low: -2, action_high: 2",
+            "is -2 to 4 by its bounds, in Env it is -2 to 2; .*\n  Right if .*action_low: -2, action_high: 2",
         ),
         (
             (-3, 4),
@@ -225,10 +227,10 @@ def test_bounds_are_compared_with_those_of_the_environment(tmp_path, env, bounds
     low = np.full(2, env[0]) - np.array([0, 0.5]) * (not bounds)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": (low, high)})
+        found = environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": (low, high)}, EVERY)
         for spec in (SourceSpec("made:x", action_low=-1, action_high=1),
                      SourceSpec("made:x", action_low=low.tolist(), action_high=env[1])):  # fmt: skip
-            assert environment_bounds(cache, spec, "Env", {"action": (low, high)}) == {}
+            assert environment_bounds(cache, spec, "Env", {"action": (low, high)}, EVERY) == {}
     assert len(caught) == bool(said)
     assert re.search(said, str(caught[0].message) if caught else "")
     assert bool(found) == (not bounds)
@@ -247,17 +249,35 @@ def test_actions_that_may_be_scaled_are_spoken_of(tmp_path, env, said):
     cache, bounds = made_cache(tmp_path / "c", LENGTHS, bounds=False, spread=0.5), np.full((2, 2), env).T
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": tuple(bounds)}) == {}
+        assert environment_bounds(cache, SourceSpec("made:x"), "Env", {"action": tuple(bounds)}, EVERY) == {}
     assert [bool(re.search(said, str(w.message))) for w in caught] == [True] * bool(said)
 
 
 def test_actions_that_no_unit_fits_are_refused(tmp_path):
-    cache, bounds = (
-        made_cache(tmp_path / "c", LENGTHS, bounds=False),
-        {"action": (np.full(2, -1.5), np.ones(2))},
-    )
+    cache = made_cache(tmp_path / "c", LENGTHS, bounds=False)
+    bounds = {"action": (np.full(2, -1.5), np.ones(2))}
     with pytest.raises(DataError, match="values from -2 .*, in Env it is -1.5 to 1.\n  Give action_low"):
-        environment_bounds(cache, SourceSpec("made:x"), "Env", bounds)
+        environment_bounds(cache, SourceSpec("made:x"), "Env", bounds, EVERY)
+
+
+@pytest.mark.parametrize("end", [1.5, 3.0])
+def test_only_episodes_that_are_used_tell_the_units(tmp_path, end):
+    """Those of others reach -2, which would contradict 1.5 and make 3 the bound."""
+    cache = made_cache(tmp_path / "c", [2] * 30, bounds=False)
+    bounds = {"action": (np.full(2, -end), np.full(2, end))}
+    with pytest.warns(UserWarning, match=r"from -0.8 to 0.9, .*taken as scaled"):
+        assert environment_bounds(cache, SourceSpec("made:x"), "Env", bounds, np.arange(12, 30)) == {}
+
+
+def test_bounds_without_end_say_nothing_of_units(tmp_path):
+    cache = made_cache(tmp_path / "c", LENGTHS, bounds=False)
+    bounds = {"action": (np.full(2, -3.0), np.full(2, 3.0))}
+    endless = {"action": np.full(2, np.inf)}
+    cache.schema = replace(cache.schema, low={"action": -endless["action"]}, high=endless)
+    with pytest.warns(UserWarning, match=r"from -2 to .*nobody says its bounds.*taken in those units"):
+        found = environment_bounds(cache, SourceSpec("made:x"), "Env", bounds, EVERY)
+    taken, _ = replay_of(tmp_path, cache=cache, bounds=found)
+    assert taken.storage.arrays["action",].min() == pytest.approx(-2 / 3)
 
 
 def test_values_beyond_known_bounds_are_kept(tmp_path):
