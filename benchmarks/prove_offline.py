@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class Proofs:
     def __init__(self, given: argparse.Namespace):
         self.given, self.runs = given, given.runs.resolve() / ("tiny" if given.tiny else "offline")
         self.updates = dict.fromkeys(UPDATES, 12) if given.tiny else UPDATES
+        self.commits: set[str] = set()  # of the trainings
 
     def judged(self, name: str) -> int:
         return 2 if self.given.tiny else TASKS[name].judged
@@ -197,13 +199,18 @@ class Proofs:
                 subprocess.run(command, cwd=ROOT, env=ENV, check=True)
             return json.loads(path.read_text())
         proof = self.offline(name, method)
-        train(proof, seed, run)
+        self.train(proof, seed, run)
         report = judge(proof, run)
         result = {"metrics": report["metrics"], "updates": report["updates"],
                   "processor_minutes": processor_minutes(run)}  # fmt: skip
         if method.startswith("dreamer"):  # its evaluations sample
             result["greedy"] = judge(proof, run, "--mode", "greedy")["metrics"]
         return result
+
+    def train(self, proof: Proof, seed: int, run: Path) -> None:
+        """Train one of our models, and note with which code."""
+        train(proof, seed, run)
+        self.commits.add(str(json.loads((run / "run.json").read_text())["git"]["commit"])[:7])
 
     def parallel(self, jobs: list[Any], work: Any) -> list[Any]:
         with ThreadPoolExecutor(self.given.jobs) as pool:
@@ -306,7 +313,7 @@ class Proofs:
             options |= {k: v for k, v in task.offline.items() if k.startswith("model.")}
         if model == "tdmpc2":  # it need not look around at random: the model knows the task
             options |= {"data.prefill": 0, "data.first_updates": 1}
-        train(self.proof(name, method, **options), seed, run)
+        self.train(self.proof(name, method, **options), seed, run)
         return run
 
     def prove_demos(self) -> bool:
@@ -350,7 +357,7 @@ class Proofs:
             options |= (
                 {"model.pretrain": {"world_model": 4, "actor": 3}} if "model.pretrain" in options else {}
             )
-        train(self.proof("robot", "dreamer", **options), seed, run)
+        self.train(self.proof("robot", "dreamer", **options), seed, run)
         return run
 
     # --- Results ------------------------------------------------------------------------------------
@@ -380,7 +387,8 @@ class Proofs:
                 ax.plot(steps, values, marker=".", label=text, alpha=0.8)
             ax.set(title=", ".join(panel), xlabel="environment steps", ylabel=label)
         for ax in axes[0]:
-            ax.legend(frameon=False, fontsize=7)
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if bars else {}
+            ax.legend(frameon=not bars, fontsize=7, **beside)
         figure.tight_layout()
         figure.savefig(out / f"{title}.png", dpi=110)
         words = [proof, *(("--methods", *self.given.methods) if title == "offline-options" else ())]
@@ -396,11 +404,19 @@ class Proofs:
             "",
             *lines,
         ]
-        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. torch {torch.__version__}. "
-                 f"Commit of the page: {commit or 'unknown'}.", ""]  # fmt: skip
+        shown = ("torch", "lightning", "torchrl", "tensordict", "gymnasium", "d3rlpy")
+        versions = ", ".join(f"{k} {v}" for k, v in versions_of(shown).items())
+        trained = ", ".join(sorted(self.commits)) or "none"
+        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. {versions}. Commits of the "
+                 f"trainings: {trained}; of the page: {commit or 'unknown'}.", ""]  # fmt: skip
         (out / f"{title}.md").write_text("\n".join(page))
         (out / f"{title}.json").write_text(json.dumps(record) + "\n")
         print("\n".join(lines))
+
+
+def versions_of(names: tuple[str, ...]) -> dict[str, str]:
+    found = {d.name.lower(): d.version for d in distributions()}
+    return {k: found[k] for k in names if k in found}
 
 
 def evaluations(run: Path) -> tuple[list[int], list[float]]:
