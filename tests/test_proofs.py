@@ -48,6 +48,18 @@ def test_the_readme_repeats_the_recorded_figures(task):
     assert shown == pytest.approx(values, abs=0.05 if max(map(abs, values)) > 2 else 0.005)
 
 
+def test_the_readme_repeats_the_recorded_offline_scores():
+    table = (ROOT / "README.md").read_text().partition("results/offline.md")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    shown = {row[0]: [[float(x) for x in cell.split(",")] for cell in row[1:]] for row in rows}
+    record = json.loads((ROOT / "benchmarks" / "results" / "offline.json").read_text())["rows"]
+    for name, task in {"Pendulum-v1": "pendulum", "robot with LiDAR": "robot"}.items():
+        for method, values in zip(("bc", "iql", "dreamer", "tdmpc2"), shown.pop(name), strict=True):
+            found = next(r["scores"] for r in record if (r["task"], r["method"]) == (task, method))
+            assert values == pytest.approx(found, abs=0.051)
+    assert not shown
+
+
 @pytest.fixture
 def proving(monkeypatch, tmp_path):
     """(prove, proof of four updates, run, file with the words of its training), which is done at once."""
