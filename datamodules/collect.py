@@ -126,9 +126,11 @@ class Collector:
     @property
     def prefilling(self) -> bool:
         """Whether the next action is one of the random ones before training."""
-        if self.replay.within_episodes:  # there is nothing to train on before an episode has ended
+        if self.replay.within_episodes:
+            # There is nothing to train on before an episode has ended. With prefill: 0 a policy that has
+            # learnt elsewhere acts even then.
             nothing = self._state is None and self.replay.num_windows == 0
-            return self.decisions < self.prefill or nothing
+            return self.prefill > 0 and (self.decisions < self.prefill or nothing)
         return self.env_steps < self.prefill
 
     def _step(self, action: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:

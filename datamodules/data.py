@@ -110,7 +110,8 @@ class ReplayDataModule(LightningDataModule):
             zeros. null is 1, and 0 with ``windows: episode``, where nothing else is possible.
         capacity: rows kept over all processes; one row per env step.
         prefill: env steps over all processes with random actions before training begins; decisions with
-            ``windows: episode``, and on until the first episode has ended.
+            ``windows: episode``, and on until the first episode has ended. With 0 the policy acts from the
+            beginning.
         epsilon: probability of a uniformly random action at collection, in each environment and step.
         action_noise: deviation of Gaussian noise on continuous actions, in units of half their range.
         max_env_steps: env steps after which training is done; null for no end.

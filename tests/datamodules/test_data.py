@@ -281,6 +281,15 @@ def plan_of(tmp_path, module, **options):
     return data, trainer_of(tmp_path)
 
 
+def test_without_random_actions_the_policy_acts_from_the_first_step(tmp_path):
+    module = Planner(updates=5)
+    data, trainer = plan_of(tmp_path, module, prefill=0, first_updates=1)
+    trainer.fit(module, datamodule=data)
+    assert module.asked[0] == (0, True)
+    assert module.at[:3] == [12, 13, 14]  # the first episode has ended
+    data.close()
+
+
 @pytest.mark.parametrize(("envs", "utd", "first"), [(1, 1, 60), (1, 1, 1), (2, 0.5, 7), (3, 2, 61)])
 def test_updates_are_counted_by_decisions(tmp_path, envs, utd, first):
     """The official loop: ``first`` updates at once after ``prefill`` random decisions, then ``utd`` each."""
