@@ -90,8 +90,8 @@ OPTIONS: dict[str, dict[str, Json]] = {
     "mppi": {"dreamer": {"model.planner": "mppi"}},
 }
 OFFLINE: Json = {"model.anneal": 18_000}  # DreamerV3: the rate is halved in the end
-# Online the optimizers begin anew, DreamerV3's at a quarter of the rate that its configurations begin with, and
-# reached slowly; ``steep`` is that rate. TD-MPC2's rate never changes. ``alone`` leaves the dataset out.
+# Online the optimizers begin anew, those of DreamerV3 at a quarter of the rate of its configurations and
+# reached slowly; ``steep`` is the whole. TD-MPC2's rate never changes. ``alone`` leaves the dataset out.
 GENTLE: Json = {"dreamer": {"model.lr": 1e-4, "model.warmup": 500}, "tdmpc2": {}}
 ARMS: dict[str, Json] = {"kept": {}, "alone": {"data.sources": None}, "steep": {}}
 DEMOS: dict[str, Json] = {
