@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -597,9 +598,10 @@ class TrainingCLI(LightningCLI):
         elif run is not None and name in (None, run.name):
             chosen = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
         else:
-            # The process number: several trainings may start in one second.
-            name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-            chosen = RUNS / folder_name(self.experiment) / name
+            # Several trainings may start in one second: in as many processes, or one after the other in one.
+            home, now = RUNS / folder_name(self.experiment), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            names = (f"{now}-{n}" if n else now for n in count())
+            chosen = home / (name or next(n for n in names if not (home / n / "config.yaml").exists()))
         taken = (chosen / "config.yaml").exists() and chosen.resolve() != run
         if self.verb == "fit" and self.writes_run and taken and not is_later_process():
             go_on = "It has no checkpoint: remove it, if nothing trains there any more"

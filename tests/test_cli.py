@@ -213,6 +213,16 @@ def test_a_run_is_never_overwritten(at_run, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(at_run, monkeypatch):
+    monkeypatch.setattr("lit_wm.training_cli.time.strftime", lambda form: "now")
+    taken = at_run.parent / f"now-{os.getpid()}"
+    taken.mkdir()
+    (taken / "config.yaml").write_text("{}")
+    assert main(["fit", *CARTPOLE, "--trainer.max_steps", "1", "--trainer.logger", "false"]) == 0
+    assert (at_run.parent / f"{taken.name}-1" / "config.yaml").exists()
+    assert (taken / "config.yaml").read_text() == "{}"
+
+
 def test_a_run_without_its_last_checkpoint_goes_on_from_what_there_is(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cut = Path("runs/CartPole-v1/cut")
