@@ -4,8 +4,7 @@
         [--episodes 20] [--planners policy mppi ...] [--options '{mppi: {num_samples: 256}}']
         [--horizon 3] [--max-ms 50] [--device cpu]
 
-writes benchmarks/results/planning.md after every row; with --go-on the rows that it has are not played again.
-Each checkpoint plays in the environment that it was trained in, one
+writes benchmarks/results/planning.md. Each checkpoint plays in the environment that it was trained in, one
 environment at a time, the same episodes with every planner: the seeds are those of ``lit-wm evaluate``. A
 planner has the checkpoint's options if it is the checkpoint's own, else its defaults, --options over both.
 Latency is the time of an act: filtering the observation, planning, and bringing the action to the host;
@@ -28,7 +27,7 @@ from step import provenance
 from lit_wm.callbacks.evaluate import run_episodes
 from lit_wm.envs import make_vector_env
 from lit_wm.errors import ConfigError
-from lit_wm.evaluation_cli import load_module, read_about
+from lit_wm.evaluation_cli import load_module
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.planners import PLANNERS
 
@@ -94,25 +93,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--go-on", action="store_true", help="keep the rows of the page")
     args = parser.parse_args()
     head = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
     print(head, flush=True)
-    lines = list[str]()
-    if args.go_on and args.out.exists():
-        lines = [x for x in args.out.read_text().splitlines() if x.startswith("| ")][1:]
-    about = provenance()
-    told = ", ".join(f"{k} {about[k]}" for k in ("commit", "python", "torch", "cpu", "cores", "load"))
-    how = f"{args.device}, {torch.get_num_threads()} threads, seed {args.seed}"
-    how += "" if args.max_ms is None else f", {args.max_ms:g} ms for planning"
-    how += f", {'processor' if alone(args) else 'wall'} time"
+    lines = []
     for path in args.ckpt:
-        flat = read_about(path)
-        model = str(flat["class_path"]).rpartition(".")[2].removesuffix("Module")
         for name in args.planners:
-            key = ["", flat["env"], model, f"{flat['updates']:,}", name]
-            if any([cell.strip() for cell in line.split("|")[:5]] == key for line in lines):
-                continue
             try:
                 row = play(path, name, args)
             except ConfigError as error:  # no gradient of classes
@@ -120,10 +106,16 @@ def main() -> None:
                 continue
             lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
             print(lines[-1], flush=True)
-            args.out.write_text(
-                "# Return and latency of planners\n\n"
-                f"`benchmarks/planning.py`, {how}: {told}.\n\n{head}\n" + "\n".join(lines) + "\n"
-            )
+    about = provenance()
+    told = ", ".join(f"{k} {about[k]}" for k in ("commit", "python", "torch", "cpu", "cores", "load"))
+    budget = "" if args.max_ms is None else f", {args.max_ms:g} ms for planning"
+    args.out.write_text(
+        "# Return and latency of planners\n\n"
+        f"`benchmarks/planning.py`, {args.device}, {torch.get_num_threads()} threads, seed {args.seed}"
+        f"{budget}, {'processor' if alone(args) else 'wall'} time: {told}.\n\n{head}\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -34,18 +34,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from prove import ENV, ROOT, Proof, curve, judge, machine, processor_minutes, random_player, train
+from prove import ENV, ROOT, SHOWN, Proof, curve, judge, machine, processor_minutes, random_player, train
 
 from lit_wm.callbacks.evaluate import run_episodes
 from lit_wm.envs import make_vector_env
 from lit_wm.noise import stream_seed
 from lit_wm.scores import Reference, normalized_score
+from lit_wm.tracking import versions
 
 Json = dict[str, Any]
 
@@ -73,8 +74,8 @@ TASKS = {
                      "tdmpc2": "tdmpc2_pendulum"}, 2_500, 30, {"dreamer": (250, 10), "tdmpc2": (500, 10)},
                      {"reward_scaler": ("ReturnBased", {"multiplier": 1000.0})}),
     # A reward at the goal only: -1 a step, expectile and temperature as they do it for mazes. A decision is
-    # for two steps, which TD-MPC2 needs here; the checkpoint has learnt to take them one by one. With a
-    # horizon of 50 decisions, as many as an episode may have, DreamerV3 minds detours; with 333 hardly.
+    # for two steps, which TD-MPC2 needs here; the checkpoint has learnt to take them one by one.
+    # DreamerV3's horizon is as many decisions as an episode may have; ``patience`` is the default.
     "robot": Task("lit_wm/LidarRobot-v0", "robot", 0.5, 200, {"dreamer": "dreamer_robot",
                   "tdmpc2": "tdmpc2_robot"}, 3_000, 100, {"dreamer": (150, 50), "tdmpc2": (750, 50)},
                   {"reward_scaler": ("ConstantShift", {"shift": -1.0}), "expectile": 0.9,
@@ -256,7 +257,8 @@ class Proofs:
                   for name, model, ok in verdicts]  # fmt: skip
         for name, task in ((n, TASKS[n]) for n in names):
             lines.append(f"- {name}: {task.episodes} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
-                         f"random actions, {task.episodes} of a random player")  # fmt: skip
+                         f"random actions, {task.episodes} of a random player"
+                         + "".join(f"; DreamerV3's {k} is {v:g}" for k, v in task.offline.items()))  # fmt: skip
         bars = {m: [table[n, m] for n in names] for m in dict.fromkeys(m for _, m in table)}
         title = "offline" if {"bc", "iql"} & set(methods) else "offline-options"
         self.write("offline", title, lines, {"rows": rows, "references": references}, bars=(names, bars))
@@ -409,19 +411,16 @@ class Proofs:
             "",
             *lines,
         ]
-        shown = ("torch", "lightning", "torchrl", "tensordict", "gymnasium", "d3rlpy")
-        versions = ", ".join(f"{k} {v}" for k, v in versions_of(shown).items())
+        known = {k: v for k, v in versions().items() if k in SHOWN}
+        if {"bc", "iql"} & set(self.given.methods):
+            known["d3rlpy"] = metadata.version("d3rlpy")
+        told = ", ".join(f"{k} {v}" for k, v in known.items())
         trained = ", ".join(sorted(self.commits)) or "none"
-        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. {versions}. Commits of the "
+        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. {told}. Commits of the "
                  f"trainings: {trained}; of the page: {commit or 'unknown'}.", ""]  # fmt: skip
         (out / f"{title}.md").write_text("\n".join(page))
         (out / f"{title}.json").write_text(json.dumps(record) + "\n")
         print("\n".join(lines))
-
-
-def versions_of(names: tuple[str, ...]) -> dict[str, str]:
-    found = {d.name.lower(): d.version for d in distributions()}
-    return {k: found[k] for k in names if k in found}
 
 
 def evaluations(run: Path) -> tuple[list[int], list[float]]:

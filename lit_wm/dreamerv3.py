@@ -29,15 +29,7 @@ from lit_wm.errors import ConfigError, whole
 from lit_wm.functional import symexp
 from lit_wm.module import Pretraining, WorldModelModule, arguments_of, give_verbs
 from lit_wm.nets.coders import Decoder, Encoder, greedy, module_key
-from lit_wm.nets.heads import (
-    ActionDist,
-    Head,
-    PolicyHead,
-    batched_heads,
-    flat_action,
-    likely_actions,
-    sample_actions,
-)
+from lit_wm.nets.heads import ActionDist, Head, PolicyHead, batched_heads, flat_action, sample_actions
 from lit_wm.nets.layers import stacked_linear
 from lit_wm.nets.multitask import TaskSpaces
 from lit_wm.nets.rssm import RSSM
@@ -49,7 +41,7 @@ from lit_wm.pretrained import Meaning, Weights, entries
 from lit_wm.returns import ReturnNorm, lambda_return
 from lit_wm.tasks import list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
-from lit_wm.world_model import MODES, WorldModel
+from lit_wm.world_model import WorldModel
 
 LOSS_SCALES = {
     "rec": 1.0,  # every reconstruction key
@@ -897,14 +889,14 @@ class DreamerV3(WorldModel):
         one. Actions (B, ...) by key; arguments as :meth:`WorldModel.act`'s; ``task`` as
         :meth:`encode`'s.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         now, noise = self.encode(obs, state, None, is_first, noise, task), self.source(noise)
         found = self.search(now, state, is_first, mode, noise, planner, max_ms)
         if found is None:
             policy, plan = self.pol(self.feat(now), self.action_mask_of(now)), None
-            greedy = mode == "greedy"
-            action = likely_actions(policy) if greedy else sample_actions(policy, noise, "act/policy")
+            if mode == "greedy":
+                action = {k: dist.mode() for k, dist in policy.items()}
+            else:
+                action = sample_actions(policy, noise, "act/policy")
         else:
             action, plan = self.action_keys(found[0]), found[1]
         return action, State(now.deter, now.stoch, action, plan, now.task)

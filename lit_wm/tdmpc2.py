@@ -39,7 +39,7 @@ from lit_wm.pretrained import Meaning, Weights, entries
 from lit_wm.returns import gather_values
 from lit_wm.tasks import action_masks, list_tasks
 from lit_wm.types import Batch, Spaces, Spec, State, States, Tensors, Trajectory
-from lit_wm.world_model import MODES, WorldModel
+from lit_wm.world_model import WorldModel
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -904,8 +904,6 @@ class TDMPC2(WorldModel):
 
         Other arguments are :meth:`WorldModel.act`'s and, ``task``, :meth:`encode`'s.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         noise = self.source(noise)
         now = self.encode(obs, state, None, is_first, noise, task)
         found = self.search(now, state, is_first, mode, noise, planner, max_ms)

@@ -211,7 +211,7 @@ class WorldModel(nn.Module, ABC):
 
         Raises:
             ConfigError: ``planner`` or ``max_ms`` is none, or ``state`` holds a plan of another horizon.
-            ValueError: ``obs``, ``state`` and ``is_first`` are not of one batch.
+            ValueError: another ``mode``; or ``obs``, ``state`` and ``is_first`` are not of one batch.
         """
 
     @abstractmethod
@@ -279,6 +279,8 @@ class WorldModel(nn.Module, ABC):
         """Flat action (B, A) and plan (B, H, A) at ``now``, starting from the plan of the state ``before``;
         None: the policy is to act. Arguments as those of :meth:`act`.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         if isinstance(planner, str):
             planner = self.planner_of(planner)
         elif planner is None:

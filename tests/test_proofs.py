@@ -144,7 +144,7 @@ def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
         m: {"model": inspect.signature(kind), "data": inspect.signature(ReplayDataModule)}
         for m, kind in known.items()
     }
-    of_model = [*offline.OPTIONS.values(), offline.TINY, {"dreamer": offline.OFFLINE}]
+    of_model = [*offline.OPTIONS.values(), offline.TINY, offline.GENTLE, {"dreamer": offline.OFFLINE}]
     of_model += [{"dreamer": task.offline} for task in offline.TASKS.values()]
     for model, options in [(m, o) for named in of_model for m, o in named.items()] + [
         ("dreamer", options) for options in (*offline.DEMOS.values(), *offline.ARMS.values())

@@ -156,11 +156,6 @@ class PolicyHead(nn.Module):
         return out
 
 
-def likely_actions(policy: dict[str, ActionDist]) -> Tensors:
-    """The most likely action per key."""
-    return {k: d.mode() for k, d in policy.items()}
-
-
 def sample_actions(policy: dict[str, ActionDist], noise: Noise, stream: str, t: int = 0) -> Tensors:
     """One action per key; every key draws from a stream of its own."""
     return {k: d.sample(noise, f"{stream}/{k}", t) for k, d in policy.items()}
