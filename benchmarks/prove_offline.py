@@ -258,7 +258,8 @@ class Proofs:
         for name, task in ((n, TASKS[n]) for n in names):
             lines.append(f"- {name}: {task.episodes} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
                          f"random actions, {task.episodes} of a random player"
-                         + "".join(f"; DreamerV3's {k} is {v:g}" for k, v in task.offline.items()))  # fmt: skip
+                         + "".join(f"; DreamerV3's {k} is {v:g}" for k, v in task.offline.items())
+                         )  # fmt: skip
         bars = {m: [table[n, m] for n in names] for m in dict.fromkeys(m for _, m in table)}
         title = "offline" if {"bc", "iql"} & set(methods) else "offline-options"
         self.write("offline", title, lines, {"rows": rows, "references": references}, bars=(names, bars))
