@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -484,6 +485,7 @@ class Evaluate(pl.Callback):
         self.prediction: Tensors | None = None
         self.measured_at = -1  # updates when errors and prediction were taken
         self.played_at = -1  # and when the episodes were played
+        self._broken_off = False  # by a signal: the resumed training begins with it
         self._envs: dict[str | None, Any] = {}  # by task
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -495,6 +497,22 @@ class Evaluate(pl.Callback):
                     f"evaluate.seed {self.seed} is too near to the training's seed {seed}: evaluation would "
                     f"meet the training's episodes\nUse another: --evaluate.seed {seed + 1_000_000}"
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether an evaluation is owed."""
+        return {"broken_off": self._broken_off}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same; checkpoints of older versions owe none."""
+        self._broken_off = bool(state_dict.get("broken_off"))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Let the training begin with the evaluation that was broken off, if one is due here still."""
+        if self._broken_off:
+            # Lightning goes on so with a validation that was interrupted between two of its batches.
+            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False  # and with the first of them
+        self._broken_off = False
 
     def run(
         self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
@@ -602,8 +620,11 @@ class Evaluate(pl.Callback):
         if trainer.sanity_checking or leaving(trainer) or not playable(trainer):
             return
         results = self.run(trainer, pl_module, self.episodes, self.seed)
-        if leaving(trainer):
-            return  # broken off: its numbers would be of too few and too short episodes
+        if leaving(trainer):  # its numbers would be of too few and too short episodes
+            self._broken_off = trainer.should_stop = True
+            checkpoint: Any = trainer.checkpoint_callback
+            checkpoint.save_last_now(trainer, pl_module)
+            return
         for name, part in (results.tasks or {"": results}).items():
             if self.results is None and "normalized" in part.summary("") and trainer.is_global_zero:
                 print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Dream video and demo report, after a real fit with evaluation."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -94,6 +95,39 @@ def test_evaluation_leaves_training_as_it_was(make_trainer):
 
     with_it, without = train(2), train(1000)
     assert all(torch.equal(with_it[k], without[k]) for k in with_it)
+
+
+def test_an_evaluation_that_a_signal_has_broken_off_comes_when_training_goes_on(make_trainer, tmp_path):
+    def train(name, ckpt=None, signalled=False):
+        logger, data = Artifacts(), ImageData()
+        evaluate = Evaluate(episodes=3, windows=8, window_length=8)
+        play = evaluate.run
+
+        def run(*args):
+            results = play(*args)
+            signal.raise_signal(signal.SIGTERM)
+            return results
+
+        evaluate.run = run if signalled else play
+        trainer = make_trainer(
+            ResumableCheckpoint(every_n_minutes=0), evaluate, logger=logger,
+            max_steps=6, val_check_interval=2, default_root_dir=tmp_path / name,
+        )  # fmt: skip
+        tiny.pl.seed_everything(0)
+        module = DummyModule()
+        trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
+        seen = [(step, m["eval/return"]) for step, m in logger.metrics if "eval/return" in m]
+        return trainer, seen, tiny.digest(module, trainer, data)
+
+    _, whole, expected = train("whole")
+    trainer, seen, _ = train("stopped", signalled=True)
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert trainer.global_step == 2  # before another update
+    assert not seen
+    _, seen, digest = train("stopped", last)
+    assert seen == whole
+    assert [step for step, _ in seen] == [2, 4, 6]
+    assert str(digest["weights"]) == str(expected["weights"])
 
 
 def test_dream_videos_are_written_at_evaluation_and_for_the_report(make_trainer, tmp_path):
