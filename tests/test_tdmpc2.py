@@ -126,6 +126,27 @@ def decoded(logits: Tensor, model: Any) -> Tensor:
 # --- The verbs ------------------------------------------------------------------------------------------
 
 
+def test_no_gradient_explodes_where_the_references_entropy_has_a_pole() -> None:
+    model, z = make_module(Spaces(VECTOR.obs, {"action": Spec("float32", (1,))})).model, torch.zeros(1, 16)
+    z = z[:, :1].expand(1, model.latent_dim) + 1 / model.latent_dim
+
+    def log_prob(eps: float) -> float:
+        return -model.pi(z, None, None, torch.tensor([[eps]])).entropy.item()
+
+    low, high = 0.0, 4.0  # of a sample that is less and less likely
+    assert log_prob(low) > 0 > log_prob(high)
+    while abs(log_prob((low + high) / 2)) > 5e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_prob(middle) > 0 else (low, middle)
+    eps = torch.tensor([[(low + high) / 2]])
+    weights = list(model.policy.parameters())
+    found = torch.autograd.grad(model.pi(z, None, None, eps).scaled_entropy.sum(), weights)
+    log_std = model.pi(z, None, None, eps).log_std
+    limit = torch.autograd.grad(log_std.sum(), weights)  # -(-eps^2 / 2 - log_std - ...)
+    for a, b in zip(found, limit, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_verbs_on_every_kind_of_input(kind: str) -> None:
     module, (spaces, _) = of_kind(kind), KINDS[kind]
