@@ -206,6 +206,12 @@ class ResumableCheckpoint(ModelCheckpoint):
 
     # --- Saving ------------------------------------------------------------------------------------
 
+    def break_off(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """End the training in an evaluation: save before another update, unless that was done before it."""
+        trainer.should_stop = True
+        if int(pl_module.updates) != self._saved_at:
+            self.save_last_now(trainer, pl_module)
+
     def save_last_now(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the folder, then ``last.ckpt`` that names it, then delete older folders.
 

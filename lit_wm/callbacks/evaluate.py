@@ -485,7 +485,7 @@ class Evaluate(pl.Callback):
         self.prediction: Tensors | None = None
         self.measured_at = -1  # updates when errors and prediction were taken
         self.played_at = -1  # and when the episodes were played
-        self._broken_off = False  # by a signal: the resumed training begins with it
+        self._owed = False  # the evaluation of this update: one that resumes begins with it
         self._envs: dict[str | None, Any] = {}  # by task
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -500,19 +500,25 @@ class Evaluate(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Whether an evaluation is owed."""
-        return {"broken_off": self._broken_off}
+        return {"owed": self._owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The same; checkpoints of older versions owe none."""
-        self._broken_off = bool(state_dict.get("broken_off"))
+        self._owed = bool(state_dict.get("owed"))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Let the training begin with the evaluation that was broken off, if one is due here still."""
-        if self._broken_off:
-            # Lightning goes on so with a validation that was interrupted between two of its batches.
-            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
-            trainer.fit_loop.epoch_loop.val_loop.restarting = False  # and with the first of them
-        self._broken_off = False
+        """Let a training that was stopped before or in an evaluation begin with it, if it is still due."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        if self._owed and loop.restarting:
+            # So Lightning goes on with a validation that was interrupted between two of its batches ...
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            loop.val_loop.restarting = False  # ... here with the first of them.
+            loop._batches_that_stepped -= loop.restarted_on_train_batch_end  # it will count this one twice
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Know what is due before a checkpoint of this update is saved; it is the last of the callbacks."""
+        done, every = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+        self._owed = bool(every and done % every == 0)
 
     def run(
         self, trainer: pl.Trainer, module: Any, episodes: int, seed: int, record: bool = False
@@ -617,14 +623,13 @@ class Evaluate(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Play, measure, log; nothing where datasets name no environment to play in."""
-        if trainer.sanity_checking or leaving(trainer) or not playable(trainer):
+        if trainer.sanity_checking or not playable(trainer):
             return
-        results = self.run(trainer, pl_module, self.episodes, self.seed)
-        if leaving(trainer):  # its numbers would be of too few and too short episodes
-            self._broken_off = trainer.should_stop = True
-            checkpoint: Any = trainer.checkpoint_callback
-            checkpoint.save_last_now(trainer, pl_module)
+        results = None if leaving(trainer) else self.run(trainer, pl_module, self.episodes, self.seed)
+        if results is None or leaving(trainer):  # its numbers would be of too few and too short episodes
+            trainer.checkpoint_callback.break_off(trainer, pl_module)  # type: ignore[union-attr]
             return
+        self._owed = False
         for name, part in (results.tasks or {"": results}).items():
             if self.results is None and "normalized" in part.summary("") and trainer.is_global_zero:
                 print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)

@@ -97,37 +97,50 @@ def test_evaluation_leaves_training_as_it_was(make_trainer):
     assert all(torch.equal(with_it[k], without[k]) for k in with_it)
 
 
-def test_an_evaluation_that_a_signal_has_broken_off_comes_when_training_goes_on(make_trainer, tmp_path):
-    def train(name, ckpt=None, signalled=False):
+@pytest.mark.parametrize("place", ["an episode", "held-out batches", "the update before"])
+def test_an_evaluation_that_a_signal_prevents_comes_when_training_goes_on(make_trainer, tmp_path, place):
+    class Module(DummyModule):
+        def policy(self, obs, state=None, is_first=None, mode="train", noise=None):
+            told("an episode" if mode == "eval" else "training")
+            return super().policy(obs, state, is_first, mode, noise)
+
+        def validation_step(self, batch, batch_idx):
+            told("held-out batches")
+
+    class Update(tiny.pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            told("the update before" if pl_module.updates == 2 else "another")
+
+    def told(where):
+        if where == place and signals:
+            signal.raise_signal(signals.pop())
+
+    def train(name, ckpt=None):
         logger, data = Artifacts(), ImageData()
         evaluate = Evaluate(episodes=3, windows=8, window_length=8)
-        play = evaluate.run
-
-        def run(*args):
-            results = play(*args)
-            signal.raise_signal(signal.SIGTERM)
-            return results
-
-        evaluate.run = run if signalled else play
         trainer = make_trainer(
-            ResumableCheckpoint(every_n_minutes=0), evaluate, logger=logger,
+            Update(), evaluate, ResumableCheckpoint(every_n_minutes=0), logger=logger,
             max_steps=6, val_check_interval=2, default_root_dir=tmp_path / name,
         )  # fmt: skip
         tiny.pl.seed_everything(0)
-        module = DummyModule()
+        module = Module()
         trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
         seen = [(step, m["eval/return"]) for step, m in logger.metrics if "eval/return" in m]
-        return trainer, seen, tiny.digest(module, trainer, data)
+        return trainer, seen, module.state_dict()
 
-    _, whole, expected = train("whole")
-    trainer, seen, _ = train("stopped", signalled=True)
-    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    signals = []
+    trainer, whole, expected = train("whole")
+    assert [step for step, _ in whole] == [2, 4, 6]
+    counted = trainer.fit_loop.epoch_loop._batches_that_stepped
+    signals = [signal.SIGTERM]
+    trainer, seen, _ = train("stopped")
     assert trainer.global_step == 2  # before another update
+    assert not signals
     assert not seen
-    _, seen, digest = train("stopped", last)
+    trainer, seen, weights = train("stopped", tmp_path / "stopped" / "checkpoints" / "last.ckpt")
     assert seen == whole
-    assert [step for step, _ in seen] == [2, 4, 6]
-    assert str(digest["weights"]) == str(expected["weights"])
+    assert all(torch.equal(weights[k], expected[k]) for k in expected)
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == counted
 
 
 def test_dream_videos_are_written_at_evaluation_and_for_the_report(make_trainer, tmp_path):
