@@ -13,8 +13,8 @@ expert is the checkpoint without random actions. ``METHOD+OPTION`` adds options 
 ``tdmpc2+ensemble``.
 
 ``online``: the last offline checkpoint of each method goes on in the environment, beside the dataset and, as
-ablations of DreamerV3, without it or at the full learning rate (:data:`ARMS`). What counts is the worst
-evaluation, relative to the offline score.
+ablations of DreamerV3, without it or at its configuration's rate and warm-up (:data:`ARMS`). What counts is
+the worst evaluation, relative to the offline score.
 
 ``demos``: env steps until the robot reaches its goals, alone, with 50 drives of the shipped checkpoint, and
 with pretraining on them as well.
@@ -81,6 +81,7 @@ TASKS = {
                   {"reward_scaler": ("ConstantShift", {"shift": -1.0}), "expectile": 0.9,
                    "weight_temp": 10.0}, {"repeat": 2}, {"data.batch_length": 16, "model.horizon": 50.0}),
 }  # fmt: skip
+MODELS = ["dreamer", "tdmpc2"]
 UPDATES = {"dreamer": 10_000, "tdmpc2": 5_000, "bc": 10_000, "iql": 30_000}
 OPTIONS: dict[str, dict[str, Json]] = {
     "ensemble": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement": 1.0}),
@@ -214,7 +215,8 @@ class Proofs:
     def train(self, proof: Proof, seed: int, run: Path) -> None:
         """Train one of our models, and note with which code."""
         train(proof, seed, run)
-        self.commits.add(str(json.loads((run / "run.json").read_text())["git"]["commit"])[:7])
+        git = json.loads((run / "run.json").read_text())["git"] or {"commit": "unknown", "changed": []}
+        self.commits.add(f"{git['commit'][:7]}{' with changes' * bool(git['changed'])}")
 
     def parallel(self, jobs: list[Any], work: Any) -> list[Any]:
         with ThreadPoolExecutor(self.given.jobs) as pool:
@@ -240,7 +242,7 @@ class Proofs:
                 rows.append({"task": name, "method": method, "returns": returns, "scores": scores,
                              "updates": reports[0]["updates"],
                              "processor_minutes": [r["processor_minutes"] for r in reports]})  # fmt: skip
-            for model in ("dreamer", "tdmpc2"):
+            for model in MODELS:
                 if {model, "bc", "iql"} <= set(methods):
                     bound = max(table[name, "bc"], 0.9 * table[name, "iql"])
                     verdicts.append((name, model, table[name, model] >= bound))
@@ -256,17 +258,23 @@ class Proofs:
         lines += [f"- {model} on {name}: at least cloning, and 0.9 of IQL: {'kept' if ok else 'NOT kept'}"
                   for name, model, ok in verdicts]  # fmt: skip
         for name, task in ((n, TASKS[n]) for n in names):
-            lines.append(f"- {name}: {task.episodes} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
-                         f"random actions, {task.episodes} of a random player"
+            number = 3 if self.given.tiny else task.episodes
+            lines.append(f"- {name}: {number} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
+                         f"random actions, {number} of a random player"
                          + "".join(f"; DreamerV3's {k} is {v:g}" for k, v in task.offline.items())
+                         + (f"; {task.env_options} for all but the expert" if task.env_options else "")
                          )  # fmt: skip
+        for method in (m for m in methods if "+" in m):
+            model, *added = method.split("+")
+            options = {k: v for option in added for k, v in OPTIONS[option][model].items()}
+            lines.append(f"- {method}: {', '.join(f'{k} {v}' for k, v in options.items())}")
         bars = {m: [table[n, m] for n in names] for m in dict.fromkeys(m for _, m in table)}
-        title = "offline" if {"bc", "iql"} & set(methods) else "offline-options"
+        title = "offline" if methods == ["bc", "iql", *MODELS] else "offline-options"
         self.write("offline", title, lines, {"rows": rows, "references": references}, bars=(names, bars))
         return all(ok for *_, ok in verdicts)
 
     def prove_online(self) -> bool:
-        """Offline checkpoints that go on online, with and without the data that they come from."""
+        """Offline checkpoints that go on online, DreamerV3's in all :data:`ARMS`."""
         jobs = [(n, m, s, arm) for n in self.given.task for m in self.given.methods
                 for s in self.given.seeds for arm in ARMS
                 if arm == "kept" or m.startswith("dreamer")]  # fmt: skip
@@ -292,6 +300,10 @@ class Proofs:
         lines += [
             "",
             f"With the dataset kept never below 80 % of the offline score: {sum(kept)} of {len(kept)}.",
+            "",
+            f"kept: the dataset is half of each batch; DreamerV3 has {GENTLE['dreamer']} in place of its "
+            "configuration's. alone: without the dataset. steep: with it, at the configuration's rate and "
+            "warm-up.",
         ]
         curves = {
             (r["task"], r["method"]): [
@@ -301,9 +313,8 @@ class Proofs:
             ]
             for r in rows
         }
-        self.write(
-            "online", "offline-to-online", lines, {"rows": rows}, curves=curves, label="normalised score"
-        )
+        title = "offline-to-online" if self.given.methods == MODELS else "offline-to-online-options"
+        self.write("online", title, lines, {"rows": rows}, curves=curves, label="normalised score")
         return all(kept)
 
     def go_on(self, name: str, method: str, seed: int, arm: str) -> Path:
@@ -399,7 +410,8 @@ class Proofs:
             ax.legend(frameon=not bars, fontsize=7, **beside)
         figure.tight_layout()
         figure.savefig(out / f"{title}.png", dpi=110)
-        words = [proof, *(("--methods", *self.given.methods) if title == "offline-options" else ())]
+        words = [proof, *(("--methods", *self.given.methods) if title.endswith("options") else ())]
+        words += ["--tiny"] if self.given.tiny else []
         words += [] if self.given.task == list(TASKS) or proof == "demos" else ["--task", *self.given.task]
         command = " ".join(["python benchmarks/prove_offline.py", *words])
         seeds = ", ".join(map(str, self.given.seeds))
@@ -417,8 +429,8 @@ class Proofs:
             known["d3rlpy"] = metadata.version("d3rlpy")
         told = ", ".join(f"{k} {v}" for k, v in known.items())
         trained = ", ".join(sorted(self.commits)) or "none"
-        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. {told}. Commits of the "
-                 f"trainings: {trained}; of the page: {commit or 'unknown'}.", ""]  # fmt: skip
+        page += ["", f"![{title}]({title}.png)", "", f"Machine: {machine()}. {told}. Last commits of "
+                 f"the trainings: {trained}; of the page: {commit or 'unknown'}.", ""]  # fmt: skip
         (out / f"{title}.md").write_text("\n".join(page))
         (out / f"{title}.json").write_text(json.dumps(record) + "\n")
         print("\n".join(lines))
@@ -505,11 +517,11 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "prove")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, help="benchmarks/results; with --tiny beside the runs")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
-    both = ["dreamer", "tdmpc2"]
-    given.methods = given.methods or (["bc", "iql", *both] if given.proof == "offline" else both)
+    given.methods = given.methods or (["bc", "iql", *MODELS] if given.proof == "offline" else MODELS)
+    given.out = given.out or (given.runs / "tiny" if given.tiny else ROOT / "benchmarks" / "results")
     for method in given.methods:
         model, *added = method.split("+")
         if model not in UPDATES or any(model not in OPTIONS.get(option, {}) for option in added):

@@ -680,8 +680,8 @@ class TDMPC2(WorldModel):
         gauss = (-0.5 * eps.square() - log_std - LOG_SQRT_2PI).sum(-1)
         action = torch.tanh(mean + eps * log_std.exp())
         log_prob = gauss - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1)
-        # Reduces to -size * gauss; written, and differentiated, as the reference does, but for its pole: the
-        # gradient of one sample with log_prob ~ 1e-7 there is ten thousand times that of a whole batch.
+        # -size * gauss but for rounding; written, and differentiated, as the reference does, except at its
+        # pole: there one sample with log_prob ~ 1e-7 has ten thousand times the gradient of a whole batch.
         near = log_prob.masked_fill(log_prob.abs() < 1e-3, 1e-3)
         scaled = -near * (size * gauss / (near + 1e-8))
         return Policy(action, mean.tanh(), -log_prob, scaled, log_std=log_std)

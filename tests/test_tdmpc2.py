@@ -5,6 +5,7 @@ within several processes, and one clear sentence for each thing it cannot do.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,25 +127,31 @@ def decoded(logits: Tensor, model: Any) -> Tensor:
 # --- The verbs ------------------------------------------------------------------------------------------
 
 
-def test_no_gradient_explodes_where_the_references_entropy_has_a_pole() -> None:
-    model, z = make_module(Spaces(VECTOR.obs, {"action": Spec("float32", (1,))})).model, torch.zeros(1, 16)
-    z = z[:, :1].expand(1, model.latent_dim) + 1 / model.latent_dim
+@pytest.mark.parametrize("kind", ["vector", "tasks"])
+def test_no_gradient_explodes_where_the_references_entropy_has_a_pole(kind: str) -> None:
+    model, z = of_kind(kind).model, torch.full((1, 16), 1 / 8)
+    z = z[:, :1].expand(1, model.latent_dim)
+    task = torch.tensor([0]) if kind == "tasks" else None  # one of the three action entries
+    emb, A = (None, 3) if task is None else (model.embed(task), 1)
 
-    def log_prob(eps: float) -> float:
-        return -model.pi(z, None, None, torch.tensor([[eps]])).entropy.item()
+    def policy(eps: float) -> Any:  # farther from the mean: less likely
+        return model.pi(z, emb, task, torch.full((1, 3), eps))
 
-    low, high = 0.0, 4.0  # of a sample that is less and less likely
-    assert log_prob(low) > 0 > log_prob(high)
-    while abs(log_prob((low + high) / 2)) > 5e-7:
+    low, high = 0.0, 6.0
+    assert policy(low).entropy < 0 < policy(high).entropy
+    for _ in range(60):  # to the neighbours in float32
         middle = (low + high) / 2
-        low, high = (middle, high) if log_prob(middle) > 0 else (low, middle)
-    eps = torch.tensor([[(low + high) / 2]])
+        low, high = (middle, high) if policy(middle).entropy < 0 else (low, middle)
+    found = policy(low)
+    assert found.entropy.abs() < 3e-6
+    log_std = found.log_std.sum(-1)  # 0 of masked entries
+    gauss = -0.5 * A * low**2 - log_std - 3 * math.log(2 * math.pi) / 2
+    torch.testing.assert_close(found.scaled_entropy, -A * gauss, rtol=1e-4, atol=1e-5)
     weights = list(model.policy.parameters())
-    found = torch.autograd.grad(model.pi(z, None, None, eps).scaled_entropy.sum(), weights)
-    log_std = model.pi(z, None, None, eps).log_std
-    limit = torch.autograd.grad(log_std.sum(), weights)  # -(-eps^2 / 2 - log_std - ...)
-    for a, b in zip(found, limit, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    got = torch.autograd.grad(found.scaled_entropy.sum(), weights, retain_graph=True)
+    expected = torch.autograd.grad(A * log_std.sum(), weights)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
