@@ -262,7 +262,7 @@ class Proofs:
             lines.append(f"- {name}: {number} episodes of {task.expert}.ckpt with {task.epsilon:.0%} "
                          f"random actions, {number} of a random player"
                          + "".join(f"; DreamerV3's {k} is {v:g}" for k, v in task.offline.items())
-                         + (f"; {task.env_options} for all but the expert" if task.env_options else "")
+                         + "".join(f"; {k} {v} for all but the expert" for k, v in task.env_options.items())
                          )  # fmt: skip
         for method in (m for m in methods if "+" in m):
             model, *added = method.split("+")
@@ -297,11 +297,12 @@ class Proofs:
             lines.append(f"| {r['task']} | {r['method']} | {r['seed']} | {r['arm']} | {r['offline']:.1f} "
                          f"| {r['worst']:.1f} | {share:.2f} | {r['last']:.1f} |")  # fmt: skip
         kept = [r["worst"] >= 0.8 * r["offline"] for r in rows if r["arm"] == "kept"]
+        gentle = ", ".join(f"{k} {v:g}" for k, v in GENTLE["dreamer"].items())
         lines += [
             "",
             f"With the dataset kept never below 80 % of the offline score: {sum(kept)} of {len(kept)}.",
             "",
-            f"kept: the dataset is half of each batch; DreamerV3 has {GENTLE['dreamer']} in place of its "
+            f"kept: the dataset is half of each batch; DreamerV3 has {gentle} in place of its "
             "configuration's. alone: without the dataset. steep: with it, at the configuration's rate and "
             "warm-up.",
         ]
@@ -392,7 +393,7 @@ class Proofs:
         out, panels = self.given.out, list(curves) if curves else [""]
         out.mkdir(parents=True, exist_ok=True)
         size = (max(6.4, 4.2 * len(panels)), 3.6)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
         if bars:
             names, table = bars
             for i, (method, scores) in enumerate(table.items()):
@@ -444,7 +445,8 @@ def evaluations(run: Path) -> tuple[list[int], list[float]]:
             (int(float(r["step"])), float(r["step/env"])) for r in csv.DictReader(file) if r.get("step/env")
         ]
     axis, env = zip(*known, strict=True)
-    return [round(x) for x in np.interp(steps, axis, env)], returns
+    later = np.maximum(np.subtract(steps, axis[-1]), 0)  # environment steps too
+    return [round(x) for x in np.interp(steps, axis, env) + later], returns
 
 
 # --- d3rlpy -----------------------------------------------------------------------------------------
