@@ -60,6 +60,25 @@ def test_the_readme_repeats_the_recorded_offline_scores():
     assert not shown
 
 
+def test_the_guide_and_the_readme_repeat_what_was_recorded_online():
+    record = json.loads((ROOT / "benchmarks" / "results" / "offline-to-online.json").read_text())["rows"]
+    found: dict = {}
+    for row in record:
+        share = row["worst"] / row["offline"]
+        found.setdefault((row["method"], row["task"]), {}).setdefault(row["arm"], []).append(share)
+    table = (ROOT / "docs" / "offline.md").read_text().partition("offline-to-online.md)")[2]
+    lines = [line.strip("|").split("|") for line in table.partition("\n\n")[0].splitlines()[2:]]
+    for name, *cells in lines:
+        method, task = name.lower().replace("-", "").replace("dreamerv3", "dreamer").strip().split(", ")
+        arms = found.pop((method, task))
+        for arm, cell in zip(("kept", "alone", "steep"), cells, strict=True):
+            shown = [float(x) for x in cell.split(",") if x.strip()]
+            assert shown == pytest.approx(arms.get(arm, []), abs=0.0051)
+    assert not found
+    worst = min(row["worst"] / row["offline"] for row in record if row["arm"] == "kept")
+    assert f"never fell below {worst:.0%}".replace("%", " %") in (ROOT / "README.md").read_text()
+
+
 @pytest.fixture
 def proving(monkeypatch, tmp_path):
     """(prove, proof of four updates, run, file with the words of its training), which is done at once."""
