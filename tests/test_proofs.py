@@ -79,6 +79,17 @@ def test_the_guide_and_the_readme_repeat_what_was_recorded_online():
     assert f"never fell below {worst:.0%}".replace("%", " %") in (ROOT / "README.md").read_text()
 
 
+def test_the_guide_repeats_what_demonstrations_saved():
+    record = json.loads((ROOT / "benchmarks" / "results" / "robot-demos.json").read_text())["rows"]
+    table = (ROOT / "docs" / "offline.md").read_text().partition("robot-demos.md)")[2]
+    lines = [line.strip("|").split("|") for line in table.partition("\n\n")[0].splitlines()[2:]]
+    assert len(lines) == 3
+    for (_, cell), arm in zip(lines, ("alone", "demos", "demos+pretraining"), strict=True):
+        found = [row["env_steps"] for row in record if row["arm"] == arm]
+        shown = [None if "not" in x else int(x.replace(",", "")) for x in cell.split(";")]
+        assert shown == found
+
+
 @pytest.fixture
 def proving(monkeypatch, tmp_path):
     """(prove, proof of four updates, run, file with the words of its training), which is done at once."""
