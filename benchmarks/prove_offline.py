@@ -84,8 +84,8 @@ TASKS = {
 MODELS = ["dreamer", "tdmpc2"]
 UPDATES = {"dreamer": 10_000, "tdmpc2": 5_000, "bc": 10_000, "iql": 30_000}
 OPTIONS: dict[str, dict[str, Json]] = {
-    "ensemble": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement": 1.0}),
-    "limit": dict.fromkeys(("dreamer", "tdmpc2"), {"model.ensemble": 5, "model.disagreement_limit": 4.0}),
+    "ensemble": dict.fromkeys(MODELS, {"model.ensemble": 5, "model.disagreement": 1.0}),
+    "limit": dict.fromkeys(MODELS, {"model.ensemble": 5, "model.disagreement_limit": 4.0}),
     "bc": {"dreamer": {"model.loss_scales": {"bc": 1.0}}, "tdmpc2": {"model.bc_coef": 1.0}},
     "patience": {"dreamer": {"model.horizon": 333.0}},  # the default
     "policy": {"tdmpc2": {"model.planner": "policy", "model.planner_options": {}}},

@@ -623,13 +623,17 @@ class Evaluate(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Play, measure, log; nothing where datasets name no environment to play in."""
-        if trainer.sanity_checking or not playable(trainer):
+        if trainer.sanity_checking:
             return
-        results = None if leaving(trainer) else self.run(trainer, pl_module, self.episodes, self.seed)
-        if results is None or leaving(trainer):  # its numbers would be of too few and too short episodes
+        results = None
+        if playable(trainer) and not leaving(trainer):
+            results = self.run(trainer, pl_module, self.episodes, self.seed)
+        if leaving(trainer):  # its numbers would be of too few and too short episodes
             trainer.checkpoint_callback.break_off(trainer, pl_module)  # type: ignore[union-attr]
             return
         self._owed = False
+        if results is None:
+            return
         for name, part in (results.tasks or {"": results}).items():
             if self.results is None and "normalized" in part.summary("") and trainer.is_global_zero:
                 print(f"eval/{name}{'/' * bool(name)}normalized: {part.reference}", file=sys.stderr)
