@@ -121,7 +121,7 @@ class DreamerV3Module(WorldModelModule):
         disagreement: what imagined steps cost, in reward per unit of the ensemble's disagreement beyond its
             mean in the data, which is 1; below 0 it is a bonus for exploration (docs/offline.md).
         disagreement_limit: imagined roll-outs end, with the value there, where the disagreement is larger;
-            None = nowhere.
+            plans avoid it. None = nowhere.
         start_from: checkpoint or run directory whose weights a new run begins with; optimisers and replay
             begin anew.
         start_partial: take from it what fits by name, shape and meaning; else all has to.
@@ -307,6 +307,7 @@ class Dream:
     weight: Tensor  # (H+1, N)
     returns: Tensor  # (H, N)
     disagreement: Tensor | None = None  # (H, N)
+    counted: Tensor | None = None  # (H, N), bool: before the end of a limited dream; None: all
     advantage: Tensor | None = None  # (H, N)
 
 
@@ -489,7 +490,7 @@ class DreamerV3(WorldModel):
             # 2. Imagination: what could happen? No gradient goes through the roll-out ------------------
             out.dream = dream = self.dream(post.detach(), noise)
             if self.training:
-                self.retnorm.update(dream.returns)
+                self.retnorm.update(dream.returns, dream.counted)
             offset, scale = self.retnorm.offset_scale()
             target = dream.slow if self.slowtar else dream.value
             dream.advantage = (dream.returns - target[:-1]) / scale
@@ -574,7 +575,7 @@ class DreamerV3(WorldModel):
         if not self.contdisc:
             weight = weight / (1 - 1 / self.horizon)
         lam: float | Tensor = self.lam
-        doubt = alive = None
+        doubt = alive = counted = None
         if self.doubts:
             taken = torch.stack([self.flat(a, start.task, feats.dtype) for a in actions])
             x = torch.cat([feats[:-1], taken], -1)
@@ -589,10 +590,11 @@ class DreamerV3(WorldModel):
         boot = slow_value if self.slowtar else value
         returns = lambda_return(reward.T, cont.T, boot.T, lam).T  # (H, N)
         if alive is not None:
-            returns = torch.where(alive[:-1] > 0, returns, boot[:-1])
+            counted = alive[:-1] > 0
+            returns = torch.where(counted, returns, boot[:-1])
         return Dream(
             feats, actions, reward, cont, value, slow_value, value_logits, log_probs, dist, weight, returns,
-            doubt,
+            doubt, counted,
         )  # fmt: skip
 
     def policy_loss(self, dream: Dream) -> Tensor:
@@ -802,6 +804,7 @@ class DreamerV3(WorldModel):
         if self.task_spaces is not None:
             actions = self.task_spaces.beside(actions, state.task.view(N, 1, 1))  # type: ignore[union-attr]
         total, weight = actions.new_zeros(()), actions.new_ones(())
+        lives, within, beyond = weight, weight, total
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         before = self.feat(state).repeat_interleave(S, 0) if self.doubts else None
         for step, feat in enumerate(self.dyn.branch(state, actions.to(self.compute_dtype), race), 1):
@@ -809,15 +812,19 @@ class DreamerV3(WorldModel):
                 x = torch.cat([before, actions[:, :, step - 1].flatten(0, 1).to(before.dtype)], -1)
                 doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]
                 if self.disagreement_limit is not None:  # from here on the model is not trusted
-                    trusted = (doubt <= self.disagreement_limit).float()
-                    ended = two_hot_mean(self.val(before).softmax(-1), self.bins)
-                    total, weight = total + weight * (1 - trusted) * ended, weight * trusted
+                    ends = ((doubt > self.disagreement_limit) & (lives > 0.5)).float()
+                    value = two_hot_mean(self.val(before).softmax(-1), self.bins)
+                    total, weight = total + weight * ends * value, weight * (1 - ends)
+                    within = within * (1 - ends)
+                    beyond = beyond + (1 - within)
                 total, before = total - weight * self.price(doubt), feat
             heads = [self.rew, self.con] + [self.val] * (step == H)
             rew, con, *val = batched_heads(feat, heads)
             total = total + weight * two_hot_mean(rew.softmax(-1), self.bins)
-            weight = weight * gamma * con.squeeze(-1).sigmoid()
-        return (total + weight * two_hot_mean(val[0].softmax(-1), self.bins)).view(N, S)
+            con = con.squeeze(-1).sigmoid()
+            weight, lives = weight * gamma * con, lives * con
+        total = total + weight * two_hot_mean(val[0].softmax(-1), self.bins)
+        return self.within_limit(total.view(N, S), beyond)
 
     # --- The verbs ----------------------------------------------------------------------------------
 

@@ -73,14 +73,20 @@ class ReturnNorm(nn.Module):
         self.register_buffer("percentiles", torch.tensor([low, high]), persistent=False)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Move the statistics towards those of ``x`` (any shape)."""
-        flat = gather_values(x)
+    def update(self, x: Tensor, counted: Tensor | None = None) -> None:
+        """Move the statistics towards those of ``x`` (any shape), or of its ``counted`` entries (bool); where
+        none counts they stay.
+        """
+        flat = gather_values(x if counted is None else torch.where(counted, x, torch.nan))
         if self.impl == "perc":
-            lo, hi = torch.quantile(flat, self.percentiles)
-        else:
+            lo, hi = (torch.quantile if counted is None else torch.nanquantile)(flat, self.percentiles)
+        elif counted is None:
             lo, hi = flat.mean(), flat.square().mean()
+        else:
+            lo, hi = flat.nanmean(), flat.square().nanmean()
         for old, new in ((self.lo, lo), (self.hi, hi), (self.corr, torch.ones_like(self.corr))):
+            if counted is not None:
+                new = torch.where(lo.isnan(), old, new)
             old.mul_(1 - self.rate).add_(new, alpha=self.rate)
 
     def offset_scale(self) -> tuple[Tensor, Tensor]:

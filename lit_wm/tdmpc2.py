@@ -100,7 +100,7 @@ class TDMPC2Module(WorldModelModule):
         disagreement: what planned steps and actions of the policy cost, in reward per unit of the ensemble's
             disagreement beyond its mean in the data, which is 1; below 0 it is a bonus for exploration
             (docs/offline.md).
-        disagreement_limit: planned roll-outs end, with the value there, where the disagreement is larger;
+        disagreement_limit: plans avoid steps where the disagreement is larger, and end before them;
             None = nowhere. Needs a planner: the policy does not learn in imagination.
         freeze: names of parts that are not trained, of encoder, dynamics, reward, termination,
             task_embedding, policy and critic.
@@ -829,7 +829,8 @@ class TDMPC2(WorldModel):
             return values - self.penalty(x)
 
         z, total = state.deter, a.new_zeros((), dtype=torch.float32)
-        discount = alive = torch.ones_like(total)
+        discount = lives = within = torch.ones_like(total)  # within: before the limit of the disagreement
+        beyond = torch.zeros_like(total)
         for step in range(H):
             z, out, cost = z.to(self.compute_dtype), [], torch.zeros_like(total)
             if self.doubts:
@@ -838,21 +839,23 @@ class TDMPC2(WorldModel):
                 doubt = self.ensemble.disagreement(x)  # type: ignore[union-attr]
                 cost = self.price(doubt)
                 if self.disagreement_limit is not None:  # from here on the model is not trusted
-                    trusted = (doubt <= self.disagreement_limit).float()
+                    ends = ((doubt > self.disagreement_limit) & (lives > 0.5)).float()
                     value = value_at(here, t * H + step, "plan/ended")
-                    total = total + discount * alive * (1 - trusted) * value
-                    alive = alive * trusted
+                    total = total + discount * lives * within * ends * value
+                    within = within * (1 - ends)
+                    beyond = beyond + (1 - within)
             for net, w_z, w_a, bias in parts:
                 h = F.linear(a[step], w_a).view(N, S, -1)
                 h = h.add_(F.linear(z, w_z).unsqueeze(1) + bias if step == 0 else bias).view(N * S, -1)
                 out.append(net.after_first(h if step == 0 else h.addmm_(z, w_z.T)))
             reward, z = symlog_two_hot_mean(out[0], self.bins), out[1]
-            total = total + discount * alive * (reward - cost)
+            total = total + discount * lives * within * (reward - cost)
             discount = discount * gamma
             if self.episodic:
                 ends = self.termination(z.to(self.compute_dtype)).squeeze(-1).sigmoid()
-                alive = alive * (1 - (ends if deterministic else (ends > 0.5).float()))
-        return (total + discount * alive * value_at(z, t)).view(N, S)
+                lives = lives * (1 - (ends if deterministic else (ends > 0.5).float()))
+        total = total + discount * lives * within * value_at(z, t)
+        return self.within_limit(total.view(N, S), beyond)
 
     # --- The verbs ----------------------------------------------------------------------------------
 

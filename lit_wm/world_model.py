@@ -22,6 +22,7 @@ from lit_wm.tasks import Task
 from lit_wm.types import Spaces, Spec, State, Tensors, Trajectory
 
 MODES = ("train", "eval", "greedy")
+APART = 100.0  # in values; at MPPI's temperature a weight of e^-50
 
 
 class WorldModel(nn.Module, ABC):
@@ -101,6 +102,19 @@ class WorldModel(nn.Module, ABC):
     def price(self, doubt: Tensor) -> Tensor:
         """What steps of this disagreement cost: nothing up to the mean in the data, which is 1."""
         return self.disagreement * (doubt.clamp(min=1) - 1)
+
+    def within_limit(self, value: Tensor, beyond: Tensor) -> Tensor:
+        """Value of plans, those last that go ``beyond`` the limit of the disagreement for more steps.
+        (N, S), (N * S) -> (N, S)
+
+        A plan that merely ended there would be worth the policy's value, more than most: the search
+        would find just that.
+        """
+        if self.disagreement_limit is None:
+            return value
+        beyond, known = beyond.view_as(value), value.detach().nan_to_num(0, 0, 0)
+        reach = APART + known.amax(1, keepdim=True) - known.amin(1, keepdim=True)
+        return value - (beyond - beyond.amin(1, keepdim=True)) * reach
 
     def source(self, noise: Noise | None) -> Noise:
         """``noise``, or the model's own streams, which follow it to its device while they are unused."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_wm.errors import ConfigError
 from lit_wm.nets.ensemble import Ensemble
 from lit_wm.noise import NoiseStreams
+from lit_wm.planners import CEM, MPPI, Random
 from lit_wm.types import Spaces, Spec, State
 
 
@@ -149,6 +150,28 @@ def test_a_dream_that_is_not_trusted_says_nothing_of_its_rewards() -> None:
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("return_norm", ["perc", "meanstd"])
+def test_values_after_the_end_say_nothing_of_the_scale_of_returns(return_norm: str) -> None:
+    """The critic does not learn there: what it says is arbitrary."""
+    scales, ends = [], torch.tensor([1.0, 1, 9, 9]).unsqueeze(1)
+    for noise in (0.0, 50.0):
+        model = make_module("dreamerv3", ensemble=3, disagreement_limit=2.0, return_norm=return_norm).model
+        model.ensemble.disagreement = lambda x: ends.expand(x.shape[:-1])
+        whole = model.dream
+
+        def dream(*args: Any, whole: Any = whole, noise: float = noise) -> Any:
+            out = whole(*args)
+            out.returns = out.returns + noise * torch.randn(out.returns.shape) * (ends > 2)
+            return out
+
+        model.dream = dream
+        with torch.no_grad():
+            model.loss(make_batch(), model.initial(3), NoiseStreams(0))
+        scales.append([model.retnorm.lo, model.retnorm.hi, model.retnorm.corr])
+    assert scales[0][1] != 0
+    assert scales[0] == scales[1]
+
+
 @BOTH
 @pytest.mark.parametrize("coefficient", [0.5, -0.5])
 def test_what_planned_steps_cost(kind: str, coefficient: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +297,63 @@ def test_dreamers_plans_end_where_the_limit_is_passed(monkeypatch: pytest.Monkey
         feat = model.feat(state)
         expected = (model.val(feat).softmax(-1) * model.bins).sum(-1).unsqueeze(1).expand(2, 3)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@BOTH
+@pytest.mark.parametrize("planner", [MPPI, CEM, Random])
+def test_plans_stay_where_the_data_were(kind: str, planner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value at the start is more than what any plan earns: a plan that ended there would be the best."""
+    model = make_module(kind, ensemble=3, disagreement_limit=2.0).model.eval()
+    far, beside = 0.7, slice(-2, None)
+
+    def doubt(x: Tensor) -> Tensor:
+        return torch.where(x[..., beside].abs().amax(-1) > far, 9.0, 1.0)
+
+    monkeypatch.setattr(model.ensemble, "disagreement", doubt)
+    if kind == "dreamerv3":
+        monkeypatch.setattr(model, "bins", torch.linspace(-3, 3, len(model.bins)))
+        with torch.no_grad():
+            model.val.output.bias[-1] += 9
+    else:
+        monkeypatch.setattr(model, "drawn_values", lambda net, x, *_, **__: torch.full((1, len(x)), 30.0))
+    search = planner(num_pi_trajs=0, num_samples=256, **({} if planner is Random else {"num_elites": 8}))
+    with torch.no_grad():
+        action, _ = model.act({"obs": torch.randn(16, 5)}, noise=NoiseStreams(0), planner=search)
+    assert (action["action"].abs() <= far).all()
+    assert action["action"].abs().max() > 0.1
+
+
+@BOTH
+def test_what_comes_after_the_end_is_within_the_limit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States beyond the goal were never recorded: that must not keep a plan from the goal."""
+    dreamer, found = kind == "dreamerv3", {}
+    options = {"disagreement_limit": 2.0} | ({} if dreamer else {"episodic": True})
+    for ended in (True, False):
+        model = make_module(kind, ensemble=3, **options).model.eval()
+        with torch.no_grad():  # continues of DreamerV3, terminations of TD-MPC2
+            head = model.con.output if dreamer else model.termination[-1]
+            head.bias += 50.0 if ended is not dreamer else -50.0
+        state = (
+            State(torch.randn(1, 32), torch.eye(4).expand(1, 4, 4)) if dreamer else State(torch.rand(1, 16))
+        )
+        steps = iter([1.0, 9.0, 9.0])
+        monkeypatch.setattr(model.ensemble, "disagreement", lambda x, s=steps: fixed(next(s))(x))
+        monkeypatch.setattr(model, "within_limit", lambda value, beyond: beyond)
+        with torch.no_grad():
+            found[ended] = model.value(state, torch.rand(1, 4, 3, 2), NoiseStreams(0))
+    assert (found[True] == 0).all()
+    assert (found[False] == 2).all()
+
+
+def test_plans_beyond_the_limit_come_last() -> None:
+    model = make_module("tdmpc2", ensemble=3, disagreement_limit=2.0).model
+    value = torch.tensor([[5.0, 1.0, 3.0, float("nan")], [5.0, 1.0, 3.0, -2.0]])
+    beyond = torch.tensor([1.0, 0, 2, 0, 2, 2, 2, 2])
+    found = model.within_limit(value, beyond)
+    assert found[0, 1] == 1
+    assert found[0, 0] < -90
+    assert found[0, 2] < found[0, 0]
+    assert torch.equal(found[1], value[1])  # all alike: nothing to choose by but the values
 
 
 def test_imagined_roll_outs_end_where_the_limit_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
