@@ -920,6 +920,7 @@ class ReplayDataModule(LightningDataModule):
         the same in every process.
         """
         state: dict[str, Any] = {"env_steps": self.env_steps, "mean_frames": self.mean_frames()}
+        state["drawn_from"] = self._drawn_from()
         if self.env is None and self.replay is not None:
             self._rewind()
             state["stream"] = self.replay.state_dict()
@@ -927,8 +928,20 @@ class ReplayDataModule(LightningDataModule):
             state["draws"] = dict(draws)
         return state
 
+    def _drawn_from(self) -> str:
+        n = len(self.sources)
+        sources, env = [f"{n} source{'s' * (n != 1)}"], ["an environment"]
+        return " and ".join(sources * bool(n) + env * (self.env is not None))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`. Raises CheckpointError if a training would go on with other data."""
+        before, now = state_dict.get("drawn_from", self._drawn_from()), self._drawn_from()
+        if before != now and self.replay is not None:
+            raise CheckpointError(
+                f"the checkpoint's run drew from {before}, this one would from {now}.\n"
+                "  Go on with the same data.sources and data.env. For others begin a new run from its "
+                "weights: model.start_from in place of --ckpt_path."
+            )
         self._restored = state_dict
         self._steps_before = state_dict["env_steps"] - self._totals[0]
         if "draws" in state_dict and self.replay is not None:

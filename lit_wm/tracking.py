@@ -449,6 +449,7 @@ class RunRecord(Callback):
         same_run: bool = True,
     ):
         self.directory, self.config, self.logger, self.same_run = Path(directory), config, logger, same_run
+        self._written = False
 
     def state_dict(self) -> dict[str, Any]:
         """The MLflow run, so that a resumed training goes on in it."""
@@ -460,11 +461,22 @@ class RunRecord(Callback):
             self.logger.resume(run_id)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files once the checkpoint, if any, has been read."""
-        if not trainer.is_global_zero:
+        """Write the files of a new run."""
+        self._written = not trainer.is_global_zero
+        if self._written:
             return
         if self.logger is not None:
             self.logger.start()  # a store that does not answer ends this before there is a run
+        if not (self.directory / "config.yaml").exists():
+            self._write(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Write those of a run that goes on: now all of its checkpoint has been read, its replay too."""
+        if not self._written:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        self._written = True
         self.directory.mkdir(parents=True, exist_ok=True)
         config, record = self.directory / "config.yaml", self.directory / "run.json"
         config.write_text(self.config)

@@ -349,6 +349,33 @@ def test_held_out_episodes_are_shown_at_the_end_and_by_validate(offline, capsys)
     assert "no held-out episodes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("de", r"drew from 1 source, this one would from 2 sources\.\n.*same data.sources(.|\n)*start_from"),
+        ("e", r"Resume with the same data.sources"),
+    ],
+)
+def test_other_data_than_the_checkpoints_are_refused_and_leave_the_run_as_it_was(
+    offline, files, said, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(offline[0], run)
+    arrays = dict(np.load(offline[0].parents[2] / "d.npz"))
+    np.savez(tmp_path / "d.npz", **arrays)
+    np.savez(tmp_path / "e.npz", **{k: v[:80] for k, v in arrays.items()})
+    config = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
+    (source,) = config["sources"]
+    sources = [source | {"uri": f"npz:{tmp_path}/{name}.npz?dones_are=terminals"} for name in files]
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    argv = ["fit", "--ckpt_path", str(run), "--trainer.max_steps", "3"]
+    assert main([*argv, "--data.sources", json.dumps(sources)]) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert main(argv) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 3
+
+
 def test_best_can_be_what_foresees_held_out_episodes_best(offline):
     run, _ = offline
     losses = [row["val/loss/rew"] for row in validations(run)]
