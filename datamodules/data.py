@@ -630,9 +630,16 @@ class ReplayDataModule(LightningDataModule):
         if steps != self.batch_length:
             found = f"data.batch_length is {self.batch_length}"
             raise ConfigError(f"{found}; expected {steps}, one more than model.horizon")
-        # While an episode runs, whole windows of the one before must still be there.
         if self.env is None:
             return
+        first = getattr(module, "pretraining", None)
+        if first is not None and first.cloning and not self.sources:
+            raise ConfigError(
+                "the policy is to imitate recorded actions, and data.sources holds none.\n"
+                "  Give data.sources, or leave out model.pretrain.actor and the weight of cloning "
+                "(model.loss_scales.bc, model.bc_coef)."
+            )
+        # While an episode runs, whole windows of the one before must still be there.
         rows, most = self.capacity // self.world_size // num_envs, spaces.episode_length
         if self.within_episodes and most is not None and rows < (need := most + 1 + self.window):
             raise ConfigError(

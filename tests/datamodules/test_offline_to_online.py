@@ -213,6 +213,15 @@ def test_cloning_needs_no_rewards(tmp_path, demos, kind, way, capsys):
     data.close()
 
 
+@BOTH
+@pytest.mark.parametrize("way", ["pretrain", "bc"])
+def test_nobody_imitates_itself(tmp_path, kind, way):
+    """Without a dataset all rows are the model's own."""
+    model = {"loss_scales": {"bc": 0.5}} if kind is DreamerV3Module else {"bc_coef": 0.5}
+    with pytest.raises(ConfigError, match="imitate recorded actions, and data.sources holds none"):
+        fit(tmp_path, kind, 3, model if way == "bc" else {"pretrain": {"actor": 2}})
+
+
 def test_ends_that_a_model_cannot_know_are_refused(tmp_path):
     data = data_of(tmp_path, sources=["made:9,9,9,9"], windows="episode")
     with pytest.raises(
