@@ -76,7 +76,8 @@ class DreamerV3Module(WorldModelModule):
         squash: encode symlog of the vectors instead of their values.
         imag_length: imagined steps H per start state.
         imag_warmup: updates over which H rises from 1 to ``imag_length``; 0 = there from the start. Here and
-            in the other schedules those of pretraining and ``data.offline_updates`` count.
+            in the other schedules those of pretraining and ``data.offline_updates`` count; rates count the
+            updates of their part.
         imag_last: imagine from the last n steps of each row only, n >= 2; 0 = from all.
         horizon: discount horizon in steps, gamma = 1 - 1/horizon.
         contdisc: fold the discount into the continue head's target.

@@ -317,7 +317,8 @@ class WorldModelModule(pl.LightningModule):
             sums |= {
                 f"{name}/loss/{k}": (here * v.detach().reshape(len(v), -1).mean(1)).sum()
                 for k, v in rows.items()
-                if k not in self.of_rewards or rewarded is None or rewarded[number]
+                if (k not in self.of_rewards or rewarded is None or rewarded[number])
+                and (name, k) != ("env", "bc")  # the model's own actions are not cloned
             }
         return sums
 
