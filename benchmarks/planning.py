@@ -4,10 +4,10 @@
         [--episodes 20] [--planners policy mppi ...] [--options '{mppi: {num_samples: 256}}']
         [--horizon 3] [--max-ms 50] [--device cpu]
 
-writes benchmarks/results/planning.md. Each checkpoint plays in the environment that it was trained in, one
-environment at a time, the same episodes with every planner: the seeds are those of ``lit-wm evaluate``. A
-planner has the checkpoint's options if it is the checkpoint's own, else its defaults, --options over both.
-Latency is the time of an act: filtering the observation, planning, and bringing the action to the host;
+writes benchmarks/results/planning.md, after every row. Each checkpoint plays in the environment that it was
+trained in, one environment at a time, the same episodes with every planner: the seeds are those of
+``lit-wm evaluate``. A planner has the checkpoint's options if it is the checkpoint's own, else its defaults,
+--options over both. Latency is the time of an act: filtering the observation, planning, and bringing the action to the host;
 process CPU time with one thread on a CPU, wall time otherwise; the first three acts are not counted. The
 interval is a bootstrap over episodes.
 """
@@ -26,7 +26,6 @@ from step import provenance
 
 from lit_wm.callbacks.evaluate import run_episodes
 from lit_wm.envs import make_vector_env
-from lit_wm.errors import ConfigError
 from lit_wm.evaluation_cli import load_module
 from lit_wm.noise import NoiseStreams, stream_seed
 from lit_wm.planners import PLANNERS
@@ -42,8 +41,10 @@ def alone(args: argparse.Namespace) -> bool:
     return args.device == "cpu" and torch.get_num_threads() == 1
 
 
-def play(path: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of one checkpoint and planner."""
+def play(path: Path, name: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of one checkpoint and planner; None where there can be none."""
+    if name == "gradient" and load_module(path, args.device)[0].model.discrete:
+        return None
     module, about = load_module(path, args.device, name)
     model, hp = module.model, dict(module.hparams)
     options = (hp.get("planner_options") or {}) if name == hp["planner"] else {}
@@ -96,26 +97,23 @@ def main() -> None:
     args = parser.parse_args()
     head = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
     print(head, flush=True)
-    lines = []
-    for path in args.ckpt:
-        for name in args.planners:
-            try:
-                row = play(path, name, args)
-            except ConfigError as error:  # no gradient of classes
-                print(f"{path}, {name}: {error}".splitlines()[0], flush=True)
-                continue
-            lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
-            print(lines[-1], flush=True)
+    lines, notes = [], []
     about = provenance()
     told = ", ".join(f"{k} {about[k]}" for k in ("commit", "python", "torch", "cpu", "cores", "load"))
     budget = "" if args.max_ms is None else f", {args.max_ms:g} ms for planning"
-    args.out.write_text(
-        "# Return and latency of planners\n\n"
-        f"`benchmarks/planning.py`, {args.device}, {torch.get_num_threads()} threads, seed {args.seed}"
-        f"{budget}, {'processor' if alone(args) else 'wall'} time: {told}.\n\n{head}\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    title = f"# Return and latency of planners\n\n`benchmarks/planning.py`, {args.device}, "
+    title += f"{torch.get_num_threads()} threads, seed {args.seed}{budget}, "
+    title += f"{'processor' if alone(args) else 'wall'} time: {told}.\n\n{head}\n"
+    for path in args.ckpt:
+        for name in args.planners:
+            row = play(path, name, args)
+            if row is None:
+                notes.append(f"{path.name}: `gradient` has no gradient of a choice.")
+                print(notes[-1], flush=True)
+                continue
+            lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
+            print(lines[-1], flush=True)
+            args.out.write_text(title + "\n".join(lines + [""] * bool(notes) + notes) + "\n")
 
 
 if __name__ == "__main__":

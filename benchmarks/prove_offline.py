@@ -3,7 +3,7 @@
     python benchmarks/prove_offline.py offline [--task pendulum robot] [--methods bc iql dreamer tdmpc2 ...]
     python benchmarks/prove_offline.py online  [--task ...] [--methods dreamer tdmpc2]
     python benchmarks/prove_offline.py demos
-        [--seeds 0 1] [--jobs 2] [--runs DIR] [--out DIR] [--tiny]
+        [--seeds 0 1] [--jobs 2] [--runs DIR] [--out DIR] [--title PAGE] [--tiny]
 
 ``offline``: ``lit-wm collect`` plays a shipped checkpoint, made medium by random actions, and a random
 player. Both models learn from these episodes alone, and so do behaviour cloning of the best 30 % of them and
@@ -20,7 +20,8 @@ the worst evaluation, relative to the offline score.
 with pretraining on them as well.
 
 Every training is a process of one thread; what has finished is not repeated, what was interrupted goes on.
-``--tiny`` goes through all of it in minutes and proves nothing.
+Pages of other tasks, methods or seeds than the default lie beside the runs, those of ``--tiny`` too, which
+goes through all of it in minutes and proves nothing.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ TASKS = {
                    "weight_temp": 10.0}, {"repeat": 2}, {"data.batch_length": 16, "model.horizon": 50.0}),
 }  # fmt: skip
 MODELS = ["dreamer", "tdmpc2"]
+DEFAULT = {"offline": ["bc", "iql", *MODELS], "online": MODELS, "demos": MODELS}
+SEEDS = [0, 1]
 UPDATES = {"dreamer": 10_000, "tdmpc2": 5_000, "bc": 10_000, "iql": 30_000}
 OPTIONS: dict[str, dict[str, Json]] = {
     "ensemble": dict.fromkeys(MODELS, {"model.ensemble": 5, "model.disagreement": 1.0}),
@@ -269,7 +272,7 @@ class Proofs:
             options = {k: v for option in added for k, v in OPTIONS[option][model].items()}
             lines.append(f"- {method}: {', '.join(f'{k} {v}' for k, v in options.items())}")
         bars = {m: [table[n, m] for n in names] for m in dict.fromkeys(m for _, m in table)}
-        title = "offline" if methods == ["bc", "iql", *MODELS] else "offline-options"
+        title = self.given.title or ("offline" if methods == DEFAULT["offline"] else "offline-options")
         self.write("offline", title, lines, {"rows": rows, "references": references}, bars=(names, bars))
         return all(ok for *_, ok in verdicts)
 
@@ -314,7 +317,7 @@ class Proofs:
             ]
             for r in rows
         }
-        title = "offline-to-online" if self.given.methods == MODELS else "offline-to-online-options"
+        title = self.given.title or f"offline-to-online{'-options' * (self.given.methods != MODELS)}"
         self.write("online", title, lines, {"rows": rows}, curves=curves, label="normalised score")
         return all(kept)
 
@@ -434,7 +437,7 @@ class Proofs:
                  f"the trainings: {trained}; of the page: {commit or 'unknown'}.", ""]  # fmt: skip
         (out / f"{title}.md").write_text("\n".join(page))
         (out / f"{title}.json").write_text(json.dumps(record) + "\n")
-        print("\n".join(lines))
+        print("\n".join([*lines, "", f"written: {out / title}.md"]))
 
 
 def evaluations(run: Path) -> tuple[list[int], list[float]]:
@@ -516,14 +519,17 @@ def main() -> int:
     parser.add_argument("proof", choices=["offline", "online", "demos"])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=None)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "prove")
-    parser.add_argument("--out", type=Path, help="benchmarks/results; with --tiny beside the runs")
+    parser.add_argument("--out", type=Path, help="of the defaults benchmarks/results, else beside the runs")
+    parser.add_argument("--title", help="name of the page of offline or online, without .md")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
-    given.methods = given.methods or (["bc", "iql", *MODELS] if given.proof == "offline" else MODELS)
-    given.out = given.out or (given.runs / "tiny" if given.tiny else ROOT / "benchmarks" / "results")
+    given.methods = given.methods or DEFAULT[given.proof]
+    usual = (given.methods, given.task, given.seeds) == (DEFAULT[given.proof], list(TASKS), SEEDS)
+    beside = given.runs / ("tiny" if given.tiny else "pages")  # no record is lost to a variant of it
+    given.out = given.out or (ROOT / "benchmarks" / "results" if usual and not given.tiny else beside)
     for method in given.methods:
         model, *added = method.split("+")
         if model not in UPDATES or any(model not in OPTIONS.get(option, {}) for option in added):

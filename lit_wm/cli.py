@@ -167,6 +167,8 @@ def run(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 after an error, 2 without a verb; ended early, 130 after
     Ctrl-C and 143 after SIGTERM, a training with its checkpoint saved."""
+    if argv is None:  # a package beside one is found, as with `python -m`, but takes the place of no other
+        sys.path.append(os.getcwd())
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LITWM_DEBUG", "") not in ("", "0")
     if not debug:

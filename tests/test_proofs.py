@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,40 @@ def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
         assert (ROOT / "benchmarks" / "checkpoints" / f"{task.expert}.ckpt").exists()
         for config in task.configs.values():
             assert load_yaml(ROOT / "configs" / f"{config}.yaml")["data"]["init_args"]["env"] == task.env
+
+
+@pytest.mark.parametrize(
+    ("words", "recorded"),
+    [([], True), (["--task", "robot"], False), (["--seeds", "2"], False), (["--tiny"], False)]
+    + [(["--methods", "tdmpc2", "tdmpc2+bc"], False)],
+)
+def test_only_the_whole_proof_writes_over_its_record(words, recorded, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import prove_offline as offline
+
+    seen = []
+    monkeypatch.setattr(offline.Proofs, "prove_offline", lambda self: seen.append(self.given.out) or True)
+    monkeypatch.setattr(sys, "argv", ["prove_offline.py", "offline", "--runs", str(tmp_path), *words])
+    assert offline.main() == 0
+    assert (seen == [ROOT / "benchmarks" / "results"]) is recorded
+    assert recorded or seen[0].is_relative_to(tmp_path)
+
+
+def test_the_table_of_planners_names_what_cannot_be_and_survives_a_mistake(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import planning
+
+    from lit_wm.errors import ConfigError
+
+    page, ckpt = tmp_path / "planning.md", str(ROOT / "benchmarks" / "checkpoints" / "cartpole.ckpt")
+    argv = ["planning.py", "--ckpt", ckpt, "--episodes", "1", "--max-episode-steps", "4", "--out", str(page)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--planners", "policy", "gradient", "random"])
+    planning.main()
+    before = page.read_text()
+    assert "| DreamerV3 |" in before
+    assert re.findall(r"\| (policy|gradient|random) \|", before) == ["policy", "random"]
+    assert before.endswith("cartpole.ckpt: `gradient` has no gradient of a choice.\n")
+    monkeypatch.setattr(sys, "argv", [*argv, "--planners", "mppi", "--options", "{mppi: {num_sample: 32}}"])
+    with pytest.raises(ConfigError, match="num_sample"):
+        planning.main()
+    assert page.read_text() == before
