@@ -200,7 +200,8 @@ class Trajectory:
     Attributes:
         states: H+1 states, the start first.
         actions: the H actions that lead from one state to the next, by key.          (B, H, ...)
-        rewards: predicted reward received on arriving at states 1..H.                (B, H)
+        rewards: predicted reward received on arriving at states 1..H, times the model's ``reward_scale``.
+                                                                                      (B, H)
         continues: predicted probability that the episode goes on, times the discount if the model folds it
             in, at states 1..H.                                                       (B, H)
     """

@@ -180,7 +180,10 @@ class WorldModel(nn.Module, ABC):
     def imagine(
         self, state: State, actions: Tensors | Tensor | None = None, horizon: int | None = None
     ) -> Trajectory:
-        """Roll out given actions (B, H, ...), in -1 ... 1 or classes, or the policy for ``horizon`` steps."""
+        """Roll out given actions (B, H, ...), in -1 ... 1 or classes, or the policy for ``horizon`` steps.
+
+        Rewards are in units of :attr:`reward_scale`, as all that the model predicts of them.
+        """
 
     @abstractmethod
     def decode(self, state: State) -> Tensors:
@@ -190,7 +193,9 @@ class WorldModel(nn.Module, ABC):
 
     @abstractmethod
     def q(self, state: State, action: Tensors | Tensor) -> Tensor:
-        """Predicted return of taking ``action`` in ``state`` and following the policy. (B,)"""
+        """Predicted discounted return of taking ``action`` in ``state`` and following the policy, in units of
+        :attr:`reward_scale`. (B,)
+        """
 
     @abstractmethod
     def gamma(self, task: Tensor | None) -> Tensor | float:

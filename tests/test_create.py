@@ -134,6 +134,17 @@ def test_numbers_of_numpy_are_numbers():
             spaces_of("dreamerv3:debug", (5,), wrong)
 
 
+def test_the_robots_value_is_a_return_of_the_task_times_its_scale():
+    data = Path(__file__).parents[1] / "benchmarks" / "checkpoints" / "robot.ckpt"
+    model = create_world_model(data, device="cpu")
+    assert model.model.reward_scale == 10
+    state = model.encode(np.full((8, 34), 0.5, "f4"))
+    value = model.q(state, np.zeros((8, 2), "f4")) / model.model.reward_scale
+    assert 0 < value.mean() < 1.2  # one goal of 1 in an episode
+    for verb in (model.q, model.imagine):
+        assert "reward_scale" in verb.__doc__
+
+
 @pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
 def test_a_dream_of_no_step_is_refused(name):
     model = create_world_model(name, (5,), 2, device="cpu")
