@@ -870,10 +870,10 @@ class DreamerV3(WorldModel):
         task = self.task_of(state.task if task is None and state is not None else task, (B,))
         if state is None:
             state, action = self.initial(B), self.zero_action(B)
-        elif action is not None:
-            action = self.action_dict(action, B)
-        elif (action := state.action) is None:
+        elif (action := state.action if action is None else action) is None:
             raise ValueError("encode needs the action executed since `state`, which does not hold one itself")
+        else:
+            action = self.action_dict(action, B, unknown=True)
         dtype, keep = self.compute_dtype, (~first).unsqueeze(-1)
         flat = self.flat(action, task, dtype, ~first)
         stoch = state.stoch.to(dtype) * keep.unsqueeze(-1)  # type: ignore[union-attr]
@@ -918,7 +918,7 @@ class DreamerV3(WorldModel):
     ) -> Trajectory:
         """Roll out given actions (B, H, ...), or the policy for ``horizon`` (or ``imag_length``) steps."""
         noise = self.source(noise)
-        given = None if actions is None else self.action_dict(actions, len(state.deter), True)
+        given = None if actions is None else self.action_dict(actions, len(state.deter), True, horizon)
         ahead = self.imag_length if horizon is None else whole("horizon", horizon)
         steps = next(iter(given.values())).shape[1] if given else ahead
         states, taken = [State(state.deter.to(self.compute_dtype), state.stoch)], []

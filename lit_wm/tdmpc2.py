@@ -931,8 +931,9 @@ class TDMPC2(WorldModel):
         ``continues`` is the probability that the episode goes on, 1 for a model that is not ``episodic``.
         """
         noise = self.source(noise)
-        given = None if actions is None else self.actions(self.action_dict(actions, len(state.deter), True))
-        ahead = self.horizon if horizon is None else whole("horizon", horizon)
+        ahead, given = self.horizon if horizon is None else whole("horizon", horizon), None
+        if actions is not None:
+            given = self.actions(self.action_dict(actions, len(state.deter), True, horizon))
         steps = ahead if given is None else given.shape[1]
         emb, zs, taken = self.embed(state.task), [state.deter], []
         for t in range(steps):

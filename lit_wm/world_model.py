@@ -180,7 +180,8 @@ class WorldModel(nn.Module, ABC):
     def imagine(
         self, state: State, actions: Tensors | Tensor | None = None, horizon: int | None = None
     ) -> Trajectory:
-        """Roll out given actions (B, H, ...), in -1 ... 1 or classes, or the policy for ``horizon`` steps.
+        """Roll out given actions (B, H, ...), in -1 ... 1 or classes, or the policy for ``horizon`` steps; a
+        ``horizon`` beside actions must be their H.
 
         Rewards are in units of :attr:`reward_scale`, as all that the model predicts of them.
         """
@@ -347,7 +348,7 @@ class WorldModel(nn.Module, ABC):
         first = torch.full((batch,), state is None, device=self.device)
         if is_first is None:
             return first
-        given = _tensor(is_first)
+        given = _tensor(is_first, "is_first")
         if given.dtype != torch.bool or given.shape != first.shape:
             raise ValueError(
                 f"is_first is {given.dtype} {tuple(given.shape)}; expected bools ({batch},), one for each "
@@ -355,13 +356,17 @@ class WorldModel(nn.Module, ABC):
             )
         return first if state is None else given.to(self.device)
 
-    def action_dict(self, actions: Any, batch: int, steps: bool = False) -> Tensors:
+    def action_dict(
+        self, actions: Any, batch: int, steps: bool = False, horizon: int | None = None, unknown: bool = False
+    ) -> Tensors:
         """Actions for the networks, checked; a bare tensor or array stands for the only key.
 
         Args:
             actions: (B, *shape) or (B, H, *shape) with ``steps``, by key. Classes are integers or floats with
                 one more axis, a number for each class, of which the largest counts.
             batch: B.
+            horizon: the H that is asked for besides; None = any.
+            unknown: whether -1 may stand for a class that nobody knows.
 
         Raises:
             ValueError: for other keys, shapes or classes.
@@ -370,14 +375,15 @@ class WorldModel(nn.Module, ABC):
         if actions.keys() != self.spaces.action.keys():
             raise ValueError(f"action keys are {sorted(actions)}, expected {sorted(self.spaces.action)}")
         for k, spec in self.spaces.action.items():
-            value = _tensor(actions[k]).to(self.device)
+            value = _tensor(actions[k], f"action {k!r}").to(self.device)
             kind, given = value.dtype, tuple(value.shape)
             if spec.classes and kind.is_floating_point and given[1 + steps :] == (*spec.shape, spec.classes):
                 value = value.argmax(-1)
             lead, fits = value.shape[: 1 + steps], value.shape[1 + steps :] == spec.shape
             fits = fits and len(lead) == 1 + steps and lead[0] == batch and 0 not in lead[1:]
-            if spec.classes and fits:  # -1 marks an action that is not known
-                fits = not value.is_floating_point() and bool(((value >= -1) & (value < spec.classes)).all())
+            if spec.classes and fits:
+                known = (value >= -unknown) & (value < spec.classes)
+                fits = not value.is_floating_point() and bool(known.all())
             if not fits:
                 shape = ", ".join(map(str, [batch, *["steps"] * steps, *spec.shape]))
                 what = f"({shape}{',' * (not steps and not spec.shape)})"
@@ -388,6 +394,10 @@ class WorldModel(nn.Module, ABC):
                     )
                 raise ValueError(f"action {k!r} is {kind} {given}; expected {what}; the batch comes "
                                  f"first{', then one step or more' * steps}")  # fmt: skip
+            if horizon is not None and lead[1] != horizon:
+                raise ValueError(
+                    f"horizon is {horizon}, but action {k!r} has {lead[1]} steps; expected one of them alone"
+                )
             found[k] = value.long() if spec.is_discrete else value.float()
         return found
 
@@ -397,7 +407,7 @@ class WorldModel(nn.Module, ABC):
         missing = self.spaces.obs.keys() - obs.keys()
         if missing:
             raise ValueError(f"observation keys {sorted(missing)} are missing; got {sorted(obs)}")
-        obs = {k: _tensor(obs[k]) for k in self.spaces.obs}
+        obs = {k: _tensor(obs[k], f"observation {k!r}") for k in self.spaces.obs}
         for k, spec in self.spaces.obs.items():
             if spec.is_image and obs[k].ndim > 2 and (*obs[k].shape[-2:], 1) == spec.shape:
                 obs[k] = obs[k].unsqueeze(-1)  # as a space without the axis of its only channel has them
@@ -431,8 +441,11 @@ class WorldModel(nn.Module, ABC):
         )
 
 
-def _tensor(value: Any) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.tensor(value)
+def _tensor(value: Any, what: str) -> Tensor:
+    try:
+        value = value if isinstance(value, Tensor) else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is no tensor or array of numbers: {error}") from None
     return value.float() if value.dtype == torch.float64 else value
 
 

@@ -155,6 +155,33 @@ def test_a_dream_of_no_step_is_refused(name):
             model.imagine(state, horizon=wrong)
     with pytest.raises(ValueError, match=r"\(3, 0, 2\); expected \(3, steps, 2\); .* then one step or more"):
         model.imagine(state, torch.zeros(3, 0, 2))
+    with pytest.raises(ValueError, match="horizon is 3, but action 'action' has 5 steps; expected one of"):
+        model.imagine(state, torch.zeros(3, 5, 2), horizon=3)
+    assert model.imagine(state, torch.zeros(3, 5, 2), horizon=5).rewards.shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
+def test_what_is_no_array_of_numbers_is_named(name):
+    model = create_world_model(name, (5,), 2, device="cpu")
+    state = model.encode(np.zeros((1, 5), "f4"))
+    with pytest.raises(ValueError, match="observation 'obs' is no tensor or array of numbers: "):
+        model.act(np.array([["a"] * 5]))
+    with pytest.raises(ValueError, match="action 'action' is no tensor or array of numbers: "):
+        model.q(state, [["a", "b"]])
+
+
+def test_the_action_of_a_state_may_be_an_array_and_has_its_batch():
+    model, obs = create_world_model("dreamerv3:debug", (5,), 2, device="cpu"), np.zeros((1, 5), "f4")
+    _, state = model.act(obs)
+    found = []
+    for given in (torch.full((1, 2), 0.5), np.full((1, 2), 0.5), torch.zeros(1, 2)):
+        state.action, model.model.noise = {"action": given}, NoiseStreams(0)
+        found.append(model.act(obs, state)[1].deter)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    state.action = {"action": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"action 'action' is torch.float32 \(2,\); expected \(1, 2\)"):
+        model.act(obs, state)
 
 
 def test_data_say_the_spaces():

@@ -532,13 +532,15 @@ def test_classes_are_integers_or_a_number_for_each(kind):
         assert torch.equal(again.rewards, dream.rewards)
         assert torch.equal(again.actions["action"], classes)
     assert torch.equal(model.q(state, hot[:, 0]), model.q(state, classes[:, 0]))
-    for bad in (classes + 1, classes.float(), hot[..., :4], hot.long(), classes[:, 0]):
+    for bad in (classes + 1, classes - 1, classes.float(), hot[..., :4], hot.long(), classes[:, 0]):
         with pytest.raises(
             ValueError, match=r"expected integers 0 \.\.\. 4 \(3, steps\), or floats \(3, steps, 5\)"
         ):
             model.imagine(state, bad)
     with pytest.raises(ValueError, match=r"integers 0 \.\.\. 4 \(3,\), or floats \(3, 5\)"):
         model.q(state, classes)
+    with pytest.raises(ValueError, match=r"expected integers 0 \.\.\. 4"):
+        model.q(state, classes[:, 0] - 1)
     with pytest.raises(ValueError, match=r"action keys are \['move'\], expected \['action'\]"):
         model.q(state, {"move": classes[:, 0]})
 
