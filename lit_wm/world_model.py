@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -419,6 +420,12 @@ class WorldModel(nn.Module, ABC):
                 raise ValueError(
                     f"observation {k!r} is {obs[k].dtype}; expected an image of uint8, 0 ... 255"
                 )
+            # Asked on the host alone: a GPU would have to be waited for.
+            if spec.dtype == "float32" and obs[k].device.type == "cpu" and not obs[k].isfinite().all():
+                warnings.warn(
+                    f"observation {k!r} has NaN or infinite values: an action or state made of them means "
+                    "nothing\n  Check before: np.isfinite(obs).all()", stacklevel=2
+                )  # fmt: skip
             if n := spec.classes:
                 real = obs[k].is_floating_point()
                 if real or ((obs[k] < 0) | (obs[k] >= n)).any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -158,6 +159,20 @@ def test_a_dream_of_no_step_is_refused(name):
     with pytest.raises(ValueError, match="horizon is 3, but action 'action' has 5 steps; expected one of"):
         model.imagine(state, torch.zeros(3, 5, 2), horizon=3)
     assert model.imagine(state, torch.zeros(3, 5, 2), horizon=5).rewards.shape == (3, 5)
+
+
+@pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
+def test_a_broken_observation_is_said_once(name):
+    model, obs = create_world_model(name, (5,), 2, device="cpu"), np.zeros((2, 5), "f4")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        _, state = model.act(obs)
+        for bad in (np.nan, np.inf):
+            obs[1, 3] = bad
+            action, _ = model.act(obs, state)
+    (said,) = (str(w.message) for w in told)
+    assert said.startswith("observation 'obs' has NaN or infinite values")
+    assert action["action"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["dreamerv3:debug", "tdmpc2:debug"])
