@@ -75,7 +75,8 @@ def train(
 
     Raises:
         DataError: if the buffer does not fit the model or has no window as long; nothing has begun then.
-        ConfigError: for an argument that cannot work.
+        ConfigError: for an argument that cannot work, and where episodes end by themselves for TD-MPC2
+            without ``episodic=True``.
     """
     total_steps = _check(model, total_steps, options)
     data = _Data(model, buffer, batch_size, batch_length)
@@ -206,11 +207,11 @@ class _Data(pl.LightningDataModule):
         tasks, task = getattr(inner, "tasks", []), getattr(inner, "task_index", None)
         self.windows = BufferWindows(buffer, steps, within, model.seed, tasks, task)
         if not getattr(model, "episodic", True) and self.windows.terminates:
-            warnings.warn(
-                "the data have terminations; a model with episodic=False plans on beyond them, although its "
-                "values stop there",
-                stacklevel=3,
-            )
+            raise ConfigError(
+                "an episode of the data ends by itself; with episodic=False a model plans on beyond it\n"
+                + ("  Several tasks go with time limits alone: leave such episodes out." if tasks else
+                   "  create_world_model(NAME, ..., episodic=True) makes one that knows them.")
+            )  # fmt: skip
         model.world_model_only = bool(buffer.cache is not None and buffer.cache.meta.get("no_reward"))
         if model.world_model_only:
             cloning = model.pretraining.cloning

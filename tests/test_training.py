@@ -522,13 +522,14 @@ def test_what_the_trainer_cannot_do_is_refused(options, message):
         train(**call)
 
 
-def test_an_empty_buffer_is_refused_and_terminations_are_mentioned():
+def test_an_empty_buffer_is_refused_and_so_are_ends_that_the_model_cannot_know():
     spaces = Spaces({"obs": Spec("float32", (3,))}, {"action": Spec("float32", (2,))})
     model = create_world_model("tdmpc2:debug", data=spaces, device="cpu")
     with pytest.raises(DataError, match="there is nothing to train on"):
         quietly(model, ReplayBuffer(10, spaces=spaces), 1)
-    with pytest.warns(UserWarning, match="a model with episodic=False plans on beyond them"):
+    with pytest.raises(ConfigError, match=r"plans on beyond it\n  create_world_model\(.*episodic=True\)"):
         quietly(model, filled(terminated=True), 1)
+    quietly(made("tdmpc2:debug", filled(terminated=True), episodic=True), filled(terminated=True), 1)
 
 
 def test_normalisation_is_fitted_to_a_dataset():
