@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 
 from lit_wm.envs import read_spaces, spaces_from_gym
 from lit_wm.envs.wrappers import Entries
-from lit_wm.errors import CheckpointError, ConfigError, EnvError, nearest, whole
-from lit_wm.module import WorldModelModule, arguments_of
+from lit_wm.errors import ConfigError, EnvError, nearest, whole
+from lit_wm.module import WorldModelModule
 from lit_wm.noise import NoiseStreams
 from lit_wm.presets import DREAMERV3, TDMPC2
+from lit_wm.pretrained import file_of
 from lit_wm.types import Spaces, Spec
 
+KINDS: dict[str, type] = {"bool": bool, "int": Integral, "float": Real}
 PRESETS = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2}
 
 
@@ -56,7 +60,11 @@ def create_world_model(
         DataError, EnvError: for data or an environment that cannot be read.
     """
     place, (kind, _, preset) = _device(device), str(name).partition(":")
-    if kind not in PRESETS and (isinstance(name, Path) or name.endswith(".ckpt") or Path(name).exists()):
+    if (
+        name
+        and kind not in PRESETS
+        and (isinstance(name, Path) or name.endswith(".ckpt") or Path(name).exists())
+    ):
         if options:
             raise ConfigError(
                 f"{name} is a checkpoint, with options of its own: leave out {', '.join(options)}\n  Its "
@@ -70,24 +78,25 @@ def create_world_model(
         raise ConfigError(
             f"no world model {str(name)!r}{close}\n  Known: {', '.join(known)}, and checkpoints"
         )
+    from lit_wm.dreamerv3 import DreamerV3Module
+    from lit_wm.tdmpc2 import TDMPC2Module
+
+    module_class: type = {"dreamerv3": DreamerV3Module, "tdmpc2": TDMPC2Module}[kind]
+    takes = inspect.signature(module_class).parameters
+    if wrong := [k for k in options if k not in takes or k == "spaces" or (k == "preset" and preset)]:
+        shown, several = ", ".join(map(repr, wrong)), len(wrong) > 1
+        told = f"{'are no options' if several else 'is no option'} of it{nearest(wrong[0], [*takes])}"
+        if any("space" in k for k in wrong):
+            told += "\n  Spaces of Gymnasium are given as obs_shape and action_dim."
+        raise ConfigError(f"{name}: {shown} {'is part of the name' if wrong == ['preset'] else told}")
+    for key, value in options.items():
+        _check_kind(f"{name}: {key}", str(takes[key].annotation), value)
     said = _said(obs_shape, action_dim, discrete, data, kind == "dreamerv3")
     if not said.obs or not said.action:
         missing = "data, or both of obs_shape and action_dim"
         raise ConfigError(
             f"{name}: what does it see and do? Give {missing}, e.g. obs_shape=(39,), action_dim=6"
         )
-    from lit_wm.dreamerv3 import DreamerV3Module
-    from lit_wm.tdmpc2 import TDMPC2Module
-
-    module_class: type = {"dreamerv3": DreamerV3Module, "tdmpc2": TDMPC2Module}[kind]
-    takes = arguments_of(module_class, {})
-    if wrong := [k for k in options if k not in takes or (k == "preset" and preset)]:
-        told = (
-            "is part of the name"
-            if wrong[0] == "preset"
-            else "is no option of it" + nearest(wrong[0], [*takes])
-        )
-        raise ConfigError(f"{name}: {wrong[0]!r} {told}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed", 0))
         try:
@@ -95,6 +104,15 @@ def create_world_model(
         except ConfigError as error:
             raise ConfigError(f"{name}: {_in_python(str(error))}") from None
     return module.to(place)
+
+
+def _check_kind(option: str, annotation: str, value: Any) -> None:
+    """Raise a ConfigError for a number or bool of another type, as the command line does."""
+    kind, _, other = annotation.partition(" | ")
+    if kind not in KINDS or other not in ("", "None") or (value is None and other):
+        return
+    if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+        raise ConfigError(f"{option} is {value!r}; expected {kind}{' or None' * bool(other)}")
 
 
 def _in_python(message: str) -> str:
@@ -192,12 +210,7 @@ def _shape(argument: str, value: Any, axes: int | None = None) -> tuple[int, ...
 
 def describe(specs: Mapping[str, Spec]) -> str:
     """Entries in words: ``obs: uint8 (3, 64, 64); action: 18 classes``."""
-    words = []
-    for name, spec in specs.items():
-        shape = f"({', '.join(map(str, spec.shape))}{',' * (len(spec.shape) == 1)})"
-        classes = f"{spec.classes} classes{f' {shape}' * bool(spec.shape)}"
-        words.append(f"{name}: {classes if spec.classes else f'{spec.dtype} {shape}'}")
-    return "; ".join(words)
+    return "; ".join(f"{name}: {spec}" for name, spec in specs.items())
 
 
 def _of_checkpoint(
@@ -205,12 +218,8 @@ def _of_checkpoint(
 ) -> WorldModelModule:
     """The module of a checkpoint, with what :func:`lit_wm.training.train` goes on from."""
     from lit_wm.evaluation_cli import load_module
-    from lit_wm.training_cli import find_checkpoint
 
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint; expected a .ckpt or a run directory")
-    file = find_checkpoint("fit", str(path), {})
-    assert file is not None
+    file = file_of(path)
     module, _ = load_module(file, str(device))
     own = module.model.spaces
     if discrete is None and action_dim is not None:

@@ -173,7 +173,7 @@ def check_spaces(model: Spaces, env: Spaces, env_id: str) -> None:
                     stack = f", stack: {ours.hwc[2] // 3}" if ours.hwc[2] > 3 else ""
                     hint = f", for pictures e.g. --env-options '{{pixels: true{stack}}}'"
                 raise CheckpointError(
-                    f"{what} {key!r}: the checkpoint has {ours}, {env_id} has {theirs}\n"
+                    f"{what} {key!r}: the checkpoint has {ours or 'none'}, {env_id} has {theirs or 'none'}\n"
                     f"Give --env and --env-options as in the training{hint}"
                 )
 

@@ -104,6 +104,19 @@ def newest(root: Path, name: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def file_of(path: str | Path, said_by: str = "") -> Path:
+    """The file itself, or the last one of a run directory. Raises CheckpointError if there is none."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{said_by}{path}: no such checkpoint\nGive a run directory or a .ckpt")
+    file = newest(path, "last") if path.is_dir() else path
+    if file is None:
+        raise CheckpointError(
+            f"{said_by}{path}: no last checkpoint under this directory\nGive a run directory or a .ckpt"
+        )
+    return file
+
+
 def read_weights(path: str | Path, said_by: str = "") -> Weights:
     """Read a checkpoint of ours, whole or exported.
 
@@ -114,12 +127,7 @@ def read_weights(path: str | Path, said_by: str = "") -> Weights:
     Raises:
         CheckpointError: it is none.
     """
-    if Path(path).is_dir():
-        if (last := newest(Path(path), "last")) is None:
-            raise CheckpointError(
-                f"{said_by}{path}: no last checkpoint under this directory\nGive a run directory or a .ckpt"
-            )
-        path = last
+    path = file_of(path, said_by)
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tensors = {k.removeprefix("model."): v for k, v in file["state_dict"].items() if k[:6] == "model."}

@@ -44,6 +44,13 @@ class Spec:
     shape: tuple[int, ...]
     classes: int | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"{self.classes} classes{f' {self.shape}' * bool(self.shape)}"
+            if self.classes
+            else (f"{self.dtype} {self.shape}")
+        )
+
     @property
     def is_image(self) -> bool:
         """Whether this is an image: uint8 with three axes."""

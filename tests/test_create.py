@@ -235,6 +235,15 @@ def test_data_say_the_spaces():
         ({"horizn": 3}, "did you mean 'horizon'"),
         ({"preset": "5m"}, "'preset' is part of the name"),
         (
+            {"obs_shape": None, "action_dim": None, "obs_space": 1, "action_space": 2},
+            r"'obs_space', 'action_space' are no options of it.*\n  Spaces .* as obs_shape and action_dim\.$",
+        ),
+        ({"name": ""}, "no world model ''"),
+        ({"lr": "fast"}, "tdmpc2:debug: lr is 'fast'; expected float$"),
+        ({"horizon": 2.5}, "tdmpc2:debug: horizon is 2.5; expected int$"),
+        ({"episodic": 1}, "tdmpc2:debug: episodic is 1; expected bool$"),
+        ({"name": "dreamerv3:debug", "actor_lr": True}, "actor_lr is True; expected float or None$"),
+        (
             {"name": "tdmpc2:1m", "obs_shape": (3, 64, 64), "discrete": False},
             r"tdmpc2:1m: .* latent_dim is 128; .*\nUse num_channels=8, or latent_dim=512, or the size 5m$",
         ),
@@ -353,5 +362,10 @@ def test_a_checkpoint_is_a_name_too(tmp_path):
         create_world_model(tmp_path / "run", data=NPZ / "atari_breakout.npz", device="cpu")
     with pytest.raises(ConfigError, match="with options of its own: leave out lr\n.* from_pretrained"):
         create_world_model(tmp_path / "run", lr=1e-3)
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="other.ckpt: no such checkpoint\nGive a run directory or a .ckpt"
+    ):
         create_world_model(tmp_path / "other.ckpt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/empty: no last checkpoint under .*\nGive a run"):
+        create_world_model(str(tmp_path / "empty"))
