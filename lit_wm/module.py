@@ -188,6 +188,13 @@ class WorldModelModule(pl.LightningModule):
                     "checkpoint that has them.", stacklevel=2
                 )  # fmt: skip
         self._restored = True
+        first, end = self.pretraining, self.trainer.max_steps
+        if 0 < end <= first.updates and not self.world_model_only and self.trainer.is_global_zero:
+            idle = "actor and critic never learn" if end <= first.world_model else "the critic never learns"
+            warnings.warn(
+                f"{idle}: the training ends after {end:,} updates, and model.pretrain has {first.updates:,}\n"
+                "  Raise trainer.max_steps (total_steps of train) or lower model.pretrain.", stacklevel=2
+            )  # fmt: skip
         if self.model.normalizer is not None and not self.model.normalizer.fitted:
             raise ConfigError(
                 "model.normalize needs data.sources without pad, whose training rows it is fitted to\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,23 @@ def test_each_phase_trains_its_groups_alone(
     assert changed(before, parts(kind, module)) == expected
     assert trainer.global_step == module.updates == 2
     assert ("train/loss/bc" in module.latest) == bool(pretrain and "actor" in pretrain)
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "said"),
+    [
+        ({"world_model": 100}, "actor and critic never learn: the training ends after 2 updates, .* has 100"),
+        ({"world_model": 1, "actor": 1}, "the critic never learns"),
+        ({"world_model": 1}, None),
+    ],
+)
+def test_a_training_that_ends_within_pretraining_says_so(pretrain, said, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(make_module("tdmpc2", pretrain=pretrain), tmp_path, 2)
+    found = [str(w.message) for w in told if "never learn" in str(w.message)]
+    assert len(found) == (said is not None)
+    assert not said or re.match(said, found[0])
 
 
 @BOTH
