@@ -331,7 +331,12 @@ class ReplayDataModule(LightningDataModule):
             return None
         if self.eval_env is not None:
             shown = self._read(self.eval_env, self.env_options)
-            common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
+            try:
+                common_spaces({"the datasets": Spaces.from_plain(self.spaces), self.eval_env: shown})
+            except DataError as error:
+                raise DataError(
+                    f"{error}\n  Or give the datasets' own environment as data.eval_env."
+                ) from None
             return self.eval_env
         name = self.caches[0].meta.get("env_id")
         if name is None:

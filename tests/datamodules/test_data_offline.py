@@ -409,7 +409,9 @@ def test_an_environment_for_evaluation_is_found_or_asked_for(tmp_path):
     data.caches[0].meta["env_id"] = "nothere:Env-v0"
     with pytest.raises(ConfigError, match="cannot import 'nothere' .*\n.* the module nothere\\.\n  Install"):
         data.make_envs(1, [0])
-    with pytest.raises(DataError, match="Pendulum-v1: obs float32 \\[3\\]"):
+    with pytest.raises(
+        DataError, match="Pendulum-v1: obs float32 \\[3\\](.|\n)*\n  Or give .* as data.eval_env"
+    ):
         _ = data_of(tmp_path, eval_env="Pendulum-v1").evaluation_env
     like = data_of(tmp_path, sources=["made:9?width=3&actions=1"], eval_env="Pendulum-v1")
     assert like.evaluation_env == "Pendulum-v1"
