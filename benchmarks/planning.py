@@ -7,9 +7,9 @@
 writes benchmarks/results/planning.md, after every row. Each checkpoint plays in the environment that it was
 trained in, one environment at a time, the same episodes with every planner: the seeds are those of
 ``lit-wm evaluate``. A planner has the checkpoint's options if it is the checkpoint's own, else its defaults,
---options over both. Latency is the time of an act: filtering the observation, planning, and bringing the action to the host;
-process CPU time with one thread on a CPU, wall time otherwise; the first three acts are not counted. The
-interval is a bootstrap over episodes.
+--options over both. Latency is the time of an act: filtering the observation, planning, and bringing the
+action to the host; process CPU time with one thread on a CPU, wall time otherwise; the first three acts are
+not counted. The interval is a bootstrap over episodes.
 """
 
 from __future__ import annotations
