@@ -107,6 +107,30 @@ def test_a_broken_pipe_is_no_traceback():
     assert "Traceback" not in done.stderr
 
 
+def test_a_package_in_the_working_directory_is_found_and_hides_none(tmp_path):
+    (tmp_path / "beside.py").write_text("import gymnasium\ngymnasium.register('Beside-v0', 'gymnasium.envs."
+                                        "classic_control:CartPoleEnv', max_episode_steps=5)\n")  # fmt: skip
+    (tmp_path / "lit_wm").mkdir()  # nor ours
+    (tmp_path / "lit_wm" / "__init__.py").write_text("raise SystemExit(9)")
+    script = "import sys; from lit_wm.cli import main; sys.exit(main())"  # what the command lit-wm is
+    argv = [
+        "collect",
+        "--env",
+        "beside:Beside-v0",
+        "--policy",
+        "random",
+        "--episodes",
+        "1",
+        "--out",
+        "npz:d.npz",
+    ]
+    paths = os.environ | {"PYTHONPATH": str(Path(lit_wm.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-P", "-c", script, *argv], cwd=tmp_path, env=paths,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "d.npz").exists()
+
+
 def test_later_files_win_over_earlier_and_flags_over_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("model: {init_args: {lr: 1e-3, warmup: 7}}\ntrainer: {max_steps: 1}")
