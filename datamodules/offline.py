@@ -122,21 +122,29 @@ class CacheRows(RowStorage):
                 value = value[:, 0] if key[0] in _FLAT else value
                 if key == ("next", "reward"):
                     value = np.where(valid[start : start + len(value)], reward(value), 0)
-                elif key[0] == "action" and (scale := scales.get(name)) is not None:
-                    value = scaled(value, scale, valid[start : start + len(value)])
+                elif key[0] == "action" and name in scales:
+                    if (scale := scales[name]) is not None:
+                        value = scaled(value, scale, valid[start : start + len(value)])
+                    most = max(most, float(np.abs(value).max(initial=0)))
                 elif key == ("task",) and isinstance(task, np.ndarray):
                     value = task[value]
-                elif key[0] == "action" and name in scales and not (said or self._bounded(name)):
-                    most = max(most, float(np.abs(value).max(initial=0)))
                 if value.shape != part.shape:  # padded
                     part[...] = 0
                     part = part[:, : value.shape[1]]
                 part[...] = value
-            if most > 1 + 1e-5:
+            if most <= 1 + 1e-5:
+                continue
+            if not (said or self._bounded(name) or scales[name] is not None):
                 raise DataError(
                     f"{spec.uri}: the values of action {name!r} go up to {most:.3g}, and nobody says their "
                     f"bounds; models need -1 to 1.\n  {BOUNDS_HINT}"
                 )
+            warnings.warn(
+                f"{spec.uri}: with its bounds at -1 and 1, as a model sees them, action {name!r} goes up to "
+                f"{most:.3g}.\n  Such values are kept: right if the environment clipped them. Else give "
+                "bounds that hold all of them as action_low and action_high, or clip them in the source.",
+                stacklevel=3,
+            )
 
     def _bounded(self, key: str) -> bool:
         """Whether the source says the bounds of an action; values beyond them are then kept as they are."""

@@ -65,7 +65,7 @@ class BufferWindows:
             self.storage: RowStorage = rows.storage
         else:  # rows of their own, with actions in -1 ... 1
             cache, folder = buffer.cache, buffer._folder / f"train{next(_FOLDERS)}"
-            every, spec = np.arange(len(cache.episodes["start"])), SourceSpec(str(cache.uri))
+            every, spec = np.arange(len(cache.episodes["start"])), SourceSpec(str(cache.uri or cache.folder))
             numbers, lead = task_number(spec, cache, tasks, task), int(not within_episodes)
             try:
                 self.storage = CacheRows(cache, folder, buffer.spaces, every, spec, lead=lead, task=numbers)

@@ -282,9 +282,23 @@ def test_bounds_without_end_say_nothing_of_units(tmp_path):
 
 def test_values_beyond_known_bounds_are_kept(tmp_path):
     """As recorded before an environment clips them; only without bounds nobody knows what -1 and 1 are."""
-    wide, _ = replay_of(tmp_path, source={"spread": 2.0})
+    with pytest.warns(UserWarning, match=r"'action' goes up to 1.67\.\n.*right if the environment clipped"):
+        wide, _ = replay_of(tmp_path, source={"spread": 2.0})
     assert wide.storage.arrays["action",].min() < -1.5
     assert wide.storage.arrays["action",].shape[1] == 2
+
+
+@pytest.mark.parametrize("bounds", [True, False])  # of the source
+def test_values_beyond_given_bounds_are_spoken_of_also_where_these_are_minus_one_and_one(tmp_path, bounds):
+    cache = made_cache(tmp_path / "c", LENGTHS, bounds=bounds)  # -2 to -1.1
+    for low, said in ((-1, "goes up to 2"), (-1.5, "goes up to 1.33"), (-3, "")):
+        spec = SourceSpec("made:x", action_low=low, action_high=-low)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            replay_of(tmp_path / str(low), cache=cache, spec=spec)
+        texts = [str(w.message) for w in caught if "goes up to" in str(w.message)]
+        assert len(texts) == bool(said)
+        assert said in "".join(texts)
 
 
 def test_a_snapshot_holds_only_latents_that_were_written(tmp_path):
