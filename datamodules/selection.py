@@ -133,7 +133,7 @@ class SourceSpec:
 
 
 def uniform_hash(seed: int, name: str, ids: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that depend on seed, name and id alone: a split survives growing data. (n,)"""
+    """Numbers in [0, 1) that depend on seed, name and id alone. (n,)"""
     x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x += np.uint64(stream_seed(seed, 0, name) & (2**64 - 1))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
@@ -146,9 +146,11 @@ def select_episodes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the episodes to train on and of those held out.
 
-    The split goes by episode and by a hash of seed, source and number: an episode stays on its side when the
-    source grows or a filter changes. Filters apply to both sides, before the split. Raises DataError if no
-    episode is left to train on.
+    The split goes by a hash of each episode's content, whatever the seed: an episode stays on its side when
+    the source grows or is named otherwise, when a filter changes, and in a run that goes on from another's
+    weights. Equal episodes are on one side. A larger fraction holds out those of a smaller one and more.
+    Filters apply to both sides, before the split; ``seed`` chooses those of ``fraction``. Raises DataError if
+    no episode is left to train on.
     """
     table, steps = cache.episodes, cache.episodes["length"] - 1
     keep = np.ones(len(steps), np.bool_)
@@ -169,10 +171,10 @@ def select_episodes(
         chosen = np.sort(chosen[order[: max(1, round(spec.fraction * len(chosen)))]])
     if spec.max_steps is not None:
         chosen = chosen[np.cumsum(steps[chosen]) <= spec.max_steps]
-    draw = uniform_hash(seed, f"split {spec.uri}", np.arange(len(steps)))  # of all, whatever the filters
+    draw = uniform_hash(0, "split", table["crc"])  # of all, whatever the filters
     held = draw < val_fraction
-    if val_fraction:  # at least one on each side, if there are two
-        held[draw.argmin()], held[draw.argmax()] = True, False
+    if val_fraction:  # at least one on each side, if there are two that differ
+        held = (held | (draw == draw.min())) & (draw < draw.max())
     held = held[chosen]
     if held.all():
         raise DataError(

@@ -471,7 +471,7 @@ def test_two_processes_draw_different_batches_of_the_same_data(tmp_path):
 def test_normalisation_is_fitted_to_training_rows_and_lives_with_the_weights(tmp_path, kind):
     windows = {"windows": "episode", "batch_length": 4} if kind is TDMPC2Module else {}
     more = {"episodic": True} if windows else {"imag_length": 3}
-    data = data_of(tmp_path, batch_size=4, sources=["made:40,50,60"], val_fraction=0.3, **windows)
+    data = data_of(tmp_path, batch_size=4, sources=["made:40,50,60,40,50,60"], val_fraction=0.3, **windows)
 
     def fitted(normalize):
         module = kind(data.spaces, preset="debug", log_every=1000, normalize=normalize, seed=3, **more)
@@ -483,7 +483,7 @@ def test_normalisation_is_fitted_to_training_rows_and_lives_with_the_weights(tmp
         return module, trainer
 
     module, trainer = fitted(True)
-    rows = [(e, t) for e in data.replay.parts[0].storage.chosen for t in range([40, 50, 60][e] + 1)]
+    rows = [(e, t) for e in data.replay.parts[0].storage.chosen for t in range([40, 50, 60][e % 3] + 1)]
     mean, std = np.mean(rows, 0), np.std(rows, 0)
     obs = torch.tensor([[1.0, 20.0], [0.0, 3.0]])
     seen = module.model.obs_dict(obs)["obs"]

@@ -365,13 +365,13 @@ def test_filters_choose_what_they_say(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(2, 200), fraction=st.floats(0.01, 0.9), seed=st.integers(0, 99))
-def test_a_split_is_disjoint_complete_and_stable_when_data_grow(tmp_path_factory, n, fraction, seed):
-    small, large = (fake_cache([3] * k) for k in (n, n + 50))
-    train, held = select_episodes(small, spec_of(), fraction, seed)
+@given(n=st.integers(2, 200), fraction=st.floats(0.01, 0.9), salt=st.integers(0, 99))
+def test_a_split_is_disjoint_complete_and_stable_when_data_grow(tmp_path_factory, n, fraction, salt):
+    small, large = (fake_cache([3] * k, salt) for k in (n, n + 50))
+    train, held = select_episodes(small, spec_of(), fraction, 0)
     assert sorted([*train, *held]) == list(range(n))
     assert len(held) >= 1
-    more, rest = select_episodes(large, spec_of(), fraction, seed)
+    more, rest = select_episodes(large, spec_of(), fraction, 0)
     # One episode on each side may be there only because a side must not be empty.
     assert len(set(train) - set(more)) <= 1
     assert len(set(held) - set(rest)) <= 1
@@ -382,12 +382,12 @@ def test_a_split_is_disjoint_complete_and_stable_when_data_grow(tmp_path_factory
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 60), fraction=st.floats(0.01, 0.9), seed=st.integers(0, 99), top=st.floats(0.05, 1))
-def test_filters_never_move_an_episode_across_the_split(n, fraction, seed, top):
-    cache = fake_cache([3] * n)
-    train, held = select_episodes(cache, spec_of(), fraction, seed)
+@given(n=st.integers(1, 60), fraction=st.floats(0.01, 0.9), salt=st.integers(0, 99), top=st.floats(0.05, 1))
+def test_filters_never_move_an_episode_across_the_split(n, fraction, salt, top):
+    cache = fake_cache([3] * n, salt)
+    train, held = select_episodes(cache, spec_of(), fraction, 0)
     try:
-        some, rest = select_episodes(cache, spec_of(top_returns=top), fraction, seed)
+        some, rest = select_episodes(cache, spec_of(top_returns=top), fraction, 0)
     except DataError:  # what the filter left is all held out
         return
     assert len(train)
@@ -395,9 +395,33 @@ def test_filters_never_move_an_episode_across_the_split(n, fraction, seed, top):
     assert set(rest) <= set(held)
 
 
-def fake_cache(lengths):
+def test_a_run_that_goes_on_holds_out_the_same_episodes_and_perhaps_more(tmp_path):
+    """With another seed, another name of the data, another order, and a copy of an episode."""
+    first, other = fake_cache([3] * 40), fake_cache([3] * 41)
+    order = np.append(np.arange(40)[::-1], 7)
+    other.episodes["crc"][:] = first.episodes["crc"][order]
+    train, held = select_episodes(first, SourceSpec("npz:a.npz"), 0.2, 0)
+    more, rest = select_episodes(other, SourceSpec("npz:b/*.npz", fraction=1.0), 0.2, 1)
+    assert set(order[more]) == set(train)
+    assert set(order[rest]) == set(held)
+    _, larger = select_episodes(first, SourceSpec("npz:a.npz"), 0.5, 2)
+    assert set(held) < set(larger)
+    some, _ = select_episodes(first, SourceSpec("npz:a.npz", fraction=0.5), 0.2, 3)
+    assert set(some) <= set(train)
+    copies = fake_cache([3] * 5)
+    copies.episodes["crc"][:] = 1  # nothing else could be held out
+    assert [len(side) for side in select_episodes(copies, spec_of(), 0.5, 0)] == [5, 0]
+
+
+def fake_cache(lengths, salt=0):
+    n = len(lengths)
+
     class Table:
-        episodes = {"length": np.array(lengths) + 1, "return": np.arange(len(lengths), dtype=float)}
+        episodes = {
+            "length": np.array(lengths) + 1,
+            "return": np.arange(n, dtype=float),
+            "crc": np.arange(n, dtype=np.uint32) + np.uint32(1000 * salt),
+        }
 
     return Table()
 
