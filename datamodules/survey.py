@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ from lit_wm.types import Spec
 
 QUANTILES = (0.01, 0.5, 0.99)
 _SAMPLE = 32 << 20  # bytes of rows that are kept for quantiles
+
+
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """Standard deviation over episodes, of the sample, as evaluations say it; NaN for a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 class Sample:
@@ -149,5 +154,5 @@ class Survey:
             if values:
                 numbers = Numbers(Spec("float32", ()))
                 numbers.add(np.array(values))
-                plain[name] = numbers.to_plain()
+                plain[name] = numbers.to_plain() | {"std": spread(values)}
         return {"episodes": len(self.steps), "steps": sum(self.steps), "entries": plain}

@@ -358,8 +358,10 @@ def progress(given: argparse.Namespace) -> Callable[[int, int, int], None]:
 
 
 def _statistics(values: np.ndarray) -> dict[str, Any]:
-    plain = {name: getattr(values, name)().item() for name in ("min", "max", "mean", "std")}
-    return {**plain, "per_episode": values.tolist()}
+    from datamodules.survey import spread
+
+    plain = {name: getattr(values, name)().item() for name in ("min", "max", "mean")}
+    return {**plain, "std": spread(values), "per_episode": values.tolist()}
 
 
 def _finite(value: Any) -> Any:

@@ -442,6 +442,8 @@ def test_statistics_are_those_of_numpy(size: int, monkeypatch: pytest.MonkeyPatc
     assert counts == [[int((c[:, k] == x).sum()) for x in range(4)] for k in range(2)]
     assert plain["entries"]["return"]["min"] == pytest.approx(min(e.reward.sum() for e in episodes), rel=1e-5)
     assert plain["entries"]["length"]["max"] == 51
+    returns = [e.reward.sum(dtype=np.float64) for e in episodes]  # of the sample, as evaluations say it
+    assert plain["entries"]["return"]["std"] == pytest.approx(np.std(returns, ddof=1))
 
 
 def test_a_sample_is_uniform_and_bounded():
