@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from datamodules.cache import lost_reward
 from datamodules.episodes import Episode, Source, checked
 from datamodules.selection import common_spaces
 from datamodules.survey import Sample, Survey
@@ -70,10 +71,14 @@ class Doctor:
         source: read once, in bounded memory.
         models: names in :data:`MODELS`; what a single one cannot use is an error, else a warning.
         batch_length: rows of a training window; None for each model's own.
+        on_bad: ``skip_episode``: that bad episodes are left out is known, and no error.
     """
 
-    def __init__(self, uri: str, source: Source, models: Iterable[str] = MODELS, batch_length: Any = None):
-        self.uri, self.source, self.batch_length = uri, source, batch_length
+    def __init__(
+        self, uri: str, source: Source, models: Iterable[str] = MODELS, batch_length: Any = None,
+        on_bad: str = "error",
+    ):  # fmt: skip
+        self.uri, self.source, self.batch_length, self.on_bad = uri, source, batch_length, on_bad
         self.models = [MODELS[name] for name in models]
         self._beyond = "error" if len(self.models) == 1 else "warning"  # what one model of several cannot use
         self.findings: list[Finding] = []
@@ -101,6 +106,7 @@ class Doctor:
                 cache.verify(full=True)
                 self.source.report.counts.update(cache.report["counts"])
                 self.source.report.first.update(cache.report.get("warnings", {}))
+                self.source.report.lost_reward = cache.report.get("lost_reward", 0.0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of readers: they are findings
                 for episode in checked(self.source, "skip_episode", self._left_out):
@@ -111,11 +117,15 @@ class Doctor:
         except DataError as error:
             self.damage("unreadable", error)
         for check, (count, first) in self._bad.items():
-            self.damage(check, first, f"{count:,} episodes; the first: " if count > 1 else "", _SKIP)
+            before = f"{count:,} episodes; the first: " if count > 1 else ""
+            if self.on_bad == "skip_episode":
+                self.damage(check, first, f"left out: {before}", severity="warning")
+            else:
+                self.damage(check, first, before, _SKIP)
         if self.survey.steps:
             for look in (self._episodes, self._windows, self._rewards, self._actions, self._observations):
                 look()
-        elif not self.findings:
+        elif not any(f.severity == "error" for f in self.findings):
             self.add("nothing")
         report = self.source.report
         for name, count in report.counts.items():
@@ -124,11 +134,13 @@ class Doctor:
                 self.add(name if name in CHECKS else "noticed", count=count, first=note, found=note)
         return self.findings
 
-    def damage(self, check: str, error: DataError, before: str = "", more: str = "") -> None:
+    def damage(
+        self, check: str, error: DataError, before: str = "", more: str = "", severity: str = ""
+    ) -> None:
         """Note an error as a finding: its first line is what was found, the others how to mend it."""
         first, *rest = str(error).splitlines()
         fix = [line.strip() for line in rest if "on_bad=" not in line]
-        self.add(check, found=before + first, fix=" ".join([*fix, more]).strip())
+        self.add(check, "", severity, found=before + first, fix=" ".join([*fix, more]).strip())
 
     def _left_out(self, error: DataError) -> None:
         named = (k for k, text in CHECKS.items() if re.search(text.get("pattern", "$^"), str(error)))
@@ -205,8 +217,14 @@ class Doctor:
         if not reward.count:
             return self.add("no_rewards", "reward")
         low, high = float(reward.min[0]), float(reward.max[0])
-        if low == high and (low == 0 or not any(self.survey.terminated)):
-            return self.add("constant_reward", "reward", "note" * (low != 0), count=reward.count, low=low)
+        constant = low == high and (low == 0 or not any(self.survey.terminated))
+        if lost := lost_reward(self.uri, self.source.report.to_plain(), np.array(self.survey.returns)):
+            said, fix = lost.removeprefix(f"{self.uri}: ").split("\n  ")
+            self.add("lost_reward", "reward", found=said, fix=fix)
+        elif constant:
+            self.add("constant_reward", "reward", "note" * (low != 0), count=reward.count, low=low)
+        if constant:
+            return
         for model in self.models:
             most, least, greatest = map(float, self._values[model.name])
             about: dict[str, Any] = {"gamma": model.discount(self.limit), "model": model.name}

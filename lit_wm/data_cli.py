@@ -186,7 +186,8 @@ def doctor(given: argparse.Namespace) -> int:
     found: list[Finding] = []
     for uri in (given.source, *map(uri_of, given.others)):
         try:
-            doctors.append(Doctor(uri, open_source(uri, **options), models, given.batch_length))
+            source = open_source(uri, **options)
+            doctors.append(Doctor(uri, source, models, given.batch_length, given.on_bad))
         except DataError as error:
             found.append(unreadable(uri, error))
     found += examine(doctors, progress(given))

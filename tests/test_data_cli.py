@@ -65,8 +65,9 @@ def test_inspect_then_ingest_then_verify(told: str, tmp_path: Path, capsys: Any)
     assert (cached["terminations"], cached["truncations"]) == (2, 1)
     assert cached["lengths"]["per_episode"] == [3, 5, 4]
     returns = [3, 10, 6]
-    assert cached["returns"] == {"min": 3, "max": 10, "mean": pytest.approx(19 / 3),
-                                 "std": pytest.approx(np.std(returns, ddof=1)), "per_episode": returns}  # fmt: skip
+    spread = pytest.approx(np.std(returns, ddof=1))
+    assert cached["returns"] == {"min": 3, "max": 10, "mean": pytest.approx(19 / 3), "std": spread,
+                                 "per_episode": returns}  # fmt: skip
     assert cached["spaces"] == {
         "observation": {"obs": {"dtype": "float32", "shape": [2], "classes": None}},
         "action": {

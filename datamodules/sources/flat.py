@@ -387,6 +387,7 @@ class _Following:
             odd = at[~(here[1 : n + 1] == there[: len(here) - 1]).all(1)[at]]
             if there.dtype.kind == "f":
                 odd = odd[~np.isclose(here[odd + 1], there[odd], 1e-3, 1e-5, True).all(1)]
+                odd = odd[np.isfinite([here[odd + 1], there[odd]]).all((0, 2))]  # else a bad episode anyway
             differs[odd] = True
         self.rows += n
         self.ends, self.inside = self.ends + len(ends), self.inside + len(at)

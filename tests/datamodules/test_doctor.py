@@ -167,7 +167,7 @@ CASES: list[tuple[str, Source, str, str]] = [
      "the bins of TD-MPC2 to 2.203e+04"),
     ("two_hot_resolution", Made(lambda i, e: replace(e, reward=1e-4 * e.reward)), "warning",
      "of the distance of two"),
-    ("unbounded_action", Made(with_action(lambda a: 3 * a), bounds=None), "error", "values up to 2.7"),
+    ("unbounded_action", Made(with_action(lambda a: 3 * a), bounds=None), "warning", "values up to 2.7"),
     ("unbounded_action", Made(bounds=None), "", ""),
     ("action_range", Made(with_action(lambda a: put(a, (3, 1), 1.5))), "warning",
      "to 1.5, the space says -1 to 1 (12 values)"),
@@ -232,6 +232,7 @@ def test_every_check_is_tested():
         "classes",
         "duplicates",
         "reward_shift",
+        "lost_reward",
         "fake_last",
         "last_dropped",
         "noticed",
@@ -367,6 +368,41 @@ def test_what_only_discrete_and_one_hot_data_can_do_wrong():
         in seen.found
     )
     assert "--on-bad skip_episode" in seen.fix
+
+
+def test_rewards_that_were_left_out_are_no_constant_reward(tmp_path: Path):
+    """Three drives with a reward at the goal only, as docs/offline.md makes them."""
+    end = np.arange(60) % 20 == 19
+    rng = np.random.default_rng(0)
+    columns = {"observations": rng.normal(size=(60, 3)), "actions": rng.uniform(-1, 1, (60, 2))}
+    np.savez(tmp_path / "a.npz", **columns, rewards=end * 1.0, dones=end)
+    uri = f"npz:{tmp_path}/a.npz"
+    seen = findings(open_source(uri))
+    assert "constant_reward" not in seen
+    assert "3 episodes are left out" in seen["lost_reward"].found
+    assert "dones_are=terminals" in seen["lost_reward"].fix
+    assert "last_obs=repeat" in seen["lost_reward"].fix
+    with pytest.warns(UserWarning, match="dones are ends"):
+        cache = ingest(uri, tmp_path / "caches")
+    assert "lost_reward" in findings(open_source(f"rows:{cache.folder}"))
+    assert "lost_reward" not in findings(open_source(f"{uri}?dones_are=terminals"))
+
+
+def test_episodes_that_shall_be_left_out_are_no_error(tmp_path: Path):
+    """A NaN in an observation also differs from any next observation."""
+    rng, end = np.random.default_rng(0), np.arange(200) % 20 == 19
+    seen = rng.normal(size=(201, 3))
+    columns = {"observations": seen[:-1].copy(), "next_observations": seen[1:]}
+    columns["observations"][25, 1] = np.nan
+    columns |= {"actions": rng.uniform(-1, 1, (200, 2)), "rewards": rng.normal(size=200), "terminals": end}
+    np.savez(tmp_path / "a.npz", **columns)
+    found = findings(open_source(f"npz:{tmp_path}/a.npz"), on_bad="skip_episode")
+    assert found["non_finite"].severity == "warning"
+    assert found["non_finite"].found.startswith("left out: ")
+    assert "skip_episode" not in found["non_finite"].fix
+    assert not {"next_differs", "nothing"} & set(found)
+    broken = Made(lambda i, e: replace(e, reward=put(e.reward, 7, np.nan)))
+    assert findings(broken, on_bad="skip_episode")["nothing"].severity == "error"
 
 
 def test_several_sources_are_compared():
