@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from lit_wm.types import Spec
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 _PIECE = 1 << 20  # bytes taken from a compressed stream at once
+_READ = [*(alias for aliases in NAMES.values() for alias in aliases), "schema", "obs_shape", "action_dim",
+         "capacity"]  # fmt: skip
 FORMS = ("demo", "replay", "ogbench", "dreamer")
 
 
@@ -74,6 +78,7 @@ class NPZ(FlatSource):
         with open_npz(files[0]) as members:
             self._form, self._said = form or _form(members), form is not None
             said = str(members["schema"].value()[0]) if "schema" in members else None
+            spare = [k for k in members if k.split("/")[0] not in _READ]
         self.files = files
         self.meta: dict[str, Any] = {"format": f"npz-{self._form}"}
         if self._form == "dreamer":
@@ -89,6 +94,13 @@ class NPZ(FlatSource):
             return
         if tolerate or actions:
             raise ConfigError(f"npz: tolerate and actions are for Dreamer chunks; {files[0]} is none.")
+        if spare:
+            note = f"{files[0]}: arrays that are not read: {', '.join(spare)}"
+            near = [(k, close[0]) for k in spare if (close := get_close_matches(k, _READ, 1, 0.8))]
+            if near:
+                note += f"; did you mean {near[0][1]!r} by {near[0][0]!r}?"
+                warnings.warn(note, stacklevel=3)
+            self.report.count("unused_arrays", note)
         if self._form == "replay" and discrete is None:
             discrete = all(_replay_is_one_hot(file) for file in files) or None
         ends = Ends.parse(split, episode_length)

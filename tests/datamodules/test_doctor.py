@@ -233,6 +233,7 @@ def test_every_check_is_tested():
         "duplicates",
         "reward_shift",
         "lost_reward",
+        "unused_arrays",
         "fake_last",
         "last_dropped",
         "noticed",
@@ -403,6 +404,17 @@ def test_episodes_that_shall_be_left_out_are_no_error(tmp_path: Path):
     assert not {"next_differs", "nothing"} & set(found)
     broken = Made(lambda i, e: replace(e, reward=put(e.reward, 7, np.nan)))
     assert findings(broken, on_bad="skip_episode")["nothing"].severity == "error"
+
+
+def test_arrays_that_nobody_reads_are_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    columns = {"observations": np.zeros((9, 3)), "actions": np.zeros((9, 1)), "terminals": np.arange(9) == 8}
+    np.savez(tmp_path / "a.npz", **columns, qpos=np.zeros(9))
+    found = findings(open_source(f"npz:{tmp_path}/a.npz"))["unused_arrays"].found
+    assert found.endswith("a.npz: arrays that are not read: qpos")
+    assert not recwarn
+    np.savez(tmp_path / "b.npz", **columns, reward_s=np.zeros(9))
+    with pytest.warns(UserWarning, match="not read: reward_s; did you mean 'rewards' by 'reward_s'"):
+        assert "unused_arrays" in findings(open_source(f"npz:{tmp_path}/b.npz"))
 
 
 def test_several_sources_are_compared():
