@@ -87,6 +87,10 @@ def uri_of(source: str) -> str:
     """The source, if it is a URI, else a ConfigError; for a path that is there with the URI to write."""
     if Path(source).exists():
         raise ConfigError(f"{source} is a path; expected a URI.\n  Write {find_uri(source)}")
+    place, mark, options = source.rpartition("?")
+    if mark and Path(place).exists():
+        right = f"{find_uri(place)}?{options}"
+        raise ConfigError(f"{source} is a path with options; expected a URI.\n  Write {right}")
     parse_uri(source)
     return source
 

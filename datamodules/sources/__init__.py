@@ -69,7 +69,12 @@ def find_uri(source: str | Path) -> str:
     if not path.exists():
         if ":" in str(source):
             return str(source)
-        raise DataError(f"{source} does not exist; expected a file, a folder or a URI such as minari:ID.")
+        place, mark, options = str(source).rpartition("?")
+        hint = f"\n  Options need a URI: {find_uri(place)}?{options}" if mark and Path(place).exists() else ""
+        raise DataError(
+            f"{source} does not exist; expected a file, a folder or a URI such as minari:ID"
+            f"{here(path)}.{hint}"
+        )
     if path.is_file():
         scheme = _SUFFIXES.get(path.suffix)
     else:
@@ -80,6 +85,11 @@ def find_uri(source: str | Path) -> str:
             "cache, a Minari dataset or such files.\n  Say its kind, as in hdf5:PATH."
         )
     return f"{scheme}:{path}"
+
+
+def here(path: Path) -> str:
+    """The part of a message that says where a relative path was looked for."""
+    return "" if path.is_absolute() else f"; a relative path counts from the working directory, {Path.cwd()}"
 
 
 def _is_module(name: str) -> bool:

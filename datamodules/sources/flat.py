@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from datamodules.episodes import Episode, Report, Schema, Source, listed
+from datamodules.sources import here
 from lit_wm.errors import ConfigError, DataError, nearest
 from lit_wm.types import Spaces, Spec
 
@@ -540,7 +541,8 @@ def expand(scheme: str, rest: str, suffixes: tuple[str, ...]) -> tuple[list[Path
         there = f"\n  In {path.parent} there are: {', '.join(beside[:8])}" if beside else ""
         kind = "holds no " + " or ".join(suffixes) + " file" if path.is_dir() else "does not exist"
         raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}\n"
-                        "  Expected a file, a folder or a pattern such as 'demos/*.npz'.")  # fmt: skip
+                        "  Expected a file, a folder or a pattern such as 'demos/*.npz'"
+                        f"{here(path)}.")  # fmt: skip
     return files, True
 
 
