@@ -66,6 +66,14 @@ class ReplayBuffer:
         self._bounds = action_low, action_high
         self.cache: Cache | None = None  # of a loaded buffer
         self._schema = None if spaces is None else _bounded(Schema(spaces), *self._bounds)
+        if spaces is None:  # what cannot be whatever the actions are
+            names = [k for x in self._bounds if isinstance(x, Mapping) for k in x] or ["action"]
+            given: list[list[Any]] = [
+                [x.get(k) if isinstance(x, Mapping) else x for x in self._bounds] for k in names
+            ]
+            shapes = (max((np.shape(x) for x in pair), key=len) for pair in given)
+            guess = {k: Spec("float32", shape) for k, shape in zip(names, shapes, strict=True)}
+            _bounded(Schema(Spaces({}, guess)), *self._bounds)
         self._replay: RowReplay | None = None
         self._samplers: dict[int, EpisodeSampler] = {}  # by sequence length
         self._draws = 0
@@ -223,6 +231,11 @@ class ReplayBuffer:
         )
         episode = Episode(seen, acts, np.asarray(reward), ended, cut, where)
         for e in list(checked(self._source(lambda: [episode]))):
+            if e.steps >= self.capacity:
+                warnings.warn(
+                    f"an episode of {e.steps:,} transitions has {e.steps + 1:,} observations, but capacity "
+                    f"is {self.capacity:,}: only its end is kept.", stacklevel=3
+                )  # fmt: skip
             for t in range(e.steps + 1):
                 step = {k: v[t : t + 1] for k, v in e.action.items()} if t < e.steps else None
                 row = {k: v[t : t + 1] for k, v in e.observation.items()}

@@ -365,7 +365,7 @@ def test_bounds_of_several_actions_go_by_name_and_nobodys_are_asked_for(tmp_path
     ("bounds", "message"),
     [
         ({"action_low": -1}, "give both of action_low and action_high, or none"),
-        ({"action_low": 2, "action_high": 1}, r"action_low \[2. 2.\] must be below action_high"),
+        ({"action_low": 2, "action_high": 1}, "action_low 2.0 must be below action_high"),
         ({"action_low": -np.inf, "action_high": 1}, "both finite"),
         (
             {"action_low": [1, 2, 3], "action_high": 4},

@@ -372,11 +372,22 @@ def test_what_does_not_fit_is_one_clear_error(tmp_path):
     refused(
         lambda: ReplayBuffer(10**13).add([0.0], [0.0], 0, True), ConfigError, "Lower capacity", "directory"
     )
+    refused(lambda: ReplayBuffer(action_low=1, action_high=-1), ConfigError, "must be below")
+    named = {"action_low": {"a": 0}, "action_high": {"a": [1, -1]}}
+    refused(lambda: ReplayBuffer(**named), ConfigError, "must be below")
+    refused(lambda: ReplayBuffer(action_low=1), ConfigError, "give both")
+    assert ReplayBuffer(action_low={"a": 0}, action_high=1)._schema is None
+    with pytest.warns(UserWarning, match="51 observations, but capacity is 10"):
+        ReplayBuffer(10).add_episode(np.zeros((51, 1)), np.zeros((50, 1)), np.zeros(50))
     refused(lambda: ReplayBuffer.load(tmp_path / "no.npz"), DataError, "does not exist")
+    refused(lambda: ReplayBuffer.load("no.npz"), DataError, "working directory, ")
+    refused(lambda: ReplayBuffer.load("npz:no.npz"), DataError, "working directory, ")
     (tmp_path / "x.csv").write_text("1")
     refused(lambda: ReplayBuffer.load(tmp_path / "x.csv"), DataError, "known kind", ".npz")
     refused(lambda: ReplayBuffer.load("nope:x"), ConfigError, "no source")
     buffer.save(tmp_path / "x.npz")
+    place = tmp_path / "x.npz"
+    refused(lambda: ReplayBuffer.load(f"{place}?classes=6"), DataError, f"a URI: npz:{place}?classes=6")
     loaded = ReplayBuffer.load(tmp_path / "x.npz", cache_dir=tmp_path)
     refused(lambda: loaded.add(obs[0], action[0], 0, False), NotSupported, "does not grow")
     refused(lambda: loaded.sample_sequences(1, 9), DataError, "1 to 5")
