@@ -207,7 +207,7 @@ WRONG = {
     "noise that is none": (["--obs-noise", "nan"], ["--obs-noise is nan"]),
     "no such file": (["--ckpt", "nowhere.ckpt"], ["error: --ckpt nowhere.ckpt: no such file"]),
     "no such environment": (["--env", "CartPool-v1"], ["'CartPool-v1'", "CartPole"]),
-    "another observation": (["--env", "Pendulum-v1"], ["observation 'obs'", "shape=(4,)", "shape=(3,)"]),
+    "another observation": (["--env", "Pendulum-v1"], ["observation 'obs'", "float32 (4,)", "float32 (3,)"]),
     "another action": (
         [
             "--env",
@@ -217,7 +217,7 @@ WRONG = {
             "--env-options",
             "{obs: [image, vector, discrete], actions: discrete}",
         ],
-        ["action 'continuous'", "shape=(2,)", "None"],
+        ["action 'continuous'", "float32 (2,)", "has none"],
     ),
     "no rendering": (
         ["--env", "lit_wm/Blank-v0", "--video", "a.gif"],
