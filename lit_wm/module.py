@@ -188,8 +188,8 @@ class WorldModelModule(pl.LightningModule):
                     "checkpoint that has them.", stacklevel=2
                 )  # fmt: skip
         self._restored = True
-        first, end = self.pretraining, self.trainer.max_steps
-        if 0 < end <= first.updates and not self.world_model_only and self.trainer.is_global_zero:
+        first, end = self.pretraining, 0 if self._trainer is None else self._trainer.max_steps
+        if 0 < end <= first.updates and not self.world_model_only and self.global_rank == 0:
             idle = "actor and critic never learn" if end <= first.world_model else "the critic never learns"
             warnings.warn(
                 f"{idle}: the training ends after {end:,} updates, and model.pretrain has {first.updates:,}\n"

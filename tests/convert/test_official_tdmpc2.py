@@ -375,8 +375,8 @@ def test_a_converted_checkpoint_plays_where_the_observations_add_up(tmp_path, mo
     assert main([*play, options, "--env", "dmc:cheetah_run"]) == 1
     error = capsys.readouterr().err
     assert "observation 'obs'" in error
-    assert "shape=(24,)" in error
-    assert "shape=(17,)" in error
+    assert "float32 (24,)" in error
+    assert "float32 (17,)" in error
     # The official program joins them in dm_control's order.
     assert list(read_spaces("dmc:walker_walk").obs) == ["orientations", "height", "velocity"]
 
