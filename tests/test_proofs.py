@@ -195,6 +195,21 @@ def test_the_offline_proofs_name_options_and_files_that_exist(monkeypatch):
             assert load_yaml(ROOT / "configs" / f"{config}.yaml")["data"]["init_args"]["env"] == task.env
 
 
+def test_the_guide_to_planners_repeats_what_was_measured():
+    def cells(path, mark):
+        lines = (ROOT / path).read_text().partition(mark)[2].partition("\n\n")[0].splitlines()
+        lines = [line.strip("|").split("|") for line in lines if "---" not in line]
+        return [[cell.strip(" `") for cell in line] for line in lines]
+
+    measured = cells("benchmarks/results/planning.md", "| options |\n")
+    found = {(row[0].rpartition("/")[2][:5], row[1], row[3]): f"{row[4]}; {row[7]}" for row in measured}
+    shown = cells("docs/planning.md", "| robot, TD-MPC2 |\n")
+    columns = [(task, model) for task in ("Pendu", "Lidar") for model in ("DreamerV3", "TDMPC2")]
+    table = {(*c, row[0]): cell for row in shown for c, cell in zip(columns, row[1:], strict=True)}
+    assert table == found
+    assert len(table) == 20
+
+
 @pytest.mark.parametrize(
     ("words", "recorded"),
     [([], True), (["--task", "robot"], False), (["--seeds", "2"], False), (["--tiny"], False)]
