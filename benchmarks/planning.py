@@ -110,9 +110,9 @@ def main() -> None:
             if row is None:
                 notes.append(f"{path.name}: `gradient` has no gradient of a choice.")
                 print(notes[-1], flush=True)
-                continue
-            lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
-            print(lines[-1], flush=True)
+            else:
+                lines.append("| " + " | ".join(str(row[c]) for c in COLUMNS) + " |")
+                print(lines[-1], flush=True)
             args.out.write_text(title + "\n".join(lines + [""] * bool(notes) + notes) + "\n")
 
 

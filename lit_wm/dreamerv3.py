@@ -805,7 +805,7 @@ class DreamerV3(WorldModel):
         if self.task_spaces is not None:
             actions = self.task_spaces.beside(actions, state.task.view(N, 1, 1))  # type: ignore[union-attr]
         total, weight = actions.new_zeros(()), actions.new_ones(())
-        lives, within, beyond = weight, weight, total
+        lives, within, beyond = weight, weight, total  # within: before the limit of the disagreement
         gamma = 1.0 if self.contdisc else 1 - 1 / self.horizon
         before = self.feat(state).repeat_interleave(S, 0) if self.doubts else None
         for step, feat in enumerate(self.dyn.branch(state, actions.to(self.compute_dtype), race), 1):

@@ -45,11 +45,8 @@ class Spec:
     classes: int | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.classes} classes{f' {self.shape}' * bool(self.shape)}"
-            if self.classes
-            else (f"{self.dtype} {self.shape}")
-        )
+        classes = f"{self.classes} classes{f' {self.shape}' * bool(self.shape)}"
+        return classes if self.classes else f"{self.dtype} {self.shape}"
 
     @property
     def is_image(self) -> bool:

@@ -235,7 +235,7 @@ def test_the_table_of_planners_names_what_cannot_be_and_survives_a_mistake(tmp_p
 
     page, ckpt = tmp_path / "planning.md", str(ROOT / "benchmarks" / "checkpoints" / "cartpole.ckpt")
     argv = ["planning.py", "--ckpt", ckpt, "--episodes", "1", "--max-episode-steps", "4", "--out", str(page)]
-    monkeypatch.setattr(sys, "argv", [*argv, "--planners", "policy", "gradient", "random"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--planners", "policy", "random", "gradient"])
     planning.main()
     before = page.read_text()
     assert "| DreamerV3 |" in before

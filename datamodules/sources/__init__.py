@@ -73,7 +73,7 @@ def find_uri(source: str | Path) -> str:
         hint = f"\n  Options need a URI: {find_uri(place)}?{options}" if mark and Path(place).exists() else ""
         raise DataError(
             f"{source} does not exist; expected a file, a folder or a URI such as minari:ID"
-            f"{here(path)}.{hint}"
+            f"{looked_in(path)}.{hint}"
         )
     if path.is_file():
         scheme = _SUFFIXES.get(path.suffix)
@@ -87,7 +87,7 @@ def find_uri(source: str | Path) -> str:
     return f"{scheme}:{path}"
 
 
-def here(path: Path) -> str:
+def looked_in(path: Path) -> str:
     """The part of a message that says where a relative path was looked for."""
     return "" if path.is_absolute() else f"; a relative path counts from the working directory, {Path.cwd()}"
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from datamodules.episodes import Episode, Report, Schema, Source, listed
-from datamodules.sources import here
+from datamodules.sources import looked_in
 from lit_wm.errors import ConfigError, DataError, nearest
 from lit_wm.types import Spaces, Spec
 
@@ -542,7 +542,7 @@ def expand(scheme: str, rest: str, suffixes: tuple[str, ...]) -> tuple[list[Path
         kind = "holds no " + " or ".join(suffixes) + " file" if path.is_dir() else "does not exist"
         raise DataError(f"{scheme}: {path} {kind}{nearest(path.name, beside)}{there}\n"
                         "  Expected a file, a folder or a pattern such as 'demos/*.npz'"
-                        f"{here(path)}.")  # fmt: skip
+                        f"{looked_in(path)}.")  # fmt: skip
     return files, True
 
 
